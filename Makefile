@@ -1,0 +1,56 @@
+# The commands of this project; `make help` lists them.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.stamp
+SOURCES := worker tasks tests
+
+.DEFAULT_GOAL := help
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(STAMP) ## Do the main job on real input, in a sandbox: 60,000 events, delivered and checked
+	$(BIN)/imattr demo
+
+test: $(STAMP) ## Run every test
+	$(BIN)/pytest
+
+setup: $(STAMP) ## Make the virtual environment from the hash-checked lock
+check: $(STAMP) ## What must be green before a commit: format, lint, types, tests
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: $(STAMP) ## Format the code and mend what the linter can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(STAMP) ## Measure what the README claims (about five minutes)
+	$(BIN)/python -m tests.bench
+
+lock: ## Choose the newest allowed versions again (needs uv)
+	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
+	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --no-header --no-annotate --quiet pyproject.toml --all-extras -c requirements.lock -o requirements-dev.lock
+
+clean: ## Remove the environment, caches and sandbox data
+	rm -rf $(VENV) .imattr .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# The stamp is made anew when the lock or the project file changes. uv is only faster, never needed.
+$(STAMP): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("imattr needs Python 3.11 or newer, found " + sys.version.split()[0] + "; choose one with make PYTHON=...")'
+	@if command -v uv >/dev/null 2>&1; then \
+	    uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	    uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock && \
+	    uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . ; \
+	else \
+	    $(PYTHON) -m venv $(VENV) && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . ; \
+	fi
+	@touch $@
+
+.PHONY: help run test setup check format bench lock clean

@@ -1,0 +1,1 @@
+"""The Celery face of imattr: tasks of a few lines over `worker`."""

@@ -1,0 +1,206 @@
+"""The Celery app: ``celery -A worker worker --pool threads --concurrency 16``.
+
+Messages are tickets and updates, as JSON. A ticket holds no user data, so losing, repeating or delaying
+one costs nothing; all state is in Redis. There is no beat, no ETA and no result backend. Each setting
+below that is not obvious says what breaks without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+import time
+from http.server import ThreadingHTTPServer
+from typing import Any
+
+import structlog
+from celery import Celery, Task, bootsteps, signals
+from celery.worker.request import Request
+from kombu import Queue
+
+from worker import health, logs, runtime
+from worker.config import Settings
+from worker.dispatch import Dispatcher
+from worker.errors import ConfigError
+from worker.models import BatchId
+
+UPDATES, DELIVERIES = "updates", "deliveries"
+
+#: Seconds a worker waits for its dispatcher to finish a turn.
+DISPATCHER_PATIENCE = 10.0
+
+
+class PrivateRequest(Request):  # type: ignore[misc]  # Celery has no type hints
+    """A task as Celery's events, `inspect` and Flower see it: without its arguments.
+
+    The arguments of an update are user data, and any client may have put a text of them into the
+    message's headers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._argsrepr, self._kwargsrepr = "(hidden)", "(hidden)"
+
+    def info(self, safe: bool = False) -> Any:
+        return super().info(safe=True)
+
+
+class PrivateTask(Task):  # type: ignore[misc]  # Celery has no type hints
+    """Base of all tasks."""
+
+    Request = "worker.celery:PrivateRequest"
+
+
+def _settings() -> Settings:
+    try:
+        return runtime.settings()
+    except ConfigError as error:
+        # Not a traceback for a person who forgot a variable; and Celery's commands print one otherwise.
+        print("imattr cannot start:", *error.mistakes, sep="\n  ", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _configuration(settings: Settings) -> dict[str, Any]:
+    return {
+        "broker_url": settings.broker_url.reveal(),
+        "task_queues": [Queue(UPDATES), Queue(DELIVERIES)],
+        "task_default_queue": UPDATES,
+        "task_routes": {"attributes.deliver": {"queue": DELIVERIES}},
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        # Nobody asks for results; the events that Flower reads carry them anyway.
+        "result_backend": None,
+        "task_ignore_result": True,
+        # A task that dies with its worker is run again; with one message at a time a shutdown hands
+        # the rest back.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        # True ends the worker with the threads pool.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "worker_send_task_events": True,
+        "task_send_sent_event": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "broker_transport_options": _transport(settings),
+    }
+
+
+def _transport(settings: Settings) -> dict[str, Any]:
+    if settings.broker_url.reveal().partition("+")[0].startswith(("amqp", "pyamqp")):
+        return {"confirm_publish": True}
+    return {
+        # Celery's keys stay apart from ours, and from those of other apps on the same server.
+        "global_keyprefix": f"imattr-celery:{settings.sdkappid}:",
+        # A message not acknowledged in this time runs again; far longer than any task takes.
+        "visibility_timeout": max(120, round(3 * settings.longest_task)),
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        # Without timeouts a half-open connection stops the worker for good.
+        "socket_timeout": 5,
+        "socket_connect_timeout": 3,
+        "socket_keepalive": True,
+        "health_check_interval": 5,
+        "retry_on_timeout": False,
+    }
+
+
+app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
+app.conf.update(_configuration(_settings()))
+
+
+class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no type hints
+    """Runs this worker's dispatcher in a thread of the main process, from start to shutdown.
+
+    A step of the worker, not of the consumer, and a thread, not a timer: a reconnect of the broker
+    restarts the consumer and drops its timers.
+    """
+
+    requires = {"celery.worker.components:Pool"}
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._dispatcher: Dispatcher | None = None
+        self._thread: threading.Thread | None = None
+        self._page: ThreadingHTTPServer | None = None
+        self._last_turn = time.monotonic()
+
+    def start(self, worker: Any) -> None:
+        settings = runtime.settings()
+        self._dispatcher = Dispatcher(
+            runtime.build_buffer(settings, runtime.connect(settings)),
+            self._publish,
+            worker=f"{worker.hostname or socket.gethostname()}",
+            batch_size=settings.batch_size,
+            linger=settings.linger,
+            quota=settings.quota,
+            on_turn=self._note_turn,
+        )
+        self._thread = threading.Thread(
+            target=self._dispatcher.run, name="dispatcher", daemon=True
+        )
+        self._thread.start()
+        if settings.health_port:
+            self._page = health.serve(
+                settings.health_port, lambda: time.monotonic() - self._last_turn
+            )
+
+    def stop(self, worker: Any) -> None:
+        if self._dispatcher and self._thread:
+            self._dispatcher.stop()
+            self._thread.join(DISPATCHER_PATIENCE)
+        if self._page:
+            self._page.shutdown()
+
+    terminate = stop
+
+    def _note_turn(self) -> None:
+        self._last_turn = time.monotonic()
+
+    def _publish(self, ticket: BatchId) -> None:
+        # A ticket that cannot be sent now is worth nothing later: no retries, no expiry to clean up.
+        app.send_task(
+            "attributes.deliver", task_id=ticket, queue=DELIVERIES, retry=False
+        )
+
+
+app.steps["worker"].add(DispatcherStep)
+
+
+class _WithoutBodies(logging.Filter):
+    """Celery logs the whole body of a message that it cannot use; this leaves the first sentence."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "body" in str(record.msg):
+            record.msg = record.getMessage().splitlines()[0].partition(" [type:")[0]
+            record.args, record.exc_info = (), None
+        return True
+
+
+@signals.setup_logging.connect
+def _configure_logs(**_: Any) -> None:
+    settings = runtime.settings()
+    logs.configure(settings.log_level, settings.log_format)
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_WithoutBodies())
+
+
+@signals.worker_init.connect
+def _tune_threads(**_: Any) -> None:
+    # A thread whose slot has come must get the interpreter at once, not after the usual 5 ms.
+    sys.setswitchinterval(0.0005)
+
+
+@signals.worker_shutting_down.connect
+def _stop_claiming(**_: Any) -> None:
+    runtime.stopping.set()
+
+
+@signals.task_prerun.connect
+@signals.task_postrun.connect
+def _forget_context(**_: Any) -> None:
+    # A pool's thread runs one task after the other: nothing bound for one may reach the next.
+    structlog.contextvars.clear_contextvars()

@@ -1,0 +1,241 @@
+"""The HTTP edge: one call of the user-attribute API and a complete reading of its answer.
+
+Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/60565 (`timpush/set_attr`), 1047/34620
+(general rules). The API answers HTTP 200 even on failure; the truth is in `ErrorCode`, and, under a
+successful `ErrorCode`, in `ErrorList`.
+
+Nothing that `requests` raises leaves this module, in no form: the text of its exceptions, and of the
+ones behind them, holds the URL and with it the UserSig. What leaves is the kind of failure, in our words.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+from urllib.parse import urlencode
+
+import requests
+import urllib3.exceptions
+
+from worker.models import Attributes, UserId
+from worker.usersig import Signer
+
+#: The two endpoints, by the name that settings use.
+ENDPOINTS = {"chat": "v4/all_member_push/im_set_attr", "push": "v4/timpush/set_attr"}
+
+#: No honest reply is longer (100 users in `ErrorList` are about 10 kB).
+MAX_REPLY_BYTES = 1_000_000
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class UserError:
+    """One entry of `ErrorList`. `code` -1 when the entry has none."""
+
+    code: int
+    info: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A readable answer. `code` 0 means success for every user that is not in `errors`.
+
+    `info` and the entries' `info` are the API's own words: they may quote values, so they go into
+    dead letters, never into logs.
+    """
+
+    code: int
+    info: str = ""
+    errors: Mapping[UserId, UserError] = field(default_factory=dict)
+    request_id: str = ""
+
+
+class Failure(StrEnum):
+    """Why there is no readable answer."""
+
+    UNREACHABLE = "unreachable"  # no connection: the request never left
+    TIMEOUT = "timeout"
+    BROKEN = "connection broken"
+    HTTP_STATUS = "http status"
+    UNREADABLE = "unreadable reply"
+
+
+@dataclass(frozen=True, slots=True)
+class NoReply:
+    """No readable answer. Unless `sent` is False the API may have applied the call, or still will."""
+
+    failure: Failure
+    sent: bool = True
+    http_status: int | None = None
+
+
+#: `ActionStatus` is FAIL, or missing, under `ErrorCode` 0: a failure that the API did not number.
+UNNUMBERED = -1
+
+
+def read_reply(body: bytes) -> Reply | NoReply:
+    """Read an answer with HTTP status 200, by the documented fields; unknown ones are ignored."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return NoReply(Failure.UNREADABLE)
+    if not isinstance(answer, dict) or type(answer.get("ErrorCode")) is not int:
+        return NoReply(Failure.UNREADABLE)
+    entries = answer.get("ErrorList") or []
+    if not isinstance(entries, list):
+        return NoReply(Failure.UNREADABLE)
+    code: int = answer["ErrorCode"]
+    if code == 0 and answer.get("ActionStatus") != "OK":
+        code = UNNUMBERED
+    return Reply(
+        code=code,
+        info=str(answer.get("ErrorInfo") or ""),
+        errors=dict(filter(None, map(_user_error, entries))),
+        request_id=str(answer.get("RequestId") or ""),
+    )
+
+
+def _user_error(entry: Any) -> tuple[UserId, UserError] | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("To_Account"), str):
+        return None
+    code = entry.get("ErrorCode")
+    if code == 0:
+        return None
+    number = code if type(code) is int else UNNUMBERED
+    return entry["To_Account"], UserError(number, str(entry.get("ErrorInfo") or ""))
+
+
+class Client:
+    """Calls `im_set_attr` or its twin. Thread-safe: each thread has a session and a connection."""
+
+    def __init__(
+        self,
+        base_url: str,
+        signer: Signer,
+        *,
+        sdkappid: int,
+        identifier: str,
+        api: str = "chat",
+        connect_timeout: float = 3.05,
+        read_timeout: float = 10.0,
+    ) -> None:
+        """Timeouts in seconds; the API's own is 3 s, so `read_timeout` must be longer."""
+        self._url = f"{base_url.rstrip('/')}/{ENDPOINTS[api]}?"
+        self._query = {
+            "sdkappid": sdkappid,
+            "identifier": identifier,
+            "contenttype": "json",
+        }
+        self._signer = signer
+        self._timeouts = (connect_timeout, read_timeout)
+        self._local = threading.local()
+
+    @property
+    def longest_call(self) -> float:
+        """Seconds that one call can take at most, connecting included."""
+        return sum(self._timeouts)
+
+    @staticmethod
+    def encode(users: Iterable[tuple[UserId, Attributes]]) -> bytes:
+        """The body of a call; kept apart from `send` so that it can be made before the slot comes."""
+        return _encode(
+            {"UserAttrs": [{"To_Account": u, "Attrs": attrs} for u, attrs in users]}
+        ).encode()
+
+    def sign_again(self) -> None:
+        """Drop the cached UserSig: the API refused it."""
+        self._signer.forget()
+
+    def send(self, body: bytes) -> Reply | NoReply:
+        """Make one call. Never raises for anything the network or the API does."""
+        session, request = self._session()
+        query = {
+            **self._query,
+            "usersig": self._signer.usersig(),
+            "random": random.getrandbits(32),
+        }
+        request = request.copy()
+        request.url = self._url + urlencode(query)
+        request.body = body
+        request.headers["Content-Length"] = str(len(body))
+        # What is raised is turned into a value inside, and its traceback ends there with it.
+        return self._exchange(session, request)
+
+    def _session(self) -> tuple[requests.Session, requests.PreparedRequest]:
+        """This thread's session, and a request to copy: preparing one anew each time costs 0.3 ms."""
+        if not hasattr(self._local, "session"):
+            session = requests.Session()
+            session.trust_env = False  # no proxies and .netrc from the environment
+            headers = {
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": "imattr",
+            }
+            request = session.prepare_request(
+                requests.Request("POST", self._url, headers=headers, data=b"{}")
+            )
+            self._local.session, self._local.request = session, request
+        return self._local.session, self._local.request
+
+    def _exchange(
+        self, session: requests.Session, request: requests.PreparedRequest
+    ) -> Reply | NoReply:
+        deadline = time.monotonic() + self.longest_call
+        try:
+            with session.send(
+                request, timeout=self._timeouts, allow_redirects=False, stream=True
+            ) as response:
+                body = _read(response, deadline)
+                status = response.status_code
+        except requests.exceptions.ConnectTimeout:
+            return NoReply(Failure.UNREACHABLE, sent=False)
+        except (
+            requests.exceptions.Timeout,
+            TimeoutError,
+            urllib3.exceptions.TimeoutError,
+        ):
+            return NoReply(Failure.TIMEOUT)
+        except requests.exceptions.ConnectionError as error:
+            sent = not _never_connected(error)
+            return NoReply(Failure.BROKEN if sent else Failure.UNREACHABLE, sent=sent)
+        except (
+            requests.exceptions.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+        ):
+            return NoReply(Failure.BROKEN)
+        if status != 200:
+            return NoReply(Failure.HTTP_STATUS, http_status=status)
+        return read_reply(body)
+
+
+def _never_connected(error: requests.exceptions.ConnectionError) -> bool:
+    """Whether the failure is one of connecting (refused, no such host), so that nothing was sent."""
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    return isinstance(
+        reason,
+        urllib3.exceptions.NewConnectionError | urllib3.exceptions.NameResolutionError,
+    )
+
+
+def _read(response: requests.Response, deadline: float) -> bytes:
+    """The body, read by the deadline: the timeouts of `requests` start anew with every packet."""
+    body = bytearray()
+    while chunk := response.raw.read1(65_536):
+        body += chunk
+        if len(body) > MAX_REPLY_BYTES:
+            raise OSError("reply too long")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    # urllib3's read1 returns nothing at a connection closed early, too.
+    expected = response.headers.get("Content-Length", "")
+    if expected.isdigit() and len(body) < int(expected):
+        raise OSError("reply cut short")
+    return bytes(body)

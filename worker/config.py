@@ -1,0 +1,280 @@
+"""Settings: environment variables that start with ``IMATTR_``, read once, all mistakes told at once.
+
+Durations are seconds. `Settings.from_env` says for which role they are read: a producer needs the app
+and Redis only, never the API's credentials.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from worker.errors import ConfigError
+from worker.models import MAX_USER_ID_BYTES
+
+PREFIX = "IMATTR_"
+
+Role = Literal["producer", "worker"]
+
+#: Main domains by region (API documents 1047/34620 and newer pages). A convenience: `API_URL` takes any.
+REGIONS = {
+    "china": "https://console.tim.qq.com",
+    "singapore": "https://adminapisgp.im.qcloud.com",
+    "seoul": "https://adminapikr.im.qcloud.com",
+    "tokyo": "https://adminapijpn.im.qcloud.com",
+    "frankfurt": "https://adminapiger.im.qcloud.com",
+    "silicon-valley": "https://adminapiusa.im.qcloud.com",
+    "jakarta": "https://adminapiidn.im.qcloud.com",
+    "mumbai": "https://adminapiind.im.qcloud.com",
+    "saudi-arabia": "https://adminapiksa.im.qcloud.com",
+}
+
+#: The service's own timeout, seconds (1047/34620): ours must be longer, and so must every hold.
+SERVICE_TIMEOUT = 3.0
+
+
+class Secret:
+    """Text that shows itself only when asked; any formatting of it reads ``***``."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        number = int(value) if value.strip().lstrip("-").isdecimal() else None
+        if number is None or number < least or (most is not None and number > most):
+            raise ValueError(
+                f"must be a whole number from {least} {f'to {most}' if most else 'up'}"
+            )
+        return number
+
+    return parse
+
+
+def _seconds(least: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < least or (above and number == least):
+            raise ValueError(
+                f"must be a number of seconds, {'more than' if above else 'at least'} {least:g}"
+            )
+        return number
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value.lower() not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value.lower()
+
+    return parse
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in schemes or (parts.scheme != "unix" and not parts.netloc):
+            raise ValueError(
+                f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}"
+            )
+        return value
+
+    return parse
+
+
+def _account(value: str) -> str:
+    if not (
+        value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES
+    ):
+        raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of printable ASCII")
+    return value
+
+
+def _setting(parse: Callable[[str], Any], default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set; `metadata["doc"]` of each field says what it means."""
+
+    sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
+    admin: str = _setting(_account, "administrator", "the app's administrator account")
+    secret_key: Secret = _setting(Secret, Secret(""), "the app's secret key")
+    secret_key_file: str = _setting(
+        _text, "", "file that holds the secret key, instead of it"
+    )
+    region: str = _setting(_choice(*REGIONS), "", "named region of the API")
+    api_url: str = _setting(
+        _url("https", "http"), "", "base URL of the API, instead of a region"
+    )
+    api: str = _setting(
+        _choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr"
+    )
+    redis_url: Secret = _setting(
+        lambda v: Secret(_url("redis", "rediss", "unix")(v)),
+        Secret(""),
+        "where the state is kept",
+    )
+    broker_url: Secret = _setting(
+        Secret, Secret(""), "Celery's broker, Redis or RabbitMQ; default REDIS_URL"
+    )
+    quota: int = _setting(_whole(1), 100, "calls a second that the API allows the app")
+    batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
+    linger: float = _setting(
+        _seconds(), 0.25, "how long the oldest user waits for company"
+    )
+    max_attempts: int = _setting(
+        _whole(1), 8, "attempts before a failing user becomes a dead letter"
+    )
+    backoff_base: float = _setting(
+        _seconds(above=True), 1.0, "back-off after the first failure"
+    )
+    backoff_max: float = _setting(_seconds(above=True), 300.0, "longest back-off")
+    connect_timeout: float = _setting(
+        _seconds(above=True), 3.05, "connecting to the API"
+    )
+    read_timeout: float = _setting(
+        _seconds(SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer"
+    )
+    hold: float = _setting(
+        _seconds(SERVICE_TIMEOUT, above=True),
+        5.0,
+        "users wait this long after an unknown outcome",
+    )
+    lease: float = _setting(
+        _seconds(above=True), 60.0, "how long a worker may keep a batch"
+    )
+    patience: float = _setting(
+        _seconds(above=True), 2.0, "how long a task waits for a permit"
+    )
+    max_pending: int = _setting(
+        _whole(0), 0, "refuse new users beyond this many; 0 = no limit"
+    )
+    shadow_ttl: float = _setting(
+        _seconds(), 900.0, "how long delivered values are remembered; 0 = not"
+    )
+    shadow_max_users: int = _setting(
+        _whole(1), 1_000_000, "how many users are remembered"
+    )
+    log_level: str = _setting(
+        _choice("debug", "info", "warning", "error"), "info", "least level logged"
+    )
+    log_format: str = _setting(
+        _choice("json", "text"), "", "json or text; default text on a terminal"
+    )
+
+    health_port: int = _setting(
+        _whole(1, 65_535), 0, "port of the worker's health page; default off"
+    )
+
+    @property
+    def base_url(self) -> str:
+        return self.api_url or REGIONS.get(self.region, "")
+
+    @property
+    def longest_task(self) -> float:
+        """Seconds that one deliver task may take: waiting, then sending until its lease is over."""
+        return 2 * self.patience + self.lease + self.connect_timeout + self.read_timeout
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], role: Role = "worker") -> Settings:
+        """Read the environment; raises `ConfigError` with a sentence for every mistake."""
+        mistakes: list[str] = []
+        found: dict[str, Any] = {}
+        fields = {
+            PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)
+        }
+        for variable, value in environ.items():
+            if not variable.startswith(PREFIX) or not value.strip():
+                continue
+            if variable not in fields:
+                near = difflib.get_close_matches(variable, fields, 1)
+                mistakes.append(
+                    f"{variable} is no setting"
+                    + (f", is {near[0]} meant?" if near else "")
+                )
+                continue
+            field = fields[variable]
+            try:
+                found[field.name] = field.metadata["parse"](value.strip())
+            except ValueError as mistake:
+                mistakes.append(f"{variable} {mistake}")
+        mistakes += _read_key_file(found)
+        settings = cls(**found)
+        if not settings.broker_url:
+            settings = dataclasses.replace(settings, broker_url=settings.redis_url)
+        mistakes += settings._contradictions(role, environ)
+        if mistakes:
+            raise ConfigError(mistakes)
+        return settings
+
+    def _contradictions(self, role: Role, environ: Mapping[str, str]) -> list[str]:
+        """What is missing for the role, and what cannot hold together."""
+        missing = {"SDKAPPID": self.sdkappid, "REDIS_URL": self.redis_url}
+        if role == "worker":
+            missing["SECRET_KEY"] = self.secret_key or environ.get(
+                f"{PREFIX}SECRET_KEY_FILE"
+            )
+            missing["REGION or IMATTR_API_URL"] = self.base_url
+        found = [
+            f"{PREFIX}{name} is not set"
+            for name, value in missing.items()
+            if not value and not environ.get(PREFIX + name, "").strip()
+        ]
+        if self.region and self.api_url:
+            found.append("IMATTR_REGION and IMATTR_API_URL are both set, choose one")
+        if self.lease <= 2 * (self.connect_timeout + self.read_timeout):
+            found.append(
+                "IMATTR_LEASE must be more than twice CONNECT_TIMEOUT + READ_TIMEOUT"
+            )
+        if self.backoff_max < self.backoff_base:
+            found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
+        if self.patience < 2 / self.quota:
+            found.append(
+                f"IMATTR_PATIENCE must be at least {2 / self.quota:g} at this IMATTR_QUOTA"
+            )
+        return found
+
+
+def _read_key_file(found: dict[str, Any]) -> list[str]:
+    path = found.get("secret_key_file")
+    if not path:
+        return []
+    if found.get("secret_key"):
+        return ["IMATTR_SECRET_KEY and IMATTR_SECRET_KEY_FILE are both set, choose one"]
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"IMATTR_SECRET_KEY_FILE cannot be read ({type(error).__name__})"]
+    found["secret_key"] = Secret(key)
+    return [] if key else ["IMATTR_SECRET_KEY_FILE is empty"]

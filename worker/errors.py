@@ -1,0 +1,51 @@
+"""Every exception this product raises.
+
+    ImattrError
+    ├── ConfigError      settings are missing or wrong; lists every mistake at once
+    ├── InvalidUpdate    an update breaks a rule of the API; says which, for which user
+    ├── BufferFull       a new user was refused because too many are pending
+    └── SandboxError     a server of the sandbox could not be started
+
+Errors of the `redis` library pass through unchanged: a caller who already handles them keeps doing so.
+"""
+
+from collections.abc import Sequence
+
+
+class ImattrError(Exception):
+    """Base of all exceptions of this product."""
+
+
+class ConfigError(ImattrError):
+    """Raised when settings are missing or wrong. `mistakes` has one sentence for each."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class InvalidUpdate(ImattrError):
+    """Raised when an update breaks a rule; never carries the value, only its length or type.
+
+    `user` is the user id as given (shortened), `rule` the sentence that says what is wrong.
+    """
+
+    def __init__(self, user: str, rule: str) -> None:
+        self.user = user
+        self.rule = rule
+        super().__init__(f"user {user}: {rule}")
+
+
+class BufferFull(ImattrError):
+    """Raised when an update for a user who is not pending yet exceeds `IMATTR_MAX_PENDING`."""
+
+    def __init__(self, user: str, limit: int) -> None:
+        self.user = user
+        self.rule = (
+            f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
+        )
+        super().__init__(f"user {user}: {self.rule}")
+
+
+class SandboxError(ImattrError):
+    """Raised when a server that the sandbox needs cannot be found or started."""

@@ -1,0 +1,39 @@
+"""The worker's health page: is this process still doing its part? For liveness probes.
+
+It answers 200 while the dispatcher's thread takes turns, and 503 with the reason when it has stalled
+for longer than an outage of Redis that one would sit out. A worker whose Redis is away is waiting, not
+ill: restarting it would help nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+#: Seconds without a turn of the dispatcher after which the worker counts as stalled.
+STALLED_AFTER = 120.0
+
+
+def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
+    """Serve the page in threads of its own until `shutdown`; `stalled_for` in seconds."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            age = stalled_for()
+            body = json.dumps(
+                {"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)}
+            ).encode()
+            self.send_response(200 if age < STALLED_AFTER else 503)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes come every few seconds; they are no news."""
+
+    server = ThreadingHTTPServer(("", port), Handler)
+    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+    return server

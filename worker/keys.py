@@ -1,0 +1,119 @@
+"""Every key this product keeps in Redis: the one catalogue of names, types and meanings.
+
+All keys of an app share the hash tag ``{imattr:<sdkappid>}``, so they live on one Cluster node and
+every script gets the ones it needs through KEYS; none is built inside a script.
+
+A *record* is what is known about one user and not delivered yet, as JSON::
+
+    {"t": 1700000000000, "n": 2, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
+
+``t`` first-updated ms, ``n`` attempts used (absent = 0), ``b`` present when only a backfill asked for
+it, ``a`` attribute name -> [value, version]. A version is the event time (ms) the producer gave, else
+Redis' clock at arrival. Short names because a million pending users hold a million of them.
+
+Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
+or in `flight` (then `pending` has a record only if something newer arrived meanwhile).
+"""
+
+from dataclasses import dataclass
+
+#: The counters of the ledger, in the order in which people read them.
+LEDGER = (
+    "accepted",
+    "redriven",
+    "coalesced",
+    "unchanged",
+    "stale",
+    "delivered",
+    "dead_lettered",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The key names of one app."""
+
+    sdkappid: int
+
+    def _key(self, name: str) -> str:
+        return f"{{imattr:{self.sdkappid}}}:{name}"
+
+    @property
+    def pending(self) -> str:
+        """hash: user -> record, for users who wait to be sent."""
+        return self._key("pending")
+
+    @property
+    def live(self) -> str:
+        """zset: user scored by first-updated ms; first come, first served."""
+        return self._key("live")
+
+    @property
+    def backfill(self) -> str:
+        """zset: user scored by first-updated ms; fills the seats `live` leaves free."""
+        return self._key("backfill")
+
+    @property
+    def delayed(self) -> str:
+        """zset: user scored by not-before ms; afterwards the user joins its own lane again."""
+        return self._key("delayed")
+
+    @property
+    def flight(self) -> str:
+        """hash: user -> record as it is being sent."""
+        return self._key("flight")
+
+    @property
+    def batches(self) -> str:
+        """hash: batch id -> JSON array of the users still to be settled; the fencing token."""
+        return self._key("batches")
+
+    @property
+    def leases(self) -> str:
+        """zset: batch id scored by the ms at which its lease ends."""
+        return self._key("leases")
+
+    @property
+    def dead(self) -> str:
+        """hash: user -> {"a": attributes, "code", "message", "attempts", "t" first update ms, "at" ms}."""
+        return self._key("dead")
+
+    @property
+    def dead_at(self) -> str:
+        """zset: dead-lettered user scored by the ms it happened."""
+        return self._key("dead_at")
+
+    @property
+    def shadow(self) -> str:
+        """hash: user -> {"a": name -> [last delivered value, or null when unknown, version]}."""
+        return self._key("shadow")
+
+    @property
+    def shadow_at(self) -> str:
+        """zset: user in the shadow scored by the ms it was last written; the oldest are trimmed."""
+        return self._key("shadow_at")
+
+    @property
+    def ledger(self) -> str:
+        """hash: counter -> count, moved inside the same scripts as the users."""
+        return self._key("ledger")
+
+    @property
+    def rate(self) -> str:
+        """hash: "next" free slot us; "paused_until" us with "reason" and "code" of the pause."""
+        return self._key("rate")
+
+    @property
+    def tickets(self) -> str:
+        """zset: ticket id scored by issue ms; a ticket is the right to claim one batch, once."""
+        return self._key("tickets")
+
+    @property
+    def dispatcher(self) -> str:
+        """string with expiry: name of the worker whose dispatcher acts."""
+        return self._key("dispatcher")
+
+    @property
+    def names(self) -> str:
+        """set: the app's attribute names; empty or absent = not known, any name passes."""
+        return self._key("names")

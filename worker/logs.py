@@ -1,0 +1,118 @@
+"""Structured logs on standard output: text on a terminal, else one JSON object a line.
+
+Secrets cannot get in: a `Secret` prints as ``***``, and whatever text still holds a secret that was
+announced with `protect`, or a UserSig in a URL, loses it here, in the last step before rendering, so it
+covers other libraries' lines and tracebacks, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import structlog
+
+HIDDEN = "***"
+
+_secrets: set[str] = set()
+_USERSIG = re.compile(r"(usersig[\"']?\s*[=:]\s*[\"']?)[^\s&\"']+", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)[^\s@/]+@")
+
+
+def protect(*secrets: str) -> None:
+    """Never let these texts into a log line."""
+    _secrets.update(secret for secret in secrets if len(secret) >= 4)
+
+
+def scrub(text: str) -> str:
+    """The text without secrets."""
+    for secret in _secrets:
+        text = text.replace(secret, HIDDEN)
+    return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", _USERSIG.sub(rf"\1{HIDDEN}", text))
+
+
+def _scrubbed(value: Any) -> Any:
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, Mapping):
+        return {key: _scrubbed(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_scrubbed(inner) for inner in value]
+    return value if isinstance(value, int | float | None) else scrub(str(value))
+
+
+def _scrub_event(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    # Structlog's own entries (underscored: the raw record) are dropped by the formatter afterwards.
+    return {
+        key: value if key.startswith("_") else _scrubbed(value)
+        for key, value in event.items()
+    }
+
+
+def _drop_empty(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    return {key: value for key, value in event.items() if value is not None}
+
+
+def configure(level: str = "info", style: str = "") -> None:
+    """Set up structlog and the standard library's logging; `style` is json, text or empty = by terminal."""
+    text = style == "text" or (not style and sys.stdout.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _drop_empty,
+        _scrub_event,
+    ]
+    renderer = structlog.dev.ConsoleRenderer(
+        exception_formatter=structlog.dev.plain_traceback
+    )
+    formatter = {
+        "()": structlog.stdlib.ProcessorFormatter,
+        "foreign_pre_chain": shared,
+        "processors": [
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            renderer if text else structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+    }
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"structured": formatter},
+            "handlers": {
+                "stdout": {
+                    "class": "logging.StreamHandler",
+                    "formatter": "structured",
+                    "stream": "ext://sys.stdout",
+                }
+            },
+            "root": {"handlers": ["stdout"], "level": level.upper()},
+            "loggers": {
+                # One "received" and one "succeeded" line a task would double every canonical line.
+                "celery.worker.strategy": {"level": "WARNING"},
+                "celery.app.trace": {"level": "WARNING"},
+                # urllib3 writes the whole URL, UserSig included, at DEBUG and WARNING.
+                "urllib3": {"level": "ERROR"},
+            },
+        }
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,66 @@
+--[[
+Take up to one batch of users out of the lanes, for a limited time, in exchange for a ticket.
+
+Users whose delay is over join their own lane again first, at the place of their first update. `live`
+goes before `backfill`, which fills the seats that are left. A ticket is good for one claim, so a
+message that the broker delivers twice claims nothing the second time, and a batch id is never reused.
+
+KEYS[1]  hash, pending: user -> record
+KEYS[2]  zset, lane `live`
+KEYS[3]  zset, lane `backfill`
+KEYS[4]  zset, lane `delayed`
+KEYS[5]  hash, flight: user -> record
+KEYS[6]  hash, batches: batch id -> JSON array of users
+KEYS[7]  zset, leases: batch id -> end in ms
+KEYS[8]  zset, tickets
+ARGV[1]  now in ms, empty = the server's clock
+ARGV[2]  batch id, which is the ticket's id
+ARGV[3]  most users to take, at most 1000
+ARGV[4]  lease in ms
+Returns  {now in ms, user, record, user, record, ...}, or {} when the ticket is spent or unknown
+]]
+local now, batch, limit, lease = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local time = not now and redis.call('TIME')
+now = now or time[1] * 1000 + math.floor(time[2] / 1000)
+
+if redis.call('ZREM', KEYS[8], batch) == 0 then
+  return {}
+end
+
+local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, limit)
+for _, user in ipairs(due) do
+  local record = cjson.decode(redis.call('HGET', KEYS[1], user))
+  redis.call('ZADD', record.b and KEYS[3] or KEYS[2], record.t, user)
+end
+if #due > 0 then
+  redis.call('ZREM', KEYS[4], unpack(due))
+end
+
+local users = redis.call('ZRANGE', KEYS[2], 0, limit - 1)
+if #users > 0 then
+  redis.call('ZREM', KEYS[2], unpack(users))
+end
+if #users < limit then
+  local spare = redis.call('ZRANGE', KEYS[3], 0, limit - #users - 1)
+  if #spare > 0 then
+    redis.call('ZREM', KEYS[3], unpack(spare))
+  end
+  for _, user in ipairs(spare) do
+    users[#users + 1] = user
+  end
+end
+if #users == 0 then
+  return { now }
+end
+
+local records = redis.call('HMGET', KEYS[1], unpack(users))
+local fields, reply = { KEYS[5] }, { now }
+for i, user in ipairs(users) do
+  fields[2 * i], fields[2 * i + 1] = user, records[i]
+  reply[2 * i], reply[2 * i + 1] = user, records[i]
+end
+redis.call('HDEL', KEYS[1], unpack(users))
+redis.call('HSET', unpack(fields))
+redis.call('HSET', KEYS[6], batch, cjson.encode(users))
+redis.call('ZADD', KEYS[7], now + lease, batch)
+return reply

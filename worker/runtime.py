@@ -1,0 +1,112 @@
+"""Builds the product from its settings: the one place where the parts are put together."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import threading
+
+import redis
+
+from worker import logs
+from worker.buffer import Buffer
+from worker.client import Client
+from worker.clock import SystemClock
+from worker.config import Settings
+from worker.delivery import Delivery
+from worker.keys import Keys
+from worker.policy import Policy
+from worker.producer import Producer
+from worker.ratelimit import RateLimiter
+from worker.usersig import Signer
+
+#: Set when this process shuts down: what is in flight is finished, nothing new begins.
+stopping = threading.Event()
+
+
+@functools.cache
+def settings() -> Settings:
+    """The worker's settings from the environment; raises `ConfigError`."""
+    found = Settings.from_env(os.environ)
+    logs.protect(found.secret_key.reveal())
+    return found
+
+
+def connect(settings: Settings) -> redis.Redis:
+    """A client whose calls end: half-open connections are noticed, dropped ones are made anew."""
+    return redis.Redis.from_url(
+        settings.redis_url.reveal(),
+        socket_timeout=5,
+        socket_connect_timeout=3,
+        health_check_interval=15,
+    )
+
+
+def build_buffer(settings: Settings, client: redis.Redis) -> Buffer:
+    return Buffer(
+        client,
+        Keys(settings.sdkappid),
+        lease=settings.lease,
+        shadow_ttl=settings.shadow_ttl,
+        shadow_max_users=settings.shadow_max_users,
+    )
+
+
+def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
+    clock = SystemClock()
+    keys = Keys(settings.sdkappid)
+    signer = Signer(settings.secret_key.reveal(), settings.admin, settings.sdkappid)
+    return Delivery(
+        build_buffer(settings, client),
+        RateLimiter(
+            client, keys, quota=settings.quota, patience=settings.patience, clock=clock
+        ),
+        Client(
+            settings.base_url,
+            signer,
+            sdkappid=settings.sdkappid,
+            identifier=settings.admin,
+            api=settings.api,
+            connect_timeout=settings.connect_timeout,
+            read_timeout=settings.read_timeout,
+        ),
+        Policy(
+            max_attempts=settings.max_attempts,
+            backoff_base=settings.backoff_base,
+            backoff_max=settings.backoff_max,
+            hold=settings.hold,
+            rng=random.Random(),
+        ),
+        clock,
+        batch_size=settings.batch_size,
+        lease=settings.lease,
+        stopping=stopping.is_set,
+    )
+
+
+# One of each a process, made at first use: with prefork that is after the fork, so that processes
+# never share a connection.
+
+
+@functools.cache
+def _delivery(_pid: int) -> Delivery:
+    return build_delivery(settings(), connect(settings()))
+
+
+@functools.cache
+def _producer(_pid: int) -> Producer:
+    found = settings()
+    return Producer(
+        found.redis_url.reveal(), found.sdkappid, max_pending=found.max_pending
+    )
+
+
+def delivery() -> Delivery:
+    """This process' delivery loop."""
+    return _delivery(os.getpid())
+
+
+def producer() -> Producer:
+    """This process' producer."""
+    return _producer(os.getpid())

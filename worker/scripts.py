@@ -1,0 +1,31 @@
+"""Loads the Lua scripts beside this file: one file is one atomic step of the state machine."""
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, Protocol
+
+import redis
+
+#: What a script takes as an argument.
+Argument = str | int | float | bytes
+
+
+class Script(Protocol):
+    """A script registered on a connection pool; sends it again by itself after SCRIPT FLUSH."""
+
+    def __call__(self, keys: Sequence[str], args: Sequence[Argument]) -> Any: ...
+
+
+def source(name: str) -> str:
+    """The text of ``lua/<name>.lua``."""
+    return (
+        resources.files("worker")
+        .joinpath("lua", f"{name}.lua")
+        .read_text(encoding="utf-8")
+    )
+
+
+def load(client: redis.Redis, name: str) -> Script:
+    """Register ``lua/<name>.lua`` on the client; nothing is sent before the first call."""
+    script: Script = client.register_script(source(name))
+    return script
