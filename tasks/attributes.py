@@ -44,9 +44,7 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
 
 @app.task(name="attributes.update")  # type: ignore[untyped-decorator]  # Celery has no type hints
 @contained
-def update(
-    user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None
-) -> str:
+def update(user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None) -> str:
     """Accept one update; fails, alone, when it breaks a rule."""
     return runtime.producer().set(user_id, attrs, occurred_at)
 

@@ -138,14 +138,7 @@ class Buffer:
         self._extend = scripts.load(client, "extend")
         self._reclaim = scripts.load(client, "reclaim")
         self._dispatch = scripts.load(client, "dispatch")
-        self._dispatch_keys = [
-            k.dispatcher,
-            k.tickets,
-            k.live,
-            k.backfill,
-            k.delayed,
-            k.rate,
-        ]
+        self._dispatch_keys = [k.dispatcher, k.tickets, k.live, k.backfill, k.delayed, k.rate]
 
     def add(
         self,
@@ -158,17 +151,11 @@ class Buffer:
         """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in their order."""
         if not updates:
             return Added(0, 0, 0, 0, ())
-        packed = _encode(
-            [(update.user, update.attrs, update.occurred_ms) for update in updates]
-        )
-        reply = self._add(
-            self._add_keys, (_argument(now_ms), lane, max_pending, packed)
-        )
+        packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
+        reply = self._add(self._add_keys, (_argument(now_ms), lane, max_pending, packed))
         return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
 
-    def claim(
-        self, ticket: BatchId, size: int, *, now_ms: int | None = None
-    ) -> Batch | None:
+    def claim(self, ticket: BatchId, size: int, *, now_ms: int | None = None) -> Batch | None:
         """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown."""
         args = (_argument(now_ms), ticket, size, self._lease_ms)
         reply = self._claim(self._claim_keys, args)
@@ -189,9 +176,7 @@ class Buffer:
         Returns the number of users settled, None when the batch is not held any more (its lease was
         reclaimed); nothing has changed then.
         """
-        packed = _encode(
-            {user: _outcome(outcome) for user, outcome in outcomes.items()}
-        )
+        packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
         args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow)
         settled: int = self._settle(self._settle_keys, args)
@@ -229,17 +214,10 @@ class Buffer:
     ) -> Tick:
         """Stand for dispatcher and, when acting, issue tickets; `term`, `linger`, `ticket_ttl` in seconds."""
         ids = [new_batch_id() for _ in range(most)]
-        times = (
-            round(term * 1000),
-            size,
-            round(linger * 1000),
-            round(ticket_ttl * 1000),
-        )
+        times = (round(term * 1000), size, round(linger * 1000), round(ticket_ttl * 1000))
         args = (_argument(now_ms), worker, *times, most, _encode(ids))
         acting, issued, next_due = self._dispatch(self._dispatch_keys, args)
-        return Tick(
-            bool(acting), tuple(ids[:issued]), None if next_due < 0 else next_due / 1000
-        )
+        return Tick(bool(acting), tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
 
     def release_tickets(self, tickets: Iterable[BatchId]) -> None:
         """Give tickets back that will not be used, so that the dispatcher issues others at once."""
@@ -258,21 +236,9 @@ class Buffer:
             for lane in (k.live, k.backfill, k.delayed):
                 pipe.zcard(lane)
             pipe.hlen(k.pending).hlen(k.flight).hlen(k.dead).hgetall(k.ledger)
-            pipe.zrange(k.live, 0, 0, withscores=True).zrange(
-                k.backfill, 0, 0, withscores=True
-            ).time()
+            pipe.zrange(k.live, 0, 0, withscores=True).zrange(k.backfill, 0, 0, withscores=True).time()
             replies: list[Any] = pipe.execute()
-        (
-            live,
-            backfill,
-            delayed,
-            pending,
-            in_flight,
-            dead,
-            ledger,
-            *oldest,
-            (seconds, micros),
-        ) = replies
+        (live, backfill, delayed, pending, in_flight, dead, ledger, *oldest, (seconds, micros)) = replies
         scores = [score for lane in oldest for _, score in lane]
         age = max(0.0, seconds + micros / 1e6 - min(scores) / 1000) if scores else None
         return Snapshot(
@@ -283,9 +249,7 @@ class Buffer:
             in_flight=in_flight,
             dead=dead,
             oldest_age=age,
-            ledger={
-                counter: int(ledger.get(counter.encode(), 0)) for counter in LEDGER
-            },
+            ledger={counter: int(ledger.get(counter.encode(), 0)) for counter in LEDGER},
         )
 
 

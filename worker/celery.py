@@ -140,14 +140,10 @@ class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
             quota=settings.quota,
             on_turn=self._note_turn,
         )
-        self._thread = threading.Thread(
-            target=self._dispatcher.run, name="dispatcher", daemon=True
-        )
+        self._thread = threading.Thread(target=self._dispatcher.run, name="dispatcher", daemon=True)
         self._thread.start()
         if settings.health_port:
-            self._page = health.serve(
-                settings.health_port, lambda: time.monotonic() - self._last_turn
-            )
+            self._page = health.serve(settings.health_port, lambda: time.monotonic() - self._last_turn)
 
     def stop(self, worker: Any) -> None:
         if self._dispatcher and self._thread:
@@ -163,9 +159,7 @@ class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
 
     def _publish(self, ticket: BatchId) -> None:
         # A ticket that cannot be sent now is worth nothing later: no retries, no expiry to clean up.
-        app.send_task(
-            "attributes.deliver", task_id=ticket, queue=DELIVERIES, retry=False
-        )
+        app.send_task("attributes.deliver", task_id=ticket, queue=DELIVERIES, retry=False)
 
 
 app.steps["worker"].add(DispatcherStep)

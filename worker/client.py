@@ -128,11 +128,7 @@ class Client:
     ) -> None:
         """Timeouts in seconds; the API's own is 3 s, so `read_timeout` must be longer."""
         self._url = f"{base_url.rstrip('/')}/{ENDPOINTS[api]}?"
-        self._query = {
-            "sdkappid": sdkappid,
-            "identifier": identifier,
-            "contenttype": "json",
-        }
+        self._query = {"sdkappid": sdkappid, "identifier": identifier, "contenttype": "json"}
         self._signer = signer
         self._timeouts = (connect_timeout, read_timeout)
         self._local = threading.local()
@@ -145,9 +141,7 @@ class Client:
     @staticmethod
     def encode(users: Iterable[tuple[UserId, Attributes]]) -> bytes:
         """The body of a call; kept apart from `send` so that it can be made before the slot comes."""
-        return _encode(
-            {"UserAttrs": [{"To_Account": u, "Attrs": attrs} for u, attrs in users]}
-        ).encode()
+        return _encode({"UserAttrs": [{"To_Account": u, "Attrs": attrs} for u, attrs in users]}).encode()
 
     def sign_again(self) -> None:
         """Drop the cached UserSig: the API refused it."""
@@ -156,11 +150,7 @@ class Client:
     def send(self, body: bytes) -> Reply | NoReply:
         """Make one call. Never raises for anything the network or the API does."""
         session, request = self._session()
-        query = {
-            **self._query,
-            "usersig": self._signer.usersig(),
-            "random": random.getrandbits(32),
-        }
+        query = {**self._query, "usersig": self._signer.usersig(), "random": random.getrandbits(32)}
         request = request.copy()
         request.url = self._url + urlencode(query)
         request.body = body
@@ -184,9 +174,7 @@ class Client:
             self._local.session, self._local.request = session, request
         return self._local.session, self._local.request
 
-    def _exchange(
-        self, session: requests.Session, request: requests.PreparedRequest
-    ) -> Reply | NoReply:
+    def _exchange(self, session: requests.Session, request: requests.PreparedRequest) -> Reply | NoReply:
         deadline = time.monotonic() + self.longest_call
         try:
             with session.send(
@@ -196,20 +184,12 @@ class Client:
                 status = response.status_code
         except requests.exceptions.ConnectTimeout:
             return NoReply(Failure.UNREACHABLE, sent=False)
-        except (
-            requests.exceptions.Timeout,
-            TimeoutError,
-            urllib3.exceptions.TimeoutError,
-        ):
+        except (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError):
             return NoReply(Failure.TIMEOUT)
         except requests.exceptions.ConnectionError as error:
             sent = not _never_connected(error)
             return NoReply(Failure.BROKEN if sent else Failure.UNREACHABLE, sent=sent)
-        except (
-            requests.exceptions.RequestException,
-            urllib3.exceptions.HTTPError,
-            OSError,
-        ):
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError):
             return NoReply(Failure.BROKEN)
         if status != 200:
             return NoReply(Failure.HTTP_STATUS, http_status=status)
@@ -219,10 +199,7 @@ class Client:
 def _never_connected(error: requests.exceptions.ConnectionError) -> bool:
     """Whether the failure is one of connecting (refused, no such host), so that nothing was sent."""
     reason = getattr(error.args[0] if error.args else None, "reason", None)
-    return isinstance(
-        reason,
-        urllib3.exceptions.NewConnectionError | urllib3.exceptions.NameResolutionError,
-    )
+    return isinstance(reason, urllib3.exceptions.NewConnectionError | urllib3.exceptions.NameResolutionError)
 
 
 def _read(response: requests.Response, deadline: float) -> bytes:

@@ -67,9 +67,7 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(value: str) -> int:
         number = int(value) if value.strip().lstrip("-").isdecimal() else None
         if number is None or number < least or (most is not None and number > most):
-            raise ValueError(
-                f"must be a whole number from {least} {f'to {most}' if most else 'up'}"
-            )
+            raise ValueError(f"must be a whole number from {least} {f'to {most}' if most else 'up'}")
         return number
 
     return parse
@@ -82,9 +80,7 @@ def _seconds(least: float = 0.0, *, above: bool = False) -> Callable[[str], floa
         except ValueError:
             number = math.nan
         if not math.isfinite(number) or number < least or (above and number == least):
-            raise ValueError(
-                f"must be a number of seconds, {'more than' if above else 'at least'} {least:g}"
-            )
+            raise ValueError(f"must be a number of seconds, {'more than' if above else 'at least'} {least:g}")
         return number
 
     return parse
@@ -103,18 +99,14 @@ def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in schemes or (parts.scheme != "unix" and not parts.netloc):
-            raise ValueError(
-                f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}"
-            )
+            raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
         return value
 
     return parse
 
 
 def _account(value: str) -> str:
-    if not (
-        value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES
-    ):
+    if not (value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES):
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of printable ASCII")
     return value
 
@@ -130,72 +122,34 @@ class Settings:
     sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
     admin: str = _setting(_account, "administrator", "the app's administrator account")
     secret_key: Secret = _setting(Secret, Secret(""), "the app's secret key")
-    secret_key_file: str = _setting(
-        _text, "", "file that holds the secret key, instead of it"
-    )
+    secret_key_file: str = _setting(_text, "", "file that holds the secret key, instead of it")
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
-    api_url: str = _setting(
-        _url("https", "http"), "", "base URL of the API, instead of a region"
-    )
-    api: str = _setting(
-        _choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr"
-    )
+    api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
+    api: str = _setting(_choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr")
     redis_url: Secret = _setting(
-        lambda v: Secret(_url("redis", "rediss", "unix")(v)),
-        Secret(""),
-        "where the state is kept",
+        lambda v: Secret(_url("redis", "rediss", "unix")(v)), Secret(""), "where the state is kept"
     )
-    broker_url: Secret = _setting(
-        Secret, Secret(""), "Celery's broker, Redis or RabbitMQ; default REDIS_URL"
-    )
+    broker_url: Secret = _setting(Secret, Secret(""), "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
     quota: int = _setting(_whole(1), 100, "calls a second that the API allows the app")
     batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
-    linger: float = _setting(
-        _seconds(), 0.25, "how long the oldest user waits for company"
-    )
-    max_attempts: int = _setting(
-        _whole(1), 8, "attempts before a failing user becomes a dead letter"
-    )
-    backoff_base: float = _setting(
-        _seconds(above=True), 1.0, "back-off after the first failure"
-    )
+    linger: float = _setting(_seconds(), 0.25, "how long the oldest user waits for company")
+    max_attempts: int = _setting(_whole(1), 8, "attempts before a failing user becomes a dead letter")
+    backoff_base: float = _setting(_seconds(above=True), 1.0, "back-off after the first failure")
     backoff_max: float = _setting(_seconds(above=True), 300.0, "longest back-off")
-    connect_timeout: float = _setting(
-        _seconds(above=True), 3.05, "connecting to the API"
-    )
-    read_timeout: float = _setting(
-        _seconds(SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer"
-    )
+    connect_timeout: float = _setting(_seconds(above=True), 3.05, "connecting to the API")
+    read_timeout: float = _setting(_seconds(SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer")
     hold: float = _setting(
-        _seconds(SERVICE_TIMEOUT, above=True),
-        5.0,
-        "users wait this long after an unknown outcome",
+        _seconds(SERVICE_TIMEOUT, above=True), 5.0, "users wait this long after an unknown outcome"
     )
-    lease: float = _setting(
-        _seconds(above=True), 60.0, "how long a worker may keep a batch"
-    )
-    patience: float = _setting(
-        _seconds(above=True), 2.0, "how long a task waits for a permit"
-    )
-    max_pending: int = _setting(
-        _whole(0), 0, "refuse new users beyond this many; 0 = no limit"
-    )
-    shadow_ttl: float = _setting(
-        _seconds(), 900.0, "how long delivered values are remembered; 0 = not"
-    )
-    shadow_max_users: int = _setting(
-        _whole(1), 1_000_000, "how many users are remembered"
-    )
-    log_level: str = _setting(
-        _choice("debug", "info", "warning", "error"), "info", "least level logged"
-    )
-    log_format: str = _setting(
-        _choice("json", "text"), "", "json or text; default text on a terminal"
-    )
+    lease: float = _setting(_seconds(above=True), 60.0, "how long a worker may keep a batch")
+    patience: float = _setting(_seconds(above=True), 2.0, "how long a task waits for a permit")
+    max_pending: int = _setting(_whole(0), 0, "refuse new users beyond this many; 0 = no limit")
+    shadow_ttl: float = _setting(_seconds(), 900.0, "how long delivered values are remembered; 0 = not")
+    shadow_max_users: int = _setting(_whole(1), 1_000_000, "how many users are remembered")
+    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "least level logged")
+    log_format: str = _setting(_choice("json", "text"), "", "json or text; default text on a terminal")
 
-    health_port: int = _setting(
-        _whole(1, 65_535), 0, "port of the worker's health page; default off"
-    )
+    health_port: int = _setting(_whole(1, 65_535), 0, "port of the worker's health page; default off")
 
     @property
     def base_url(self) -> str:
@@ -211,18 +165,13 @@ class Settings:
         """Read the environment; raises `ConfigError` with a sentence for every mistake."""
         mistakes: list[str] = []
         found: dict[str, Any] = {}
-        fields = {
-            PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)
-        }
+        fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
         for variable, value in environ.items():
             if not variable.startswith(PREFIX) or not value.strip():
                 continue
             if variable not in fields:
                 near = difflib.get_close_matches(variable, fields, 1)
-                mistakes.append(
-                    f"{variable} is no setting"
-                    + (f", is {near[0]} meant?" if near else "")
-                )
+                mistakes.append(f"{variable} is no setting" + (f", is {near[0]} meant?" if near else ""))
                 continue
             field = fields[variable]
             try:
@@ -242,9 +191,7 @@ class Settings:
         """What is missing for the role, and what cannot hold together."""
         missing = {"SDKAPPID": self.sdkappid, "REDIS_URL": self.redis_url}
         if role == "worker":
-            missing["SECRET_KEY"] = self.secret_key or environ.get(
-                f"{PREFIX}SECRET_KEY_FILE"
-            )
+            missing["SECRET_KEY"] = self.secret_key or environ.get(f"{PREFIX}SECRET_KEY_FILE")
             missing["REGION or IMATTR_API_URL"] = self.base_url
         found = [
             f"{PREFIX}{name} is not set"
@@ -254,15 +201,11 @@ class Settings:
         if self.region and self.api_url:
             found.append("IMATTR_REGION and IMATTR_API_URL are both set, choose one")
         if self.lease <= 2 * (self.connect_timeout + self.read_timeout):
-            found.append(
-                "IMATTR_LEASE must be more than twice CONNECT_TIMEOUT + READ_TIMEOUT"
-            )
+            found.append("IMATTR_LEASE must be more than twice CONNECT_TIMEOUT + READ_TIMEOUT")
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
         if self.patience < 2 / self.quota:
-            found.append(
-                f"IMATTR_PATIENCE must be at least {2 / self.quota:g} at this IMATTR_QUOTA"
-            )
+            found.append(f"IMATTR_PATIENCE must be at least {2 / self.quota:g} at this IMATTR_QUOTA")
         return found
 
 

@@ -33,29 +33,8 @@ import structlog
 from worker.buffer import Buffer
 from worker.client import Client, NoReply, Reply
 from worker.clock import Clock
-from worker.models import (
-    Acked,
-    Batch,
-    BatchId,
-    Claimed,
-    DeadLettered,
-    Outcome,
-    Retried,
-    Snoozed,
-    UserId,
-)
-from worker.policy import (
-    Action,
-    Again,
-    Deliver,
-    Pause,
-    Policy,
-    Split,
-    Stop,
-    bury,
-    decide,
-    rule_for,
-)
+from worker.models import Acked, Batch, BatchId, Claimed, DeadLettered, Outcome, Retried, Snoozed, UserId
+from worker.policy import Action, Again, Deliver, Pause, Policy, Split, Stop, bury, decide, rule_for
 from worker.ratelimit import Permit, RateLimiter
 
 log = structlog.get_logger()
@@ -141,18 +120,13 @@ class Delivery:
 
         summary.users = len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
-        summary.waited = round(
-            (batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3
-        )
+        summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
         work = _Work(batch, summary, claimed_at + self._lease, [batch.users])
         with self._handing_back(work):
             self._send_parts(work, permit)
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
         # The canonical line: one a batch, with everything one asks about it.
-        log.info(
-            "batch_settled",
-            **{name: getattr(summary, name) for name in Summary.__slots__},
-        )
+        log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
         return summary
 
     @contextlib.contextmanager
@@ -171,9 +145,7 @@ class Delivery:
         except Exception:
             # A defect of ours. It may have struck after a send, so the users are held.
             with contextlib.suppress(redis.RedisError):
-                self._buffer.settle(
-                    work.batch.id, {}, rest=self._policy.again(Again(hold=True), 0)
-                )
+                self._buffer.settle(work.batch.id, {}, rest=self._policy.again(Again(hold=True), 0))
             raise
 
     def _settle_rest(self, work: _Work, delay: float) -> None:
@@ -189,9 +161,7 @@ class Delivery:
             if work.parts and self._stopping():
                 raise NoPermit
 
-    def _send(
-        self, work: _Work, part: Sequence[Claimed], permit: Permit | None
-    ) -> Reply | NoReply:
+    def _send(self, work: _Work, part: Sequence[Claimed], permit: Permit | None) -> Reply | NoReply:
         """Send one part in a slot of its own."""
         body = self._client.encode((user.user, user.attrs) for user in part)
         for _ in range(MAX_MISSED):
@@ -200,9 +170,7 @@ class Delivery:
                 break
             self._cover(work, permit)
             # Only the send may stand between the slot and the network.
-            if self._limiter.redeem(permit) and self._covered(
-                work, self._clock.monotonic()
-            ):
+            if self._limiter.redeem(permit) and self._covered(work, self._clock.monotonic()):
                 work.summary.calls += 1
                 return self._client.send(body)
             permit = None
@@ -220,13 +188,7 @@ class Delivery:
             raise Fenced
         work.lease_ends = renewed_at + self._lease
 
-    def _act(
-        self,
-        work: _Work,
-        part: Sequence[Claimed],
-        action: Action,
-        answer: Reply | NoReply,
-    ) -> None:
+    def _act(self, work: _Work, part: Sequence[Claimed], action: Action, answer: Reply | NoReply) -> None:
         """Carry out the action for one part, and settle or split it."""
         summary = work.summary
         if isinstance(answer, NoReply):
@@ -239,12 +201,7 @@ class Delivery:
             case Deliver():
                 self._deliver_part(work, part, answer)
             case Again():
-                self._again(
-                    work,
-                    part,
-                    action,
-                    bury(code, info) if code else DeadLettered(0, info),
-                )
+                self._again(work, part, action, bury(code, info) if code else DeadLettered(0, info))
             case Pause(seconds):
                 summary.outcome = "rate_limited"
                 self._limiter.pause(seconds, rule_for(code).meaning, code)
@@ -254,12 +211,7 @@ class Delivery:
                 summary.outcome = "stopped"
                 if sign:
                     self._client.sign_again()
-                log.error(
-                    "line_stopped",
-                    code=code,
-                    reason=rule_for(code).meaning,
-                    seconds=seconds,
-                )
+                log.error("line_stopped", code=code, reason=rule_for(code).meaning, seconds=seconds)
                 self._limiter.pause(seconds, rule_for(code).meaning, code)
                 self._snooze_all(work, part, seconds)
             case Split():
@@ -267,36 +219,24 @@ class Delivery:
             case _:
                 assert_never(action)
 
-    def _deliver_part(
-        self, work: _Work, part: Sequence[Claimed], answer: Reply | NoReply
-    ) -> None:
+    def _deliver_part(self, work: _Work, part: Sequence[Claimed], answer: Reply | NoReply) -> None:
         errors = answer.errors if isinstance(answer, Reply) else {}
         refused: dict[UserId, Outcome] = {
-            user.user: self._policy.decide_user(
-                errors[user.user].code, errors[user.user].info, user.attempts
-            )
+            user.user: self._policy.decide_user(errors[user.user].code, errors[user.user].info, user.attempts)
             for user in part
             if user.user in errors
         }
         if strangers := errors.keys() - {user.user for user in part}:
-            log.warning(
-                "error_list_names_strangers", batch=work.batch.id, users=len(strangers)
-            )
+            log.warning("error_list_names_strangers", batch=work.batch.id, users=len(strangers))
         self._settle(work, part, refused, Acked())
         work.summary.outcome = "partly_delivered" if refused else "delivered"
 
-    def _again(
-        self, work: _Work, part: Sequence[Claimed], action: Again, last: DeadLettered
-    ) -> None:
+    def _again(self, work: _Work, part: Sequence[Claimed], action: Again, last: DeadLettered) -> None:
         """Retry those with attempts left; isolate the others, and give up on one that is alone."""
         work.summary.outcome = "retried"
-        spent = [
-            user for user in part if self._policy.exhausted(user.attempts, action.most)
-        ]
+        spent = [user for user in part if self._policy.exhausted(user.attempts, action.most)]
         outcomes: dict[UserId, Outcome] = {
-            user.user: self._policy.again(action, user.attempts)
-            for user in part
-            if user not in spent
+            user.user: self._policy.again(action, user.attempts) for user in part if user not in spent
         }
         if len(spent) == 1 and len(part) == 1:
             outcomes[spent[0].user] = last
@@ -307,9 +247,7 @@ class Delivery:
         if outcomes:
             self._settle(work, part, outcomes, None)
 
-    def _split(
-        self, work: _Work, part: Sequence[Claimed], letter: DeadLettered
-    ) -> None:
+    def _split(self, work: _Work, part: Sequence[Claimed], letter: DeadLettered) -> None:
         work.summary.outcome = "split"
         if len(part) == 1:
             self._settle(work, part, {part[0].user: letter}, None)
@@ -322,21 +260,14 @@ class Delivery:
         self._settle_rest(work, seconds)
 
     def _settle(
-        self,
-        work: _Work,
-        part: Sequence[Claimed],
-        outcomes: dict[UserId, Outcome],
-        others: Outcome | None,
+        self, work: _Work, part: Sequence[Claimed], outcomes: dict[UserId, Outcome], others: Outcome | None
     ) -> None:
         """Settle a part: those named in `outcomes`, and with `others` the rest of the part."""
         # The whole batch at once needs no list of names.
         whole = len(part) == len(work.batch.users)
         if others is not None and not whole:
             outcomes = {user.user: outcomes.get(user.user, others) for user in part}
-        if (
-            self._buffer.settle(work.batch.id, outcomes, rest=others if whole else None)
-            is None
-        ):
+        if self._buffer.settle(work.batch.id, outcomes, rest=others if whole else None) is None:
             raise Fenced
         summary = work.summary
         settled = list(outcomes.values())
@@ -345,9 +276,7 @@ class Delivery:
         summary.acked += sum(isinstance(outcome, Acked) for outcome in settled)
         summary.retried += sum(isinstance(outcome, Retried) for outcome in settled)
         summary.snoozed += sum(isinstance(outcome, Snoozed) for outcome in settled)
-        summary.dead_lettered += sum(
-            isinstance(outcome, DeadLettered) for outcome in settled
-        )
+        summary.dead_lettered += sum(isinstance(outcome, DeadLettered) for outcome in settled)
 
 
 def _halves(part: Sequence[Claimed]) -> list[Sequence[Claimed]]:

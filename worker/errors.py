@@ -41,9 +41,7 @@ class BufferFull(ImattrError):
 
     def __init__(self, user: str, limit: int) -> None:
         self.user = user
-        self.rule = (
-            f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
-        )
+        self.rule = f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
         super().__init__(f"user {user}: {self.rule}")
 
 

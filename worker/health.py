@@ -22,9 +22,7 @@ def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             age = stalled_for()
-            body = json.dumps(
-                {"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)}
-            ).encode()
+            body = json.dumps({"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)}).encode()
             self.send_response(200 if age < STALLED_AFTER else 503)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))

@@ -18,15 +18,7 @@ or in `flight` (then `pending` has a record only if something newer arrived mean
 from dataclasses import dataclass
 
 #: The counters of the ledger, in the order in which people read them.
-LEDGER = (
-    "accepted",
-    "redriven",
-    "coalesced",
-    "unchanged",
-    "stale",
-    "delivered",
-    "dead_lettered",
-)
+LEDGER = ("accepted", "redriven", "coalesced", "unchanged", "stale", "delivered", "dead_lettered")
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,19 +45,12 @@ def _scrubbed(value: Any) -> Any:
     return value if isinstance(value, int | float | None) else scrub(str(value))
 
 
-def _scrub_event(
-    _logger: Any, _method: str, event: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
+def _scrub_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     # Structlog's own entries (underscored: the raw record) are dropped by the formatter afterwards.
-    return {
-        key: value if key.startswith("_") else _scrubbed(value)
-        for key, value in event.items()
-    }
+    return {key: value if key.startswith("_") else _scrubbed(value) for key, value in event.items()}
 
 
-def _drop_empty(
-    _logger: Any, _method: str, event: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
+def _drop_empty(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     return {key: value for key, value in event.items() if value is not None}
 
 
@@ -73,9 +66,7 @@ def configure(level: str = "info", style: str = "") -> None:
         _drop_empty,
         _scrub_event,
     ]
-    renderer = structlog.dev.ConsoleRenderer(
-        exception_formatter=structlog.dev.plain_traceback
-    )
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     formatter = {
         "()": structlog.stdlib.ProcessorFormatter,
         "foreign_pre_chain": shared,

@@ -118,9 +118,7 @@ def _shorten(user: object) -> str:
 def check_user(user: object) -> UserId:
     """Return the user id, or raise `InvalidUpdate`."""
     if type(user) is not str:
-        raise InvalidUpdate(
-            _shorten(user), f"user id must be a string, got {type(user).__name__}"
-        )
+        raise InvalidUpdate(_shorten(user), f"user id must be a string, got {type(user).__name__}")
     # isascii, isprintable: exactly 0x20 to 0x7e, so the length is the number of bytes.
     if user.isascii() and user.isprintable() and 0 < len(user) <= MAX_USER_ID_BYTES:
         return user
@@ -128,9 +126,7 @@ def check_user(user: object) -> UserId:
         raise InvalidUpdate("''", "user id is empty")
     if not (user.isascii() and user.isprintable()):
         raise InvalidUpdate(_shorten(user), "user id must be printable ASCII")
-    raise InvalidUpdate(
-        _shorten(user), f"user id is {len(user)} bytes, at most {MAX_USER_ID_BYTES}"
-    )
+    raise InvalidUpdate(_shorten(user), f"user id is {len(user)} bytes, at most {MAX_USER_ID_BYTES}")
 
 
 def _check_text(user: UserId, what: str, text: object, limit: int) -> None:
@@ -141,39 +137,25 @@ def _check_text(user: UserId, what: str, text: object, limit: int) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise InvalidUpdate(
-            user, f"{what} is not valid Unicode (it has a lone surrogate)"
-        ) from None
+        raise InvalidUpdate(user, f"{what} is not valid Unicode (it has a lone surrogate)") from None
     if size > limit:
         raise InvalidUpdate(user, f"{what} is {size} bytes, at most {limit}")
 
 
-def check_attrs(
-    user: UserId, attrs: object, names: frozenset[str] = frozenset()
-) -> Attributes:
+def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()) -> Attributes:
     """Return the attributes, or raise `InvalidUpdate`; `names` are the app's, empty when not known."""
     if not isinstance(attrs, Mapping):
-        raise InvalidUpdate(
-            user, f"attributes must be a mapping, got {type(attrs).__name__}"
-        )
+        raise InvalidUpdate(user, f"attributes must be a mapping, got {type(attrs).__name__}")
     if not 0 < len(attrs) <= MAX_ATTRIBUTES:
-        raise InvalidUpdate(
-            user, f"{len(attrs)} attributes, must be 1 to {MAX_ATTRIBUTES}"
-        )
+        raise InvalidUpdate(user, f"{len(attrs)} attributes, must be 1 to {MAX_ATTRIBUTES}")
     for name, value in attrs.items():
         # The usual short ASCII text passes on these few comparisons alone.
-        if not (
-            type(name) is str and name.isascii() and 0 < len(name) <= MAX_NAME_BYTES
-        ):
+        if not (type(name) is str and name.isascii() and 0 < len(name) <= MAX_NAME_BYTES):
             _check_text(user, "an attribute name", name, MAX_NAME_BYTES)
         if names and name not in names:
             known = ", ".join(sorted(names))
-            raise InvalidUpdate(
-                user, f"attribute {name!r} is not one of the app's ({known})"
-            )
-        if not (
-            type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES
-        ):
+            raise InvalidUpdate(user, f"attribute {name!r} is not one of the app's ({known})")
+        if not (type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES):
             _check_text(user, f"the value of {name!r}", value, MAX_VALUE_BYTES)
     return attrs
 
@@ -197,9 +179,7 @@ def check_occurred_at(user: UserId, occurred_at: object) -> int:
         occurred_at = occurred_at.timestamp()
     if type(occurred_at) not in (int, float):
         kind = type(occurred_at).__name__
-        raise InvalidUpdate(
-            user, f"occurred_at must be a time, text or number, got {kind}"
-        )
+        raise InvalidUpdate(user, f"occurred_at must be a time, text or number, got {kind}")
     number: float = occurred_at  # type: ignore[assignment]  # narrowed by the line above
     if number == number and abs(number) < EARLIEST_MS:
         number *= 1000
@@ -209,30 +189,19 @@ def check_occurred_at(user: UserId, occurred_at: object) -> int:
 
 
 def check_update(
-    user: object,
-    attrs: object,
-    occurred_at: object = None,
-    names: frozenset[str] = frozenset(),
+    user: object, attrs: object, occurred_at: object = None, names: frozenset[str] = frozenset()
 ) -> Update:
     """Return a valid update, or raise `InvalidUpdate` saying the user, the rule and the measured length."""
     checked = check_user(user)
-    return Update(
-        checked,
-        check_attrs(checked, attrs, names),
-        check_occurred_at(checked, occurred_at),
-    )
+    return Update(checked, check_attrs(checked, attrs, names), check_occurred_at(checked, occurred_at))
 
 
 def check_names(names: Iterable[object]) -> frozenset[str]:
     """Return attribute names fit for an app, or raise `ValueError` saying which rule is broken."""
     found = list(names)
     if len(found) > MAX_ATTRIBUTES:
-        raise ValueError(
-            f"{len(found)} attribute names, an app has at most {MAX_ATTRIBUTES}"
-        )
+        raise ValueError(f"{len(found)} attribute names, an app has at most {MAX_ATTRIBUTES}")
     for name in found:
         if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
-            raise ValueError(
-                f"attribute name {_shorten(name)} must be 1 to {MAX_NAME_BYTES} bytes of text"
-            )
+            raise ValueError(f"attribute name {_shorten(name)} must be 1 to {MAX_NAME_BYTES} bytes of text")
     return frozenset(str(name) for name in found)

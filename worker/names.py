@@ -32,9 +32,7 @@ class AttributeNames:
         with self._lock:
             now = self._clock.monotonic()
             if self._read_at is None or now - self._read_at > FRESH_FOR:
-                self._names = frozenset(
-                    name.decode() for name in self._redis.smembers(self._key)
-                )
+                self._names = frozenset(name.decode() for name in self._redis.smembers(self._key))
                 self._read_at = now
             return self._names
 

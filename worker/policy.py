@@ -23,9 +23,7 @@ from worker.models import DeadLettered, Outcome, Retried, Snoozed
 class Verdict(StrEnum):
     """What an error means; decides the reaction."""
 
-    TRANSIENT = (
-        "transient"  # the service's fault, may pass: the same users again, later
-    )
+    TRANSIENT = "transient"  # the service's fault, may pass: the same users again, later
     RATE = "rate"  # too many calls: everyone pauses, no attempt is used
     CREDENTIAL = "credential"  # the UserSig is bad or old: sign again
     STOP = "stop"  # configuration, permission or account: nothing will pass until a person acts
@@ -157,11 +155,7 @@ def _table() -> dict[int, Rule]:
             90057: "a code of another call (batch messages)",
         },
     }
-    return {
-        code: Rule(verdict, text)
-        for verdict, codes in rows.items()
-        for code, text in codes.items()
-    }
+    return {code: Rule(verdict, text) for verdict, codes in rows.items() for code, text in codes.items()}
 
 
 #: Every documented code.
@@ -237,10 +231,7 @@ def decide(answer: Reply | NoReply) -> Action:
         case Verdict.RATE:
             return Pause(RATE_PAUSE)
         case Verdict.CREDENTIAL | Verdict.STOP:
-            return Stop(
-                BLOCKED_PAUSE if answer.code == 70050 else STOP_PAUSE,
-                verdict is Verdict.CREDENTIAL,
-            )
+            return Stop(BLOCKED_PAUSE if answer.code == 70050 else STOP_PAUSE, verdict is Verdict.CREDENTIAL)
         case Verdict.SHAPE | Verdict.USER:
             return Split()
         case _:
@@ -251,13 +242,7 @@ class Policy:
     """The bounds and the randomness that turn a decision about one user into its outcome."""
 
     def __init__(
-        self,
-        *,
-        max_attempts: int,
-        backoff_base: float,
-        backoff_max: float,
-        hold: float,
-        rng: random.Random,
+        self, *, max_attempts: int, backoff_base: float, backoff_max: float, hold: float, rng: random.Random
     ) -> None:
         """`backoff_base`, `backoff_max` and `hold` in seconds."""
         self._max_attempts = max_attempts

@@ -45,18 +45,10 @@ class Producer:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
         """Read IMATTR_REDIS_URL, IMATTR_SDKAPPID and IMATTR_MAX_PENDING; raises `ConfigError`."""
-        settings = Settings.from_env(
-            os.environ if environ is None else environ, "producer"
-        )
-        return cls(
-            settings.redis_url.reveal(),
-            settings.sdkappid,
-            max_pending=settings.max_pending,
-        )
+        settings = Settings.from_env(os.environ if environ is None else environ, "producer")
+        return cls(settings.redis_url.reveal(), settings.sdkappid, max_pending=settings.max_pending)
 
-    def set(
-        self, user_id: UserId, attrs: Attributes, occurred_at: object = None
-    ) -> Accepted:
+    def set(self, user_id: UserId, attrs: Attributes, occurred_at: object = None) -> Accepted:
         """Accept one update.
 
         `occurred_at` is when it happened: a datetime with a time zone, ISO 8601 text, or seconds or
@@ -89,11 +81,7 @@ class Producer:
         return result
 
     def _add(
-        self,
-        chunk: list[tuple[int, object]],
-        lane: Lane,
-        names: frozenset[str],
-        result: BulkResult,
+        self, chunk: list[tuple[int, object]], lane: Lane, names: frozenset[str], result: BulkResult
     ) -> None:
         valid: list[Update] = []
         places: list[int] = []
@@ -116,9 +104,5 @@ class Producer:
 def _checked(given: object, names: frozenset[str]) -> Update:
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         kind = type(given).__name__
-        raise InvalidUpdate(
-            "?", f"an update must be (user, attributes[, occurred_at]), got {kind}"
-        )
-    return check_update(
-        given[0], given[1], given[2] if len(given) == 3 else None, names
-    )
+        raise InvalidUpdate("?", f"an update must be (user, attributes[, occurred_at]), got {kind}")
+    return check_update(given[0], given[1], given[2] if len(given) == 3 else None, names)

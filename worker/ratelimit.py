@@ -59,10 +59,7 @@ class ClockSync:
         slack = DRIFT * max(0.0, heard - self._at)
         low, high = self._low - slack, self._high + slack
         self._at = heard
-        if (
-            asked - redis_time > high + SMALLEST_JUMP
-            or heard - redis_time < low - SMALLEST_JUMP
-        ):
+        if asked - redis_time > high + SMALLEST_JUMP or heard - redis_time < low - SMALLEST_JUMP:
             self._low, self._high = asked - redis_time, heard - redis_time
             return False
         self._low = min(max(low, asked - redis_time), heard - redis_time)
@@ -78,13 +75,7 @@ class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
     def __init__(
-        self,
-        client: redis.Redis,
-        keys: Keys,
-        *,
-        quota: float,
-        patience: float,
-        clock: Clock,
+        self, client: redis.Redis, keys: Keys, *, quota: float, patience: float, clock: Clock
     ) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait a permit is worth."""
         self._clock = clock
@@ -117,25 +108,12 @@ class RateLimiter:
     def redeem(self, permit: Permit) -> bool:
         """Wait for the slot; False when it was missed, or a pause began since it was reserved."""
         self._clock.sleep(permit.due - self._clock.monotonic())
-        return (
-            permit.epoch == self._epoch
-            and self._clock.monotonic() <= permit.due + GRACE
-        )
+        return permit.epoch == self._epoch and self._clock.monotonic() <= permit.due + GRACE
 
     def pause(
-        self,
-        seconds: float,
-        reason: str,
-        code: int | None = None,
-        *,
-        now_us: int | None = None,
+        self, seconds: float, reason: str, code: int | None = None, *, now_us: int | None = None
     ) -> None:
         """Let nobody in the fleet reserve a slot for a while; permits held by this process lapse."""
         self._epoch += 1
-        args = (
-            "" if now_us is None else now_us,
-            round(seconds * 1e6),
-            reason,
-            "" if code is None else code,
-        )
+        args = ("" if now_us is None else now_us, round(seconds * 1e6), reason, "" if code is None else code)
         self._pause(self._keys, args)

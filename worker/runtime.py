@@ -36,10 +36,7 @@ def settings() -> Settings:
 def connect(settings: Settings) -> redis.Redis:
     """A client whose calls end: half-open connections are noticed, dropped ones are made anew."""
     return redis.Redis.from_url(
-        settings.redis_url.reveal(),
-        socket_timeout=5,
-        socket_connect_timeout=3,
-        health_check_interval=15,
+        settings.redis_url.reveal(), socket_timeout=5, socket_connect_timeout=3, health_check_interval=15
     )
 
 
@@ -59,9 +56,7 @@ def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
     signer = Signer(settings.secret_key.reveal(), settings.admin, settings.sdkappid)
     return Delivery(
         build_buffer(settings, client),
-        RateLimiter(
-            client, keys, quota=settings.quota, patience=settings.patience, clock=clock
-        ),
+        RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=clock),
         Client(
             settings.base_url,
             signer,
@@ -97,9 +92,7 @@ def _delivery(_pid: int) -> Delivery:
 @functools.cache
 def _producer(_pid: int) -> Producer:
     found = settings()
-    return Producer(
-        found.redis_url.reveal(), found.sdkappid, max_pending=found.max_pending
-    )
+    return Producer(found.redis_url.reveal(), found.sdkappid, max_pending=found.max_pending)
 
 
 def delivery() -> Delivery:

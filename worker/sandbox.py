@@ -79,9 +79,7 @@ class Sandbox:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._start_redis()
         self._start_simulator()
-        ready = [
-            self.start_worker(number) for number in range(1, self.plan.workers + 1)
-        ]
+        ready = [self.start_worker(number) for number in range(1, self.plan.workers + 1)]
         if self.plan.flower:
             ready.append(self._start_flower())
         for check in ready:
@@ -89,15 +87,9 @@ class Sandbox:
 
     def _start_redis(self) -> None:
         if not self.environ.get("IMATTR_REDIS_URL"):
-            self._server = EmbeddedServer(
-                self.directory / "redis", persistent=self.plan.persistent
-            )
+            self._server = EmbeddedServer(self.directory / "redis", persistent=self.plan.persistent)
             self.environ["IMATTR_REDIS_URL"] = self._server.url
-            kept = (
-                f", data kept in {self.directory / 'redis'}"
-                if self.plan.persistent
-                else ""
-            )
+            kept = f", data kept in {self.directory / 'redis'}" if self.plan.persistent else ""
             self.stand_ins.append(f"Redis: an embedded server{kept}")
         self.redis_url = self.environ["IMATTR_REDIS_URL"]
 
@@ -108,48 +100,29 @@ class Sandbox:
             return
         env.setdefault("IMATTR_SDKAPPID", SDKAPPID)
         if not env.get("IMATTR_SECRET_KEY_FILE"):
-            env["IMATTR_SECRET_KEY"] = env.get(
-                "IMATTR_SECRET_KEY"
-            ) or secrets.token_hex(32)
+            env["IMATTR_SECRET_KEY"] = env.get("IMATTR_SECRET_KEY") or secrets.token_hex(32)
         port = free_port()
         self.api_url = env["IMATTR_API_URL"] = f"http://127.0.0.1:{port}"
         options = [part for name in self.plan.names for part in ("--name", name)]
         options += [*self.plan.simulator_options, "--port", str(port)]
         self._spawn("simulator", ["-m", "worker.cli", "simulate", *options])
         self._wait("simulator", lambda: _answers(f"{self.api_url}/simulator/state"))
-        self.stand_ins.append(
-            "Tencent Cloud Chat: a simulator; nothing reaches the real service"
-        )
+        self.stand_ins.append("Tencent Cloud Chat: a simulator; nothing reaches the real service")
 
     def start_worker(self, number: int) -> Callable[[], None]:
         """Start one worker process; the result waits until it is ready."""
         name = f"worker-{number}"
         pool = ["--pool", self.plan.pool, "--concurrency", str(self.plan.concurrency)]
-        options = [
-            *pool,
-            "--without-gossip",
-            "--without-mingle",
-            "--hostname",
-            f"{name}@%h",
-        ]
-        process = self._spawn(
-            name, ["-m", "celery", "--app", "worker", "worker", *options]
-        )
+        options = [*pool, "--without-gossip", "--without-mingle", "--hostname", f"{name}@%h"]
+        process = self._spawn(name, ["-m", "celery", "--app", "worker", "worker", *options])
         return lambda: self._wait(name, lambda: b" ready." in process.log.read_bytes())
 
     def _start_flower(self) -> Callable[[], None]:
         port = free_port()
         self.flower_url = f"http://127.0.0.1:{port}"
-        options = [
-            "--address=127.0.0.1",
-            f"--port={port}",
-            "--max_tasks=5000",
-            "--logging=warning",
-        ]
+        options = ["--address=127.0.0.1", f"--port={port}", "--max_tasks=5000", "--logging=warning"]
         self._spawn("flower", ["-m", "celery", "--app", "worker", "flower", *options])
-        return lambda: self._wait(
-            "flower", lambda: _answers(f"{self.flower_url}/healthcheck")
-        )
+        return lambda: self._wait("flower", lambda: _answers(f"{self.flower_url}/healthcheck"))
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> _Process:
         log = self.directory / f"{name}.log"
@@ -196,9 +169,7 @@ class Sandbox:
         """End everything in order: workers finish what they send, Redis goes last."""
         order = {"worker": 0, "flower": 1, "simulator": 2}
         for stage in sorted(set(order.values())):
-            stopping = [
-                p for p in self._processes if order[p.name.partition("-")[0]] == stage
-            ]
+            stopping = [p for p in self._processes if order[p.name.partition("-")[0]] == stage]
             for process in stopping:
                 with contextlib.suppress(ProcessLookupError):
                     process.popen.send_signal(signal.SIGTERM)
@@ -216,11 +187,7 @@ class Sandbox:
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("IMATTR_")
-    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("IMATTR_")}
     return inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
 
 

@@ -18,11 +18,7 @@ class Script(Protocol):
 
 def source(name: str) -> str:
     """The text of ``lua/<name>.lua``."""
-    return (
-        resources.files("worker")
-        .joinpath("lua", f"{name}.lua")
-        .read_text(encoding="utf-8")
-    )
+    return resources.files("worker").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
 
 
 def load(client: redis.Redis, name: str) -> Script:

@@ -30,12 +30,7 @@ import tornado.iostream
 import tornado.web
 
 from worker import usersig
-from worker.models import (
-    MAX_ATTRIBUTES,
-    MAX_NAME_BYTES,
-    MAX_USER_ID_BYTES,
-    MAX_VALUE_BYTES,
-)
+from worker.models import MAX_ATTRIBUTES, MAX_NAME_BYTES, MAX_USER_ID_BYTES, MAX_VALUE_BYTES
 
 MAX_USERS = 100
 #: Refused signatures in a row after which verification is closed (70050), and for how long, seconds.
@@ -83,16 +78,7 @@ class Fault:
     `extra_fields`. `applied` says whether the write of a failing request took place.
     """
 
-    kind: Literal[
-        "status",
-        "reset",
-        "slow",
-        "truncated",
-        "late_write",
-        "code",
-        "user_code",
-        "extra_fields",
-    ]
+    kind: Literal["status", "reset", "slow", "truncated", "late_write", "code", "user_code", "extra_fields"]
     code: int = 0
     user: str = ""
     #: How many requests it strikes; None = all.
@@ -197,14 +183,7 @@ class Api:
                 "im_set_attr_name",
                 "im_get_attr_name",
             ),
-            (
-                "timpush",
-                "set_attr",
-                "remove_attr",
-                "get_attr",
-                "set_attr_name",
-                "get_attr_name",
-            ),
+            ("timpush", "set_attr", "remove_attr", "get_attr", "set_attr_name", "get_attr_name"),
         ):
             self._commands |= {
                 f"/v4/{family}/{set_}": self._set,
@@ -247,16 +226,10 @@ class Api:
                 raise Refused(90001, "JSON parse error") from None
             if not isinstance(request, dict):
                 raise Refused(90001, "JSON is not an object")
-            return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0} | command(
-                request, now, apply
-            )
+            return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0} | command(request, now, apply)
         except Refused as refusal:
             self.counts.refused[refusal.code] += 1
-            return {
-                "ActionStatus": "FAIL",
-                "ErrorInfo": refusal.info,
-                "ErrorCode": refusal.code,
-            }
+            return {"ActionStatus": "FAIL", "ErrorInfo": refusal.info, "ErrorCode": refusal.code}
 
     # The URL: parameters, then the signature, then the administrator.
 
@@ -294,9 +267,7 @@ class Api:
     def _check_signature(self, sig: str, identifier: str) -> None:
         try:
             document = usersig.decode(sig)
-            app, issued, expire = (
-                int(document[f"TLS.{name}"]) for name in ("sdkappid", "time", "expire")
-            )
+            app, issued, expire = (int(document[f"TLS.{name}"]) for name in ("sdkappid", "time", "expire"))
             owner, proof = str(document["TLS.identifier"]), str(document["TLS.sig"])
         except (ValueError, KeyError, TypeError):
             raise Refused(70003, "UserSig is illegal") from None
@@ -317,9 +288,7 @@ class Api:
     def _set(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
         return self._change(request, now, apply, self._check_values)
 
-    def _remove(
-        self, request: dict[str, Any], now: float, apply: bool
-    ) -> dict[str, Any]:
+    def _remove(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
         return self._change(request, now, apply, self._check_removed)
 
     def _change(
@@ -357,16 +326,12 @@ class Api:
             self.write(good, now)
         return {"ErrorList": bad} if bad else {}
 
-    def write(
-        self, changes: Iterable[tuple[str, Mapping[str, str | None]]], arrived: float
-    ) -> None:
+    def write(self, changes: Iterable[tuple[str, Mapping[str, str | None]]], arrived: float) -> None:
         """Apply changes; None removes an attribute."""
         self.counts.applied_requests += 1
         for user, attrs in changes:
             self.counts.users += 1
-            stored = self.users.setdefault(
-                user if self.quirks.case_sensitive else user.lower(), {}
-            )
+            stored = self.users.setdefault(user if self.quirks.case_sensitive else user.lower(), {})
             for name, value in attrs.items():
                 if value is None:
                     stored.pop(name, None)
@@ -378,11 +343,7 @@ class Api:
     def _check_account(self, user: str) -> int:
         if code := self._user_codes.get(user):
             return code
-        if (
-            not user
-            or len(user.encode()) > MAX_USER_ID_BYTES
-            and len(user) != REGISTRATION_ID_BYTES
-        ):
+        if not user or len(user.encode()) > MAX_USER_ID_BYTES and len(user) != REGISTRATION_ID_BYTES:
             return 90048
         if self.quirks.accounts_must_exist and user not in self.accounts:
             return 70107
@@ -397,9 +358,7 @@ class Api:
                 if self.quirks.non_strings == "refuse":
                     code = 90033
                     continue
-                value = attrs[name] = (
-                    value if isinstance(value, str) else json.dumps(value)
-                )
+                value = attrs[name] = value if isinstance(value, str) else json.dumps(value)
             too_long = len(value) > MAX_VALUE_BYTES or (
                 not value.isascii() and len(value.encode()) > MAX_VALUE_BYTES
             )
@@ -409,56 +368,35 @@ class Api:
         return attrs, code
 
     def _check_removed(self, names: Any) -> tuple[dict[str, str | None], int]:
-        if not isinstance(names, list) or not all(
-            isinstance(name, str) for name in names
-        ):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise Refused(90001, "Attrs is no array of names")
         unknown = bool(self.names) and any(name not in self.names for name in names)
         return dict.fromkeys(names), 90033 if unknown else 0
 
     def _get(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
         users = request.get("To_Account")
-        if not isinstance(users, list) or not all(
-            isinstance(user, str) for user in users
-        ):
+        if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
             raise Refused(90001, "To_Account is no array of strings")
         if len(users) > MAX_USERS:
             raise Refused(90018, f"{len(users)} accounts, at most {MAX_USERS}")
-        return {
-            "UserAttrs": [
-                {"To_Account": user, "Attrs": self.users.get(user, {})}
-                for user in users
-            ]
-        }
+        return {"UserAttrs": [{"To_Account": user, "Attrs": self.users.get(user, {})} for user in users]}
 
-    def _set_names(
-        self, request: dict[str, Any], now: float, apply: bool
-    ) -> dict[str, Any]:
+    def _set_names(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
         given = request.get("AttrNames")
         slots = {str(number) for number in range(MAX_ATTRIBUTES)}
         if not isinstance(given, dict) or not given or not given.keys() <= slots:
             raise Refused(90001, "AttrNames is no object with the keys 0 to 9")
         for name in given.values():
-            if (
-                not isinstance(name, str)
-                or not 0 < len(name.encode()) <= MAX_NAME_BYTES
-            ):
+            if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
                 raise Refused(90033, "an attribute name is not 1 to 50 bytes")
             if name in self.names:
-                raise Refused(
-                    90033,
-                    f"attrName:{name} already exists at index:{self.names.index(name)}",
-                )
+                raise Refused(90033, f"attrName:{name} already exists at index:{self.names.index(name)}")
         if apply:
             self.names += given.values()
         return {}
 
-    def _get_names(
-        self, request: dict[str, Any], now: float, apply: bool
-    ) -> dict[str, Any]:
-        return {
-            "AttrNames": {str(number): name for number, name in enumerate(self.names)}
-        }
+    def _get_names(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
+        return {"AttrNames": {str(number): name for number, name in enumerate(self.names)}}
 
     def state(self) -> dict[str, Any]:
         """Totals, for reports."""
@@ -485,9 +423,7 @@ class Faults:
     def strike(self, body: bytes) -> Fault | None:
         """The fault for this request, used up once."""
         for fault in self._faults:
-            if fault.times == 0 or (
-                fault.user and f'"{fault.user}"'.encode() not in body
-            ):
+            if fault.times == 0 or (fault.user and f'"{fault.user}"'.encode() not in body):
                 continue
             if fault.chance < 1 and self._rng.random() >= fault.chance:
                 continue
@@ -507,10 +443,7 @@ class _ApiHandler(tornado.web.RequestHandler):
         api, now, request = self._api, time.monotonic(), self.request
         api.arrivals.arrive(now)
         api.counts.requests += 1
-        query = {
-            name: values[-1].decode()
-            for name, values in request.query_arguments.items()
-        }
+        query = {name: values[-1].decode() for name, values in request.query_arguments.items()}
         body = request.body
         fault = self._faults.strike(body)
         if fault is not None:
@@ -522,9 +455,7 @@ class _ApiHandler(tornado.web.RequestHandler):
             await asyncio.sleep(api.quirks.latency)
         self._finish(_encode(reply))
 
-    def _finish(
-        self, body: str, status: int = 200, kind: str = "application/json"
-    ) -> None:
+    def _finish(self, body: str, status: int = 200, kind: str = "application/json") -> None:
         self.set_status(status)
         self.set_header("Content-Type", kind)
         self.finish(body)
@@ -539,50 +470,32 @@ class _ApiHandler(tornado.web.RequestHandler):
                 "ErrorCode": fault.code,
             }
         elif fault.kind == "user_code":
-            reply = api.handle(
-                path, query, body, now, user_codes={fault.user: fault.code}
-            )
+            reply = api.handle(path, query, body, now, user_codes={fault.user: fault.code})
         else:
-            applied = fault.applied or fault.kind in (
-                "slow",
-                "truncated",
-                "extra_fields",
-            )
+            applied = fault.applied or fault.kind in ("slow", "truncated", "extra_fields")
             reply = api.handle(path, query, body, now, apply=applied)
         if fault.kind == "late_write" and reply["ErrorCode"] == 0:
-            asyncio.get_running_loop().call_later(
-                fault.delay, self._write_late, body, now
-            )
+            asyncio.get_running_loop().call_later(fault.delay, self._write_late, body, now)
         if fault.kind in ("reset", "late_write"):
             return self._reset()
-        await asyncio.sleep(
-            api.quirks.latency + (fault.delay if fault.kind == "slow" else 0)
-        )
+        await asyncio.sleep(api.quirks.latency + (fault.delay if fault.kind == "slow" else 0))
         if fault.kind == "status":
             page = "<html><body><h1>502 Bad Gateway</h1></body></html>"
             return self._finish(page, fault.code or 502, "text/html")
         if fault.kind == "extra_fields":
-            reply |= {
-                "RequestId": "simulated",
-                "ErrorDisplay": "",
-                "Unheard": {"of": [1]},
-            }
+            reply |= {"RequestId": "simulated", "ErrorDisplay": "", "Unheard": {"of": [1]}}
         text = _encode(reply)
         self._finish(text[: len(text) // 2] if fault.kind == "truncated" else text)
 
     def _write_late(self, body: bytes, arrived: float) -> None:
         entries = json.loads(body)["UserAttrs"]
-        self._api.write(
-            [(entry["To_Account"], entry["Attrs"]) for entry in entries], arrived
-        )
+        self._api.write([(entry["To_Account"], entry["Attrs"]) for entry in entries], arrived)
 
     def _reset(self) -> None:
         connection: Any = self.request.connection
         stream: tornado.iostream.IOStream = connection.detach()
         # Lingering for no time makes the kernel send a reset instead of an orderly end.
-        stream.socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.close()
         self._finished = True
 
@@ -605,11 +518,7 @@ class _ControlHandler(tornado.web.RequestHandler):
         elif what == "users":
             self.finish(_encode(api.users))
         elif what == "record":
-            self.finish(
-                "".join(
-                    _encode(dataclasses.astuple(write)) + "\n" for write in api.writes
-                )
-            )
+            self.finish("".join(_encode(dataclasses.astuple(write)) + "\n" for write in api.writes))
         else:
             self.send_error(404)
 
@@ -635,21 +544,12 @@ def make_app(api: Api, faults: Faults) -> tornado.web.Application:
     """The simulator as a web application."""
     parts = {"api": api, "faults": faults}
     return tornado.web.Application(
-        [
-            (r"/simulator/([a-z-]+)", _ControlHandler, parts),
-            (r"/.*", _ApiHandler, parts),
-        ],
+        [(r"/simulator/([a-z-]+)", _ControlHandler, parts), (r"/.*", _ApiHandler, parts)],
         log_function=lambda handler: None,
     )
 
 
-def serve(
-    api: Api,
-    *,
-    port: int,
-    host: str = "127.0.0.1",
-    ready: Callable[[], None] = lambda: None,
-) -> None:
+def serve(api: Api, *, port: int, host: str = "127.0.0.1", ready: Callable[[], None] = lambda: None) -> None:
     """Serve until the process is asked to stop."""
 
     async def main() -> None:

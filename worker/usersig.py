@@ -26,19 +26,15 @@ _TO_URL = str.maketrans("+/=", "*-_")
 _FROM_URL = str.maketrans("*-_", "+/=")
 
 
-def signature(
-    key: str, identifier: str, sdkappid: int, issued: int, expire: int
-) -> str:
+def signature(key: str, identifier: str, sdkappid: int, issued: int, expire: int) -> str:
     """The `TLS.sig` field: base64 of the HMAC over the signed lines. `expire` is a duration, seconds."""
-    content = f"TLS.identifier:{identifier}\nTLS.sdkappid:{sdkappid}\nTLS.time:{issued}\nTLS.expire:{expire}\n"
-    return base64.b64encode(
-        hmac.digest(key.encode(), content.encode(), hashlib.sha256)
-    ).decode()
+    content = (
+        f"TLS.identifier:{identifier}\nTLS.sdkappid:{sdkappid}\nTLS.time:{issued}\nTLS.expire:{expire}\n"
+    )
+    return base64.b64encode(hmac.digest(key.encode(), content.encode(), hashlib.sha256)).decode()
 
 
-def sign(
-    key: str, identifier: str, sdkappid: int, issued: int, expire: int = VALIDITY
-) -> str:
+def sign(key: str, identifier: str, sdkappid: int, issued: int, expire: int = VALIDITY) -> str:
     """A complete UserSig. All numbers must be integers: `1.0` would be signed as another text."""
     document = {
         "TLS.ver": "2.0",
@@ -48,11 +44,7 @@ def sign(
         "TLS.time": issued,
         "TLS.sig": signature(key, identifier, sdkappid, issued, expire),
     }
-    return (
-        base64.b64encode(zlib.compress(json.dumps(document).encode()))
-        .decode()
-        .translate(_TO_URL)
-    )
+    return base64.b64encode(zlib.compress(json.dumps(document).encode())).decode().translate(_TO_URL)
 
 
 def decode(usersig: str) -> dict[str, Any]:
@@ -77,19 +69,9 @@ class Signer:
     """Keeps one valid UserSig and makes a new one at 80 % of its life. Thread-safe."""
 
     def __init__(
-        self,
-        key: str,
-        identifier: str,
-        sdkappid: int,
-        *,
-        now: Callable[[], float] = time.time,
+        self, key: str, identifier: str, sdkappid: int, *, now: Callable[[], float] = time.time
     ) -> None:
-        self._key, self._identifier, self._sdkappid, self._now = (
-            key,
-            identifier,
-            sdkappid,
-            now,
-        )
+        self._key, self._identifier, self._sdkappid, self._now = (key, identifier, sdkappid, now)
         self._lock = threading.Lock()
         self._usersig, self._issued = "", 0
 
@@ -101,10 +83,7 @@ class Signer:
         now = int(self._now())
         with self._lock:
             # A clock that was set back makes the signature one from the future: make it anew, too.
-            if (
-                not self._usersig
-                or not 0 <= now - self._issued < VALIDITY * RENEW_AFTER
-            ):
+            if not self._usersig or not 0 <= now - self._issued < VALIDITY * RENEW_AFTER:
                 self._usersig = sign(self._key, self._identifier, self._sdkappid, now)
                 self._issued = now
             return self._usersig
