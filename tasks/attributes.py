@@ -6,14 +6,19 @@ app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
+
+import structlog
 
 from worker import runtime
 from worker.celery import app
 from worker.errors import InvalidUpdate
 from worker.models import BatchId
+
+log = structlog.get_logger()
 
 _Result = TypeVar("_Result")
 
@@ -34,9 +39,11 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
         try:
             return body(*args, **kwargs)
         except InvalidUpdate as error:
-            failure = str(error)
+            failure = error.rule
         except BaseException as error:
             failure = type(error).__name__
+            # Where it happened, without the text of the error, which may quote what it stumbled over.
+            log.error("task_failed", error=failure, at="".join(traceback.format_tb(error.__traceback__)))
         raise TaskFailed(failure)
 
     return run
@@ -52,9 +59,14 @@ def update(user_id: str, attrs: dict[str, str], occurred_at: str | float | None 
 @app.task(name="attributes.update_many")  # type: ignore[untyped-decorator]  # Celery has no type hints
 @contained
 def update_many(updates: list[list[Any]]) -> dict[str, Any]:
-    """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at]."""
+    """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at].
+
+    Returns how many were accepted, coalesced, unchanged, stale and refused; the log has each reason.
+    """
     result = runtime.producer().set_many(updates)
-    return dataclasses.asdict(result)
+    for refusal in result.refused:
+        log.warning("update_refused", index=refusal.index, rule=refusal.rule)
+    return {**dataclasses.asdict(result), "refused": len(result.refused)}
 
 
 @app.task(name="attributes.deliver", bind=True)  # type: ignore[untyped-decorator]  # Celery has no type hints

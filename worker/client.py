@@ -14,14 +14,16 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlencode
 
 import requests
-import urllib3.exceptions
+import requests.adapters
+import urllib3
+import urllib3.connection
 
 from worker.models import Attributes, UserId
 from worker.usersig import Signer
@@ -29,10 +31,51 @@ from worker.usersig import Signer
 #: The two endpoints, by the name that settings use.
 ENDPOINTS = {"chat": "v4/all_member_push/im_set_attr", "push": "v4/timpush/set_attr"}
 
+#: Called right before a request is written; see `Client.send`.
+Gate = Callable[[], None]
+
 #: No honest reply is longer (100 users in `ErrorList` are about 10 kB).
 MAX_REPLY_BYTES = 1_000_000
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+_this_thread = threading.local()
+
+
+class _Gated:
+    """Makes a connection wait at the gate: what takes time (looking up the host, connecting, TLS, the
+    request's own making) comes before, so that a request leaves at the very moment it is let through."""
+
+    def endheaders(self: Any, *args: Any, **options: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        _this_thread.gate()
+        super().endheaders(*args, **options)  # type: ignore[misc]  # the class it is mixed into has it
+
+
+class _GatedHTTP(_Gated, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _GatedHTTPS(_Gated, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _GatedHTTP
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _GatedHTTPS
+
+
+class _GatedAdapter(requests.adapters.HTTPAdapter):
+    """Never retries: urllib3 would do so by itself, out of slot, and log the URL."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)  # type: ignore[no-untyped-call]
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +190,14 @@ class Client:
         """Drop the cached UserSig: the API refused it."""
         self._signer.forget()
 
-    def send(self, body: bytes) -> Reply | NoReply:
-        """Make one call. Never raises for anything the network or the API does."""
+    def send(self, body: bytes, gate: Gate) -> Reply | NoReply:
+        """Make one call. Never raises for anything the network or the API does.
+
+        `gate` is called once the connection stands and everything is ready, right before the first
+        byte is written. It waits until it is time to send, and what it raises passes through.
+        """
         session, request = self._session()
+        _this_thread.gate = gate
         query = {**self._query, "usersig": self._signer.usersig(), "random": random.getrandbits(32)}
         request = request.copy()
         request.url = self._url + urlencode(query)
@@ -163,6 +211,9 @@ class Client:
         if not hasattr(self._local, "session"):
             session = requests.Session()
             session.trust_env = False  # no proxies and .netrc from the environment
+            adapter = _GatedAdapter(max_retries=0)
+            session.mount("https://", adapter)
+            session.mount("http://", adapter)
             headers = {
                 "Content-Type": "application/json",
                 "Accept-Encoding": "identity",

@@ -39,8 +39,8 @@ from worker.ratelimit import Permit, RateLimiter
 
 log = structlog.get_logger()
 
-#: Seconds before the slot at which the batch is claimed and encoded (about 3 ms of work on a busy core).
-LEAD = 0.025
+#: Seconds before the slot at which the batch is claimed and encoded (about 3 ms of work; the rest is for a busy machine).
+LEAD = 0.1
 #: Slots that may be missed in a row before the users are handed back.
 MAX_MISSED = 20
 
@@ -164,16 +164,18 @@ class Delivery:
     def _send(self, work: _Work, part: Sequence[Claimed], permit: Permit | None) -> Reply | NoReply:
         """Send one part in a slot of its own."""
         body = self._client.encode((user.user, user.attrs) for user in part)
+        return self._client.send(body, lambda: self._pass_gate(work, permit or self._limiter.reserve()))
+
+    def _pass_gate(self, work: _Work, permit: Permit | None) -> None:
+        """Wait for the slot, or for another one when it is missed. Returning means: send, now."""
         for _ in range(MAX_MISSED):
-            permit = permit or self._limiter.reserve()
             if permit is None:
                 break
             self._cover(work, permit)
-            # Only the send may stand between the slot and the network.
             if self._limiter.redeem(permit) and self._covered(work, self._clock.monotonic()):
                 work.summary.calls += 1
-                return self._client.send(body)
-            permit = None
+                return
+            permit = self._limiter.reserve()
         raise NoPermit
 
     def _covered(self, work: _Work, start: float) -> bool:
