@@ -49,14 +49,14 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
     return run
 
 
-@app.task(name="attributes.update")  # type: ignore[untyped-decorator]  # Celery has no type hints
+@app.task(name="attributes.update")
 @contained
 def update(user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None) -> str:
     """Accept one update; fails, alone, when it breaks a rule."""
     return runtime.producer().set(user_id, attrs, occurred_at)
 
 
-@app.task(name="attributes.update_many")  # type: ignore[untyped-decorator]  # Celery has no type hints
+@app.task(name="attributes.update_many")
 @contained
 def update_many(updates: list[list[Any]]) -> dict[str, Any]:
     """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at].
@@ -69,7 +69,7 @@ def update_many(updates: list[list[Any]]) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "refused": len(result.refused)}
 
 
-@app.task(name="attributes.deliver", bind=True)  # type: ignore[untyped-decorator]  # Celery has no type hints
+@app.task(name="attributes.deliver", bind=True)
 @contained
 def deliver(task: Any) -> dict[str, Any]:
     """Deliver one batch; the task's id is the ticket."""

@@ -161,7 +161,9 @@ class Buffer:
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
-        return Batch(ticket, tuple(map(_claimed, reply[1::2], reply[2::2])), reply[0])
+        # One call of the decoder for all of them: it costs a third of a hundred calls.
+        records = json.loads(b"[%b]" % b",".join(reply[2::2]))
+        return Batch(ticket, tuple(map(_claimed, reply[1::2], records)), reply[0])
 
     def settle(
         self,
@@ -235,8 +237,12 @@ class Buffer:
         with self._redis.pipeline(transaction=True) as pipe:
             for lane in (k.live, k.backfill, k.delayed):
                 pipe.zcard(lane)
-            pipe.hlen(k.pending).hlen(k.flight).hlen(k.dead).hgetall(k.ledger)
-            pipe.zrange(k.live, 0, 0, withscores=True).zrange(k.backfill, 0, 0, withscores=True).time()
+            for table in (k.pending, k.flight, k.dead):
+                pipe.hlen(table)
+            pipe.hgetall(k.ledger)
+            for lane in (k.live, k.backfill):
+                pipe.zrange(lane, 0, 0, withscores=True)
+            pipe.time()
             replies: list[Any] = pipe.execute()
         (live, backfill, delayed, pending, in_flight, dead, ledger, *oldest, (seconds, micros)) = replies
         scores = [score for lane in oldest for _, score in lane]
@@ -253,7 +259,6 @@ class Buffer:
         )
 
 
-def _claimed(user: bytes, packed: bytes) -> Claimed:
-    record = json.loads(packed)
+def _claimed(user: bytes, record: dict[str, Any]) -> Claimed:
     attrs = {name: pair[0] for name, pair in record["a"].items()}
     return Claimed(user.decode(), attrs, record.get("n", 0), record["t"])

@@ -18,7 +18,6 @@ from typing import Any
 import structlog
 from celery import Celery, Task, bootsteps, signals
 from celery.worker.request import Request
-from kombu import Queue
 
 from worker import health, logs, runtime
 from worker.config import Settings
@@ -32,7 +31,7 @@ UPDATES, DELIVERIES = "updates", "deliveries"
 DISPATCHER_PATIENCE = 10.0
 
 
-class PrivateRequest(Request):  # type: ignore[misc]  # Celery has no type hints
+class PrivateRequest(Request):
     """A task as Celery's events, `inspect` and Flower see it: without its arguments.
 
     The arguments of an update are user data, and any client may have put a text of them into the
@@ -47,7 +46,7 @@ class PrivateRequest(Request):  # type: ignore[misc]  # Celery has no type hints
         return super().info(safe=True)
 
 
-class PrivateTask(Task):  # type: ignore[misc]  # Celery has no type hints
+class PrivateTask(Task):
     """Base of all tasks."""
 
     Request = "worker.celery:PrivateRequest"
@@ -65,7 +64,7 @@ def _settings() -> Settings:
 def _configuration(settings: Settings) -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url.reveal(),
-        "task_queues": [Queue(UPDATES), Queue(DELIVERIES)],
+        "task_queues": {UPDATES: {}, DELIVERIES: {}},
         "task_default_queue": UPDATES,
         "task_routes": {"attributes.deliver": {"queue": DELIVERIES}},
         "accept_content": ["json"],
@@ -94,8 +93,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
     if settings.broker_url.reveal().partition("+")[0].startswith(("amqp", "pyamqp")):
         return {"confirm_publish": True}
     return {
-        # Celery's keys stay apart from ours, and from those of other apps on the same server.
-        "global_keyprefix": f"imattr-celery:{settings.sdkappid}:",
+        "global_keyprefix": settings.broker_prefix,
         # A message not acknowledged in this time runs again; far longer than any task takes.
         "visibility_timeout": max(120, round(3 * settings.longest_task)),
         "unacked_restore_interval": 5,
@@ -113,14 +111,14 @@ app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
 app.conf.update(_configuration(_settings()))
 
 
-class DispatcherStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no type hints
+class DispatcherStep(bootsteps.StartStopStep):
     """Runs this worker's dispatcher in a thread of the main process, from start to shutdown.
 
     A step of the worker, not of the consumer, and a thread, not a timer: a reconnect of the broker
     restarts the consumer and drops its timers.
     """
 
-    requires = {"celery.worker.components:Pool"}
+    requires = frozenset({"celery.worker.components:Pool"})
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)

@@ -74,7 +74,7 @@ class _GatedAdapter(requests.adapters.HTTPAdapter):
     """Never retries: urllib3 would do so by itself, out of slot, and log the URL."""
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        super().init_poolmanager(*args, **options)  # type: ignore[no-untyped-call]
+        super().init_poolmanager(*args, **options)
         self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
 

@@ -59,6 +59,9 @@ class Secret:
     __str__ = __repr__
 
 
+NO_SECRET = Secret("")
+
+
 def _text(value: str) -> str:
     return value
 
@@ -121,15 +124,16 @@ class Settings:
 
     sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
     admin: str = _setting(_account, "administrator", "the app's administrator account")
-    secret_key: Secret = _setting(Secret, Secret(""), "the app's secret key")
+    secret_key: Secret = _setting(Secret, NO_SECRET, "the app's secret key")
     secret_key_file: str = _setting(_text, "", "file that holds the secret key, instead of it")
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
     api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
     api: str = _setting(_choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr")
     redis_url: Secret = _setting(
-        lambda v: Secret(_url("redis", "rediss", "unix")(v)), Secret(""), "where the state is kept"
+        lambda v: Secret(_url("redis", "rediss", "unix")(v)), NO_SECRET, "where the state is kept"
     )
-    broker_url: Secret = _setting(Secret, Secret(""), "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
+    broker_prefix: str = _setting(_text, "", "put before Celery's keys in Redis; clients must use the same")
+    broker_url: Secret = _setting(Secret, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
     quota: int = _setting(_whole(1), 100, "calls a second that the API allows the app")
     batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
     linger: float = _setting(_seconds(), 0.25, "how long the oldest user waits for company")

@@ -8,6 +8,7 @@ in their lanes, and the next turn issues another.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
@@ -74,10 +75,9 @@ class Dispatcher:
                     log.warning("dispatcher_waits", reason=type(error).__name__)
                 self._failing = True
             self._stopped.wait(pause)
-        try:
+        # Without it the term ends by itself.
+        with contextlib.suppress(redis.RedisError):
             self._buffer.resign(self._worker)
-        except redis.RedisError:
-            pass  # the term ends by itself
 
     def stop(self) -> None:
         """End `run` soon."""

@@ -31,6 +31,11 @@ class Keys:
         return f"{{imattr:{self.sdkappid}}}:{name}"
 
     @property
+    def pattern(self) -> str:
+        """What matches all of them, and nobody else's, for SCAN."""
+        return self._key("*")
+
+    @property
     def pending(self) -> str:
         """hash: user -> record, for users who wait to be sent."""
         return self._key("pending")

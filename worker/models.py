@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from worker.errors import InvalidUpdate
 
@@ -38,8 +38,7 @@ class Update:
     occurred_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """One user of a claimed batch: the snapshot that is being sent."""
 
     user: UserId

@@ -13,6 +13,7 @@ import redis
 from worker.clock import Clock
 from worker.keys import Keys
 from worker.models import check_names
+from worker.scripts import text
 
 #: Seconds for which a reader trusts what it read.
 FRESH_FOR = 30.0
@@ -32,7 +33,7 @@ class AttributeNames:
         with self._lock:
             now = self._clock.monotonic()
             if self._read_at is None or now - self._read_at > FRESH_FOR:
-                self._names = frozenset(name.decode() for name in self._redis.smembers(self._key))
+                self._names = frozenset(map(text, self._redis.smembers(self._key)))
                 self._read_at = now
             return self._names
 

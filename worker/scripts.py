@@ -21,6 +21,11 @@ def source(name: str) -> str:
     return resources.files("worker").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
 
 
+def text(value: bytes | str) -> str:
+    """What Redis answered, as text: connections here return bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def load(client: redis.Redis, name: str) -> Script:
     """Register ``lua/<name>.lua`` on the client; nothing is sent before the first call."""
     script: Script = client.register_script(source(name))

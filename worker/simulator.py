@@ -16,6 +16,7 @@ import asyncio
 import collections
 import dataclasses
 import gc
+import hmac
 import json
 import random
 import socket
@@ -277,7 +278,7 @@ class Api:
             raise Refused(70013, "UserSig is of another identifier")
         if (sig, identifier) not in self._known_signatures:
             expected = usersig.signature(self._key, owner, app, issued, expire)
-            if not usersig.hmac.compare_digest(expected.encode(), proof.encode()):
+            if not hmac.compare_digest(expected.encode(), proof.encode()):
                 raise Refused(70009, "UserSig was made with another key")
             self._known_signatures.add((sig, identifier))
         if self._wall() > issued + expire:
@@ -343,7 +344,7 @@ class Api:
     def _check_account(self, user: str) -> int:
         if code := self._user_codes.get(user):
             return code
-        if not user or len(user.encode()) > MAX_USER_ID_BYTES and len(user) != REGISTRATION_ID_BYTES:
+        if not user or (len(user.encode()) > MAX_USER_ID_BYTES and len(user) != REGISTRATION_ID_BYTES):
             return 90048
         if self.quirks.accounts_must_exist and user not in self.accounts:
             return 70107
@@ -400,7 +401,8 @@ class Api:
 
     def state(self) -> dict[str, Any]:
         """Totals, for reports."""
-        return dataclasses.asdict(self.counts) | {
+        counts = {name: getattr(self.counts, name) for name in Counts.__slots__}
+        return counts | {
             "users_known": len(self.users),
             "calls": self.arrivals.total,
             "worst_rolling_second": self.arrivals.worst,
@@ -477,11 +479,13 @@ class _ApiHandler(tornado.web.RequestHandler):
         if fault.kind == "late_write" and reply["ErrorCode"] == 0:
             asyncio.get_running_loop().call_later(fault.delay, self._write_late, body, now)
         if fault.kind in ("reset", "late_write"):
-            return self._reset()
+            self._reset()
+            return
         await asyncio.sleep(api.quirks.latency + (fault.delay if fault.kind == "slow" else 0))
         if fault.kind == "status":
             page = "<html><body><h1>502 Bad Gateway</h1></body></html>"
-            return self._finish(page, fault.code or 502, "text/html")
+            self._finish(page, fault.code or 502, "text/html")
+            return
         if fault.kind == "extra_fields":
             reply |= {"RequestId": "simulated", "ErrorDisplay": "", "Unheard": {"of": [1]}}
         text = _encode(reply)
@@ -545,7 +549,7 @@ def make_app(api: Api, faults: Faults) -> tornado.web.Application:
     parts = {"api": api, "faults": faults}
     return tornado.web.Application(
         [(r"/simulator/([a-z-]+)", _ControlHandler, parts), (r"/.*", _ApiHandler, parts)],
-        log_function=lambda handler: None,
+        log_function=lambda _: None,
     )
 
 

@@ -1,0 +1,319 @@
+"""The main job on real input, in a sandbox, judged by the simulator's own record.
+
+Streams the events into the product while workers deliver, lets some calls fail on purpose, and then
+compares what the simulator applied with what should be there. The expectation is worked out here from
+the lines of the file alone: none of the buffer's code, nor its rules, takes part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import redis
+import requests
+
+from worker import demo_events
+from worker.buffer import Buffer, Snapshot
+from worker.clock import SystemClock
+from worker.keys import Keys
+from worker.names import AttributeNames
+from worker.producer import Producer
+from worker.sandbox import Plan, Sandbox
+from worker.scripts import text
+
+#: Events a second: faster than 100 calls of 100 users can carry, so that the buffer has work to do.
+RATE = 12_000
+#: Lines the producer gives at a time.
+CHUNK = 400
+#: Seconds for everything to be delivered after the last event.
+PATIENCE = 120.0
+
+#: What goes wrong on purpose: internal errors, bad gateways, a reset before and one after the write was
+#: applied, a garbled reply, a call refused for its frequency.
+FAULTS: list[dict[str, Any]] = [
+    {"kind": "code", "code": 91000, "times": 3},
+    {"kind": "status", "code": 502, "times": 2},
+    {"kind": "reset", "times": 1},
+    {"kind": "reset", "applied": True, "times": 1},
+    {"kind": "truncated", "times": 1},
+    {"kind": "code", "code": 60007, "times": 1},
+]
+
+
+@dataclass(slots=True)
+class Expected:
+    """What the lines alone say: the newest value of each attribute, and every version of it."""
+
+    latest: dict[str, dict[str, str]] = field(default_factory=dict)
+    versions: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
+    valid: int = 0
+    invalid: int = 0
+
+
+@dataclass(slots=True)
+class Report:
+    """What was seen, and whether it is as it must be."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    checks: list[tuple[str, bool, str]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(good for _, good, _ in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One look at the running demo."""
+
+    lines: int
+    total: int
+    snapshot: Snapshot
+    calls: int
+    worst: int
+    elapsed: float
+
+
+def expect(lines: Iterable[str], unreachable: frozenset[str]) -> Expected:
+    """Work out the end from the lines. Users that the API refuses for good keep nothing."""
+    expected = Expected()
+    newest: dict[tuple[str, str], int] = {}
+    for line in lines:
+        event = _parse(line)
+        if event is None:
+            expected.invalid += 1
+            continue
+        expected.valid += 1
+        user, attrs, at = event
+        if user in unreachable:
+            continue
+        for name, value in attrs.items():
+            expected.versions[user, name, value].append(at)
+            if at >= newest.get((user, name), 0):
+                newest[user, name] = at
+                expected.latest.setdefault(user, {})[name] = value
+    return expected
+
+
+def _parse(line: str) -> tuple[str, dict[str, str], int] | None:
+    """A valid event, by the rules that the API's documents state; None for an invalid line."""
+    try:
+        event = json.loads(line)
+        user, attrs, at = event["user"], event["attrs"], event["occurred_at"]
+        moment = at if isinstance(at, int) else round(datetime.fromisoformat(at).timestamp() * 1000)
+        good = (
+            isinstance(user, str)
+            and 1 <= len(user.encode()) <= 32
+            and all(" " <= letter <= "~" for letter in user)
+            and 1 <= len(attrs) <= 10
+            and all(name in demo_events.NAMES for name in attrs)
+            and all(isinstance(value, str) and 1 <= len(value.encode()) <= 50 for value in attrs.values())
+        )
+    except (ValueError, TypeError):
+        return None
+    return (user, attrs, moment) if good else None
+
+
+def run(
+    directory: Path,
+    redis_url: str = "",
+    *,
+    lines: Sequence[str],
+    say: Callable[[str], None],
+    show: Callable[[Progress], None],
+    workers: int = 2,
+    flower: bool = True,
+) -> Report:
+    """Run the demo in `directory`, which is emptied first. Raises `SandboxError` when a part fails.
+
+    With a `redis_url` that server is used instead of an embedded one, under an app id of the demo's own,
+    and the keys made are removed afterwards.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plan = Plan(workers=workers, flower=flower, names=demo_events.NAMES)
+    sdkappid = 1_400_000_000 + secrets.randbelow(99_999_999)
+    prefix = f"imattr-demo:{sdkappid}:"
+    environ = {"IMATTR_SDKAPPID": str(sdkappid), "IMATTR_BROKER_PREFIX": prefix}
+    environ |= {"IMATTR_REDIS_URL": redis_url} if redis_url else {}
+    with contextlib.ExitStack() as cleanup, Sandbox(directory, environ, plan) as sandbox:
+        if redis_url:
+            cleanup.callback(_remove_keys, redis_url, Keys(sdkappid).pattern, f"{prefix}*")
+        for stand_in in sandbox.stand_ins:
+            say(f"sandboxed  {stand_in}")
+        say(f"redis      {_without_password(sandbox.redis_url)}")
+        say(f"api        {sandbox.api_url}")
+        if flower:
+            say(f"flower     {sandbox.flower_url}")
+        say(f"logs       {directory}")
+        return _Demo(sandbox, lines, show).run()
+
+
+def _remove_keys(redis_url: str, *patterns: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        for pattern in patterns:
+            for key in client.scan_iter(pattern, count=1000):
+                client.delete(key)
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+class _Demo:
+    """One run in a running sandbox."""
+
+    def __init__(self, sandbox: Sandbox, lines: Sequence[str], show: Callable[[Progress], None]) -> None:
+        sdkappid = int(sandbox.environ["IMATTR_SDKAPPID"])
+        self._sandbox, self._lines, self._show = sandbox, lines, show
+        self._redis = redis.Redis.from_url(sandbox.redis_url)
+        self._keys = Keys(sdkappid)
+        self._buffer = Buffer(self._redis, self._keys)
+        self._producer = Producer(sandbox.redis_url, sdkappid)
+        self._refused = self._given = 0
+        self._started = time.monotonic()
+        self._shown = 0.0
+
+    def run(self) -> Report:
+        # Two accounts that the API does not know: they must become dead letters, alone.
+        users = [event[0] for line in self._lines[:50] if (event := _parse(line))]
+        self._strangers = frozenset(users[:2])
+        strangers = [
+            {"kind": "user_code", "user": user, "code": 70107, "times": None} for user in self._strangers
+        ]
+        self._simulator("faults", FAULTS + strangers)
+        AttributeNames(self._redis, self._keys, SystemClock()).set(demo_events.NAMES)
+        self._stream()
+        drained = self._drain()
+        return self._judge(drained)
+
+    def _simulator(self, what: str, given: object = None) -> Any:
+        url = f"{self._sandbox.api_url}/simulator/{what}"
+        if given is not None:
+            return requests.post(url, json=given, timeout=30).json()
+        reply = requests.get(url, timeout=60)
+        return [json.loads(line) for line in reply.text.splitlines()] if what == "record" else reply.json()
+
+    def _look(self, *, always: bool = False) -> Snapshot:
+        snapshot = self._buffer.snapshot()
+        now = time.monotonic()
+        if always or now - self._shown > 0.2:
+            self._shown = now
+            self._sandbox.check()
+            state = self._simulator("state")
+            elapsed = now - self._started
+            total = len(self._lines)
+            self._show(
+                Progress(self._given, total, snapshot, state["calls"], state["worst_rolling_second"], elapsed)
+            )
+        return snapshot
+
+    def _stream(self) -> None:
+        start = time.monotonic()
+        for first in range(0, len(self._lines), CHUNK):
+            updates: list[tuple[Any, ...]] = []
+            for line in self._lines[first : first + CHUNK]:
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                    updates.append((event["user"], event["attrs"], event["occurred_at"]))
+                    continue
+                self._refused += 1
+            self._refused += len(self._producer.set_many(updates).refused)
+            self._given = min(first + CHUNK, len(self._lines))
+            self._look()
+            time.sleep(max(0.0, start + self._given / RATE - time.monotonic()))
+
+    def _drain(self) -> bool:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            snapshot = self._look()
+            if not snapshot.pending and not snapshot.in_flight:
+                self._look(always=True)
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _judge(self, drained: bool) -> Report:
+        expected = expect(self._lines, self._strangers)
+        snapshot, state = self._buffer.snapshot(), self._simulator("state")
+        applied: dict[str, dict[str, str]] = self._simulator("users")
+        overwritten = stale_writes(self._simulator("record"), expected)
+        dead = set(map(text, self._redis.hkeys(self._keys.dead)))
+        ledger, elapsed = snapshot.ledger, time.monotonic() - self._started
+        calls, wrong = state["calls"], _differences(expected.latest, applied)
+        refused, faults = dict(state["refused"]), sum(state["faults"].values())
+        report = Report()
+        report.rows = [
+            ("events", f"{len(self._lines):,} in {elapsed:.1f} s, {self._refused:,} refused at the door"),
+            ("updates accepted", f"{ledger['accepted']:,} about {len(expected.latest) + len(dead):,} users"),
+            (
+                "coalesced",
+                f"{ledger['coalesced']:,} ({ledger['coalesced'] / max(1, ledger['accepted']):.0%})",
+            ),
+            ("unchanged, stale", f"{ledger['unchanged']:,}, {ledger['stale']:,}"),
+            ("users delivered", f"{ledger['delivered']:,}"),
+            (
+                "calls",
+                f"{calls:,} in {state['seconds']:.1f} s, where one a valid event would be {expected.valid:,}",
+            ),
+            ("fill", f"{state['users'] / max(1, state['applied_requests']):.1f} users a call"),
+            ("faults on purpose", f"{faults}, refusals by code {refused}"),
+            ("dead letters", f"{len(dead)}"),
+        ]
+        total = f"accepted {ledger['accepted']:,} = coalesced + unchanged + stale + delivered + dead letters"
+        worst = state["worst_rolling_second"]
+        report.checks = [
+            (
+                "everything was delivered",
+                drained,
+                f"pending {snapshot.pending}, in flight {snapshot.in_flight}",
+            ),
+            ("every last value is the expected one", not wrong, f"{len(wrong)} users differ {wrong[:3]}"),
+            ("no older value was applied after a newer one", not overwritten, f"{overwritten} were"),
+            ("no rolling second above 100 calls", worst <= 100, f"worst rolling second {worst}"),
+            (
+                "no call above 100 users, none with a user twice",
+                not state["oversized"] and not state["repeated_users"],
+                f"{state['oversized']} and {state['repeated_users']}",
+            ),
+            ("only unknown accounts are dead letters", dead == self._strangers, f"{len(dead)}"),
+            (
+                "exactly the invalid lines were refused",
+                self._refused == expected.invalid,
+                f"{self._refused:,} refused, {expected.invalid:,} invalid",
+            ),
+            ("the ledger balances", snapshot.balanced, total),
+        ]
+        return report
+
+
+def _differences(expected: dict[str, dict[str, str]], applied: dict[str, dict[str, str]]) -> list[str]:
+    return [user for user in expected.keys() | applied.keys() if expected.get(user) != applied.get(user)]
+
+
+def stale_writes(record: Iterable[Sequence[Any]], expected: Expected) -> int:
+    """How many applied values cannot have been as new as the one applied before."""
+    reached: dict[tuple[str, str], int] = {}
+    stale = 0
+    for _, _, user, attrs in record:
+        for name, value in attrs.items():
+            floor = reached.get((user, name), 0)
+            # The same value may have come at several times: the earliest that fits is the kindest reading.
+            fitting = [at for at in expected.versions.get((user, name, value), ()) if at >= floor]
+            if fitting:
+                reached[user, name] = min(fitting)
+            else:
+                stale += 1
+    return stale

@@ -1,0 +1,61 @@
+"""The state of the product in one dictionary: what `imattr status` shows and `--json` prints."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import redis
+
+from worker.buffer import Buffer
+from worker.config import Settings
+from worker.keys import Keys
+from worker.ratelimit import SPACING
+from worker.scripts import text
+
+
+def read(client: redis.Redis, settings: Settings) -> dict[str, Any]:
+    """Count everything at one instant. Times are ISO 8601 in UTC, durations and ages seconds."""
+    keys = Keys(settings.sdkappid)
+    snapshot = Buffer(client, keys).snapshot()
+    line = _line(client, keys)
+    current = round(settings.quota / SPACING, 1) if line["state"] == "open" else 0.0
+    users = snapshot.pending + snapshot.in_flight
+    eta = users / (current * settings.batch_size) if current else None
+    return {
+        "line": line,
+        "pending": {
+            "live": snapshot.live,
+            "backfill": snapshot.backfill,
+            "delayed": snapshot.delayed,
+            "waiting": snapshot.waiting,
+            "oldest_age_s": None if snapshot.oldest_age is None else round(snapshot.oldest_age, 3),
+        },
+        "in_flight": snapshot.in_flight,
+        "dead": snapshot.dead,
+        "rate": {"quota": settings.quota, "current": current},
+        "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
+        "eta_s": None if eta is None else round(eta, 1),
+    }
+
+
+def _line(client: redis.Redis, keys: Keys) -> dict[str, Any]:
+    """The delivery side: open, or paused by what the API answered until the next call is due."""
+    seconds, micros = client.time()
+    fields = ("paused_at", "paused_until", "reason", "code")
+    paused_at, paused_until, reason, code = client.hmget(keys.rate, fields)
+    now = seconds + micros / 1e6
+    since, until = int(paused_at or 0) / 1e6, int(paused_until or 0) / 1e6
+    if not since <= now < until:
+        return {"state": "open", "reason": None, "code": None, "since": None, "next_probe": None}
+    return {
+        "state": "paused",
+        "reason": text(reason or b""),
+        "code": int(code) if code else None,
+        "since": _iso(since),
+        "next_probe": _iso(until),
+    }
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
