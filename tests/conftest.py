@@ -1,0 +1,68 @@
+"""What the tests share: one private server for all of them, and an app id of its own for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+
+from worker.embedded import EmbeddedServer
+from worker.keys import Keys
+
+# Real servers answer at their own pace: no deadline for one example, no fixed seed hidden in a cache.
+settings.register_profile(
+    "imattr", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("imattr")
+
+#: A key, so that nobody needs to invent one; worth nothing.
+SECRET_KEY = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+_apps = itertools.count(1_500_000_000)
+
+
+def new_keys() -> Keys:
+    """The keys of an app that nobody else uses, instead of flushing anything."""
+    return Keys(next(_apps))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(Path(tmp_path_factory.mktemp("redis")), persistent=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return new_keys()
+
+
+class ManualClock:
+    """Time that passes only when someone sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        if seconds > 0:
+            self.slept.append(seconds)
+            self.now += seconds
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()

@@ -1,0 +1,202 @@
+"""The limiter: slots on an injected clock, on a real server; and the measuring of Redis' clock."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import ManualClock, new_keys
+from worker import scripts
+from worker.clock import SystemClock
+from worker.keys import Keys
+from worker.ratelimit import GRACE, ClockSync, Permit, RateLimiter
+
+START = 1_700_000_000_000_000
+INTERVAL = 10_200
+PATIENCE = 2_000_000
+
+Reserve = Callable[[int], tuple[bool, int]]
+
+
+@pytest.fixture
+def reserve(client: redis.Redis, keys: Keys) -> Reserve:
+    script = scripts.load(client, "reserve")
+
+    def call(now: int) -> tuple[bool, int]:
+        granted, wait, _ = script([keys.rate], (now, INTERVAL, PATIENCE))
+        return bool(granted), wait
+
+    return call
+
+
+def limiter(client: redis.Redis, keys: Keys, clock: ManualClock | SystemClock) -> RateLimiter:
+    return RateLimiter(client, keys, quota=100, patience=2.0, clock=clock)
+
+
+def test_slots_follow_each_other_first_come_first_served(reserve: Reserve) -> None:
+    assert [reserve(START) for _ in range(3)] == [(True, 0), (True, INTERVAL), (True, 2 * INTERVAL)]
+
+
+def test_an_idle_limiter_saves_nothing_up(reserve: Reserve) -> None:
+    reserve(START)
+
+    later = START + 60_000_000
+
+    assert [reserve(later) for _ in range(2)] == [(True, 0), (True, INTERVAL)]
+
+
+def test_a_slot_beyond_patience_is_not_reserved(reserve: Reserve) -> None:
+    granted = 0
+    while reserve(START)[0]:
+        granted += 1
+
+    assert granted == PATIENCE // INTERVAL + 1
+    assert reserve(START) == reserve(START), "asking in vain takes nothing"
+
+
+@given(gaps=st.lists(st.integers(0, 40_000), min_size=150, max_size=400))
+def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, gaps: list[int]) -> None:
+    script = scripts.load(client, "reserve")
+    rate, now, slots = new_keys().rate, START, []
+    for gap in gaps:
+        now += gap
+        granted, wait, _ = script([rate], (now, INTERVAL, PATIENCE))
+        if granted:
+            slots.append(now + wait)
+
+    for index, slot in enumerate(slots):
+        assert sum(slot <= other < slot + 1_000_000 for other in slots[index:]) <= 99
+        assert index == 0 or slot - slots[index - 1] >= INTERVAL
+
+
+@pytest.mark.parametrize("jump", [-3_600_000_000, -1_000_000, -100_000])
+def test_a_clock_set_back_neither_adds_slots_nor_stops_the_line(reserve: Reserve, jump: int) -> None:
+    before = [reserve(START)[1] for _ in range(50)]
+
+    # From here on, times are counted from the moment of the jump, on which both clocks agree.
+    asked = [10_000 * call for call in range(300)]
+    answers = [(at, reserve(START + jump + at)) for at in asked]
+    after = [at + wait for at, (granted, wait) in answers if granted]
+
+    assert min(after) >= max(before) + INTERVAL
+    assert max(after) <= asked[-1] + PATIENCE
+    assert all(later - earlier >= INTERVAL for earlier, later in itertools.pairwise(after))
+
+
+def test_a_pause_holds_for_everyone_and_ends(client: redis.Redis, keys: Keys, reserve: Reserve) -> None:
+    pausing = limiter(client, keys, ManualClock())
+
+    pausing.pause(5.0, "too many requests", 60007, now_us=START)
+
+    assert reserve(START + 1) == (False, 5_000_000 - PATIENCE - 1)
+    assert reserve(START + 4_000_000) == (True, 1_000_000)
+    assert reserve(START + 6_000_000)[0]
+
+
+def test_the_longer_of_two_pauses_stands(client: redis.Redis, keys: Keys, reserve: Reserve) -> None:
+    pausing = limiter(client, keys, ManualClock())
+
+    pausing.pause(60.0, "blocked", 70050, now_us=START)
+    pausing.pause(1.0, "too many requests", 60007, now_us=START)
+
+    assert not reserve(START + 10_000_000)[0]
+    assert client.hget(keys.rate, "reason") == b"blocked"
+
+
+def test_a_pause_from_before_the_clock_was_set_back_is_void(
+    client: redis.Redis, keys: Keys, reserve: Reserve
+) -> None:
+    limiter(client, keys, ManualClock()).pause(60.0, "blocked", now_us=START)
+
+    assert reserve(START - 3_600_000_000)[0]
+
+
+def test_a_missed_slot_is_not_used(client: redis.Redis, keys: Keys, clock: ManualClock) -> None:
+    pacing = limiter(client, keys, clock)
+
+    assert pacing.redeem(Permit(clock.now + 0.5, 0))
+    assert not pacing.redeem(Permit(clock.now - GRACE - 0.001, 0))
+
+
+def test_a_permit_from_before_a_pause_lapses(client: redis.Redis, keys: Keys, clock: ManualClock) -> None:
+    pacing = limiter(client, keys, clock)
+    permit = pacing.reserve(now_us=START)
+
+    pacing.pause(1.0, "too many requests", now_us=START)
+
+    assert permit is not None
+    assert not pacing.redeem(permit)
+
+
+def test_a_clock_that_jumps_ahead_pauses_the_line_for_one_patience(
+    client: redis.Redis, keys: Keys, clock: ManualClock, reserve: Reserve
+) -> None:
+    pacing = limiter(client, keys, clock)
+    assert pacing.reserve(now_us=START)
+
+    # Two seconds pass here, an hour there: slots reserved before would overlap with those from now on.
+    clock.now += 2.0
+    jumped = START + 3_600_000_000
+    assert pacing.reserve(now_us=jumped) is None
+
+    assert client.hget(keys.rate, "reason") == b"the clock of Redis jumped"
+    clock.now += 5.0
+    assert pacing.reserve(now_us=jumped + 5_000_000), "and afterwards all is as before"
+
+
+def test_permits_of_many_threads_are_never_closer_than_the_interval(client: redis.Redis, keys: Keys) -> None:
+    pacing = limiter(client, keys, SystemClock())
+    permits: list[Permit | None] = []
+
+    def take() -> None:
+        permits.extend(pacing.reserve() for _ in range(20))
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    slots = sorted(permit.due for permit in permits if permit)
+    assert len(slots) == 160
+    # The last place of the estimate of Redis' clock moves a little from call to call.
+    assert all(later - earlier > 0.009 for earlier, later in itertools.pairwise(slots))
+
+
+offsets = st.floats(-1e6, 1e6, allow_nan=False)
+calls = st.lists(
+    st.tuples(st.floats(0.0001, 0.3), st.floats(0.0001, 0.3), st.floats(0, 5)), min_size=2, max_size=30
+)
+
+
+@given(offset=offsets, calls=calls)
+def test_slow_answers_are_never_taken_for_a_jump(
+    offset: float, calls: list[tuple[float, float, float]]
+) -> None:
+    sync, now = ClockSync(), 100.0
+    for request, response, pause in calls:
+        answered = now + request
+        assert sync.observe(now, answered + offset, answered + response)
+        assert abs(sync.local(answered + offset) - answered) <= 0.35
+        now = answered + response + pause
+
+
+@given(offset=offsets, jump=st.floats(1.0, 1e6), ahead=st.booleans(), calls=calls)
+def test_a_jump_is_noticed_at_the_first_answer(
+    offset: float, jump: float, ahead: bool, calls: list[tuple[float, float, float]]
+) -> None:
+    sync, now = ClockSync(), 100.0
+    for request, response, pause in calls:
+        sync.observe(now, now + request + offset, now + request + response)
+        now += request + response + pause
+
+    moved = offset + (jump if ahead else -jump)
+
+    assert not sync.observe(now, now + 0.001 + moved, now + 0.002)
+    assert sync.observe(now + 1, now + 1.001 + moved, now + 1.002), "and it is measured anew"

@@ -1,0 +1,446 @@
+"""The buffer against a model: any sequence of steps, on a real server, with time held still.
+
+The model is plain Python that says what the design says. After every step the whole state in Redis must
+equal it, and besides, by rules that know nothing of how the buffer works: a user is in one place, the
+newest accepted value of every attribute is the one that is kept, what was delivered never gets older, and
+the ledger balances.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.conftest import new_keys
+from worker import scripts
+from worker.buffer import Buffer
+from worker.keys import LEDGER
+from worker.models import Acked, Attributes, BatchId, DeadLettered, Outcome, Retried, Snoozed, Update
+
+LEASE_MS = 60_000
+LINGER_MS = 250
+
+Values = dict[str, tuple[str, int]]
+
+
+@dataclass
+class Record:
+    """What is known about a user and not delivered."""
+
+    since: int
+    attempts: int = 0
+    backfill: bool = False
+    values: Values = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, packed: bytes) -> Record:
+        raw = json.loads(packed)
+        values = {name: (value, version) for name, (value, version) in raw["a"].items()}
+        return cls(raw["t"], raw.get("n", 0), "b" in raw, values)
+
+
+@dataclass
+class Model:
+    """The state machine in plain Python."""
+
+    pending: dict[str, Record] = field(default_factory=dict)
+    lanes: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {"live": {}, "backfill": {}, "delayed": {}}
+    )
+    flight: dict[str, Record] = field(default_factory=dict)
+    batches: dict[str, list[str]] = field(default_factory=dict)
+    leases: dict[str, int] = field(default_factory=dict)
+    shadow: dict[str, dict[str, tuple[str | None, int]]] = field(default_factory=dict)
+    dead: dict[str, Values] = field(default_factory=dict)
+    tickets: set[str] = field(default_factory=set)
+    ledger: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0))
+
+    def add(self, update: Update, lane: str, max_pending: int, now: int) -> bool:
+        user = update.user
+        record, sent = self.pending.get(user), self.flight.get(user)
+        if max_pending and not record and not sent and len(self.pending) >= max_pending:
+            return False
+        fresh: Values = {}
+        same = False
+        for name, value in update.attrs.items():
+            delivered = self.shadow.get(user, {}).get(name)
+            known = (record and record.values.get(name)) or (sent and sent.values.get(name))
+            floor = known or delivered
+            version = update.occurred_ms or max(now, floor[1] if floor else 0)
+            if floor and version < floor[1]:
+                continue
+            if not known and delivered and delivered[0] == value:
+                self.shadow[user][name] = (value, version)
+                same = True
+            else:
+                fresh[name] = (value, version)
+        self.ledger["accepted"] += 1
+        if not fresh:
+            self.ledger["unchanged" if same else "stale"] += 1
+            return True
+        if record:
+            self.ledger["coalesced"] += 1
+        else:
+            record = self.pending[user] = Record(now, backfill=lane == "backfill")
+            if not sent:
+                self.lanes[lane][user] = now
+        record.values |= fresh
+        if lane == "live" and record.backfill:
+            record.backfill = False
+            if self.lanes["backfill"].pop(user, None) is not None:
+                self.lanes["live"][user] = record.since
+        return True
+
+    def enter_lane(self, user: str, record: Record) -> None:
+        self.lanes["backfill" if record.backfill else "live"][user] = record.since
+
+    def claim(self, ticket: str, size: int, now: int) -> list[str]:
+        self.tickets.discard(ticket)
+        delayed = sorted(self.lanes["delayed"].items(), key=lambda item: (item[1], item[0]))
+        for user, _ in [item for item in delayed if item[1] <= now][:size]:
+            del self.lanes["delayed"][user]
+            self.enter_lane(user, self.pending[user])
+        users = []
+        for lane in ("live", "backfill"):
+            entries = self.lanes[lane]
+            for user in sorted(entries, key=lambda user: (entries[user], user))[: size - len(users)]:
+                del entries[user]
+                self.flight[user] = self.pending.pop(user)
+                users.append(user)
+        if users:
+            self.batches[ticket] = users
+            self.leases[ticket] = now + LEASE_MS
+        return users
+
+    def settle(self, batch: str, outcomes: dict[str, Outcome], rest: Outcome | None, now: int) -> int | None:
+        if batch not in self.batches:
+            return None
+        settled = 0
+        for user in list(self.batches[batch]):
+            outcome = outcomes.get(user, rest)
+            if outcome is None:
+                continue
+            settled += 1
+            self.batches[batch].remove(user)
+            self.settle_user(user, outcome, now)
+        if not self.batches[batch]:
+            del self.batches[batch], self.leases[batch]
+        return settled
+
+    def settle_user(self, user: str, outcome: Outcome, now: int) -> None:
+        record, newer = self.flight.pop(user), self.pending.get(user)
+        shadow = self.shadow.setdefault(user, {})
+        match outcome:
+            case Acked():
+                shadow.update(record.values)
+                self.ledger["delivered"] += 1
+            case DeadLettered():
+                shadow.update({name: (None, version) for name, (_, version) in record.values.items()})
+                self.bury(user, record, newer)
+            case Retried(delay) | Snoozed(delay):
+                if not shadow:
+                    del self.shadow[user]
+                if isinstance(outcome, Retried):
+                    record.attempts += 1
+                if newer:
+                    record.values |= newer.values
+                    record.backfill = record.backfill and newer.backfill
+                    self.ledger["coalesced"] += 1
+                self.pending[user] = record
+                if delay:
+                    self.lanes["delayed"][user] = now + round(delay * 1000)
+                else:
+                    self.enter_lane(user, record)
+                return
+        if newer:
+            self.enter_lane(user, newer)
+
+    def bury(self, user: str, record: Record, newer: Record | None) -> None:
+        superseded = newer.values if newer else {}
+        letter = {name: pair for name, pair in record.values.items() if name not in superseded}
+        if not letter:
+            self.ledger["coalesced"] += 1
+            return
+        before = self.dead.get(user, {})
+        kept = {name: pair for name, pair in before.items() if name not in record.values | superseded}
+        self.dead[user] = kept | letter
+        self.ledger["dead_lettered"] += 1
+
+    def balanced(self) -> bool:
+        accepted, redriven, *out = self.ledger.values()
+        return accepted + redriven == sum(out) + len(self.pending) + len(self.flight)
+
+
+def read(client: redis.Redis, buffer: Buffer) -> Model:
+    """What Redis holds, as a model."""
+    keys = buffer._keys
+
+    def table(key: str) -> dict[str, Any]:
+        found: dict[bytes, bytes] = client.hgetall(key)  # type: ignore[assignment]
+        return {field.decode(): value for field, value in found.items()}
+
+    def scores(key: str) -> dict[str, int]:
+        found: list[tuple[bytes, float]] = client.zrange(key, 0, -1, withscores=True)  # type: ignore[assignment]
+        return {member.decode(): int(score) for member, score in found}
+
+    return Model(
+        pending={user: Record.read(raw) for user, raw in table(keys.pending).items()},
+        lanes={lane: scores(getattr(keys, lane)) for lane in ("live", "backfill", "delayed")},
+        flight={user: Record.read(raw) for user, raw in table(keys.flight).items()},
+        batches={batch: json.loads(raw) for batch, raw in table(keys.batches).items()},
+        leases=scores(keys.leases),
+        shadow={
+            user: {name: tuple(pair) for name, pair in json.loads(raw)["a"].items()}
+            for user, raw in table(keys.shadow).items()
+        },
+        dead={
+            user: {name: tuple(pair) for name, pair in json.loads(raw)["a"].items()}
+            for user, raw in table(keys.dead).items()
+        },
+        tickets=set(scores(keys.tickets)),
+        ledger=dict.fromkeys(LEDGER, 0)
+        | {counter: int(count) for counter, count in table(keys.ledger).items()},
+    )
+
+
+users = st.sampled_from(["ann", "bob", "c d", "élan".encode().hex(), "~"])
+names = st.sampled_from(["city", "level", "tier/é"])
+values = st.sampled_from(["Paris", "深圳", 'a "b" \\ /', "\x7f", "1"])
+attrs = st.dictionaries(names, values, min_size=1, max_size=3)
+ages = st.one_of(st.none(), st.integers(-3000, 1000))
+delays = st.sampled_from([0.0, 0.5, 5.0])
+outcomes = st.one_of(
+    st.just(Acked()),
+    st.builds(Retried, delays),
+    st.builds(Snoozed, delays),
+    st.just(DeadLettered(90033, "refused")),
+)
+
+
+class BufferMachine(RuleBasedStateMachine):
+    """Drives the real buffer and the model side by side."""
+
+    client: redis.Redis
+
+    tickets = Bundle("tickets")
+    batches = Bundle("batches")
+    ended = Bundle("ended")
+
+    @initialize()
+    def start(self) -> None:
+        self.buffer = Buffer(self.client, new_keys(), lease=LEASE_MS / 1000, shadow_ttl=10**8)
+        self.model = Model()
+        self.now = 1_700_000_000_000
+        #: The newest accepted value of every attribute: highest version, among equals the last.
+        self.newest: dict[tuple[str, str], tuple[str, int]] = {}
+        self.delivered: dict[tuple[str, str], int] = {}
+
+    @rule(passed=st.sampled_from([1, 100, 1000, 61_000, -2000]))
+    def time_passes(self, passed: int) -> None:
+        self.now += passed
+
+    @rule(
+        given=st.lists(st.tuples(users, attrs, ages), min_size=1, max_size=5),
+        lane=st.sampled_from(["live", "live", "backfill"]),
+        max_pending=st.sampled_from([0, 0, 2]),
+    )
+    def add(self, given: list[tuple[str, Attributes, int | None]], lane: str, max_pending: int) -> None:
+        updates = [Update(user, attrs, 0 if age is None else self.now + age) for user, attrs, age in given]
+        before = dict(self.model.ledger)
+        full = []
+        for index, update in enumerate(updates):
+            if self.model.add(update, lane, max_pending, self.now):
+                self._note(update)
+            else:
+                full.append(index)
+
+        added = self.buffer.add(updates, lane=lane, max_pending=max_pending, now_ms=self.now)
+
+        assert added.full == tuple(full)
+        for counter in ("accepted", "coalesced", "unchanged", "stale"):
+            assert getattr(added, counter) == self.model.ledger[counter] - before[counter]
+
+    def _note(self, update: Update) -> None:
+        for name, value in update.attrs.items():
+            known = self.newest.get((update.user, name))
+            version = update.occurred_ms or max(self.now, known[1] if known else 0)
+            if known is None or version >= known[1]:
+                self.newest[update.user, name] = (value, version)
+
+    @rule(target=tickets, size=st.integers(1, 3))
+    def tick(self, size: int) -> Any:
+        tick = self.buffer.tick(
+            "w", term=1000, size=size, linger=LINGER_MS / 1000, ticket_ttl=10**6, most=3, now_ms=self.now
+        )
+        lanes = self.model.lanes
+        due = [at for at in lanes["delayed"].values() if at <= self.now]
+        waiting = [*lanes["live"].values(), *lanes["backfill"].values()]
+        wanted, rest = divmod(len(due) + len(waiting), size)
+        if rest and (due or min(waiting) + LINGER_MS <= self.now):
+            wanted += 1
+        assert len(tick.tickets) == max(0, min(wanted, 3) - len(self.model.tickets))
+        self.model.tickets |= set(tick.tickets)
+        return multiple(*tick.tickets)
+
+    @rule(target=batches, ticket=consumes(tickets), size=st.integers(1, 3))
+    def claim(self, ticket: BatchId, size: int) -> Any:
+        expected = self.model.claim(ticket, size, self.now)
+
+        batch = self.buffer.claim(ticket, size, now_ms=self.now)
+
+        assert batch is not None
+        assert [claimed.user for claimed in batch.users] == expected
+        for claimed in batch.users:
+            record = self.model.flight[claimed.user]
+            assert claimed.attrs == {name: pair[0] for name, pair in record.values.items()}
+            assert (claimed.attempts, claimed.since_ms) == (record.attempts, record.since)
+        assert self.buffer.claim(ticket, size, now_ms=self.now) is None, "a ticket is good for one claim"
+        return multiple(batch.id) if expected else multiple()
+
+    @rule(
+        target=ended,
+        batch=batches,
+        named=st.dictionaries(users, outcomes, max_size=5),
+        rest=st.one_of(st.none(), outcomes),
+    )
+    def settle(self, batch: BatchId, named: dict[str, Outcome], rest: Outcome | None) -> Any:
+        for user in self.model.batches.get(batch, []):
+            if isinstance(named.get(user, rest), Acked):
+                for name, (_, version) in self.model.flight[user].values.items():
+                    assert version >= self.delivered.get((user, name), 0), "an older value was delivered"
+                    self.delivered[user, name] = version
+        expected = self.model.settle(batch, named, rest, self.now)
+
+        assert self.buffer.settle(batch, named, rest=rest, now_ms=self.now) == expected
+
+        return multiple() if batch in self.model.batches else batch
+
+    @rule(batch=ended, named=st.dictionaries(users, outcomes, max_size=5), rest=outcomes)
+    def settle_too_late(self, batch: BatchId, named: dict[str, Outcome], rest: Outcome) -> None:
+        before = copy.deepcopy(self.model)
+
+        assert self.buffer.settle(batch, named, rest=rest, now_ms=self.now) is None
+
+        assert read(self.client, self.buffer) == before
+
+    @rule(batch=batches)
+    def extend(self, batch: BatchId) -> None:
+        held = batch in self.model.batches
+        if held:
+            self.model.leases[batch] = self.now + LEASE_MS
+
+        assert self.buffer.extend(batch, now_ms=self.now) is held
+
+    @rule(target=ended)
+    def reclaim(self) -> Any:
+        expired = [(end, batch) for batch, end in self.model.leases.items() if end < self.now]
+
+        reclaimed = self.buffer.reclaim(now_ms=self.now)
+
+        if not expired:
+            assert reclaimed is None
+            return multiple()
+        assert reclaimed == min(expired)[1]
+        self.model.settle(reclaimed, {}, Snoozed(), self.now)
+        return reclaimed
+
+    @invariant()
+    def all_is_well(self) -> None:
+        found = read(self.client, self.buffer)
+        assert found == self.model
+        assert found.balanced()
+        assert self.buffer.snapshot().balanced
+        self._a_user_is_in_one_place(found)
+        self._the_newest_value_is_the_one_kept(found)
+
+    def _a_user_is_in_one_place(self, found: Model) -> None:
+        places = [*found.lanes["live"], *found.lanes["backfill"], *found.lanes["delayed"], *found.flight]
+        assert len(places) == len(set(places))
+        assert found.pending.keys() <= set(places)
+        assert set(found.flight) == {user for users in found.batches.values() for user in users}
+        assert found.batches.keys() == found.leases.keys()
+
+    def _the_newest_value_is_the_one_kept(self, found: Model) -> None:
+        for (user, name), newest in self.newest.items():
+            sources: list[Any] = [
+                record.values for table in (found.pending, found.flight) if (record := table.get(user))
+            ]
+            sources += [{n: p for n, p in found.shadow.get(user, {}).items() if p[0] is not None}]
+            sources += [found.dead.get(user, {})]
+            kept = next((source[name] for source in sources if name in source), None)
+            assert kept == newest
+
+
+def run_machine(client: redis.Redis, **how: Any) -> None:
+    """Run the comparison; raises what the first difference raises."""
+    machine = type("Machine", (BufferMachine,), {"client": client})
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, **how))
+
+
+@pytest.mark.timeout(300)
+def test_the_buffer_does_what_the_model_does(client: redis.Redis) -> None:
+    run_machine(client, max_examples=120)
+
+
+#: Bugs, each put into a script on purpose: what it would do, the script, its text, the wrong text.
+BUGS = {
+    "an old value overwrites a newer one when a batch comes back": (
+        "settle",
+        "      record.a[name] = pair\n",
+        "      record.a[name] = record.a[name] or pair\n",
+    ),
+    "an update with an old event time wins": ("add", "version >= known[2]", "version >= 0"),
+    "a user in flight enters a lane, too": ("add", "if not flight[i] then", "if true then"),
+    "a value that arrived during the flight is forgotten": (
+        "settle",
+        "  if newer then\n    enter_lane",
+        "  if false then\n    enter_lane",
+    ),
+    "a ticket is good for two claims": ("claim", "redis.call('ZREM', KEYS[8], batch) == 0", "false"),
+    "a reclaimed batch can still be settled": (
+        "reclaim",
+        "redis.call('HDEL', KEYS[1], expired)",
+        "local _ = 0",
+    ),
+    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', KEYS[1], batch) == 0", "false"),
+    "a merge is not counted": ("settle", "    count('coalesced')\n  end", "  end"),
+    "an update that changes nothing forgets its time": ("add", "any_same, delivered[2],", "any_same, seen.x,"),
+    "a claimed user stays pending": ("claim", "redis.call('HDEL', KEYS[1], unpack(users))", "local _ = 0"),
+    "backfill goes before live": ("claim", "record.b and KEYS[3] or KEYS[2]", "KEYS[3]"),
+    "a retry costs no attempt": ("settle", "verb == 'retry' and", "false and"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_model_catches(bug: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, right, wrong = BUGS[bug]
+    source = scripts.source
+
+    def spoiled(name: str) -> str:
+        text = source(name)
+        if name != script:
+            return text
+        assert right in text
+        return text.replace(right, wrong)
+
+    monkeypatch.setattr(scripts, "source", spoiled)
+
+    with pytest.raises((AssertionError, redis.ResponseError, StopIteration, BaseExceptionGroup)):
+        run_machine(client, max_examples=200, derandomize=True, phases=[Phase.generate])
