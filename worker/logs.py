@@ -65,6 +65,8 @@ def configure(level: str = "info", style: str = "") -> None:
         _drop_empty,
         _scrub_event,
     ]
+    # At DEBUG these write whole messages, arguments and all.
+    talkative = "INFO" if level == "debug" else level.upper()
     renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     formatter = {
         "()": structlog.stdlib.ProcessorFormatter,
@@ -88,6 +90,9 @@ def configure(level: str = "info", style: str = "") -> None:
             },
             "root": {"handlers": ["stdout"], "level": level.upper()},
             "loggers": {
+                "celery": {"level": talkative},
+                "kombu": {"level": talkative},
+                "amqp": {"level": talkative},
                 # One "received" and one "succeeded" line a task would double every canonical line.
                 "celery.worker.strategy": {"level": "WARNING"},
                 "celery.app.trace": {"level": "WARNING"},

@@ -160,6 +160,13 @@ class Sandbox:
                     + "\n".join(f"  {line}" for line in tail)
                 )
 
+    def forget(self, name: str) -> None:
+        """Expect this process to have ended: somebody stopped it on purpose."""
+        for process in self._processes:
+            if process.name == name:
+                process.popen.wait()
+        self._processes = [process for process in self._processes if process.name != name]
+
     def pids(self) -> dict[str, int]:
         """Process id by name; the embedded server is `redis`."""
         found = {process.name: process.popen.pid for process in self._processes}

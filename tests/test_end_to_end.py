@@ -1,0 +1,271 @@
+"""Everything real: Redis, Celery workers, Flower, HTTP; the simulator's record is the judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import requests
+from celery import Celery
+
+from tests.conftest import SECRET_KEY
+from worker import demo, demo_events
+from worker.buffer import Buffer, Snapshot
+from worker.keys import Keys
+from worker.producer import Producer
+from worker.sandbox import SDKAPPID, Plan, Sandbox
+
+pytestmark = pytest.mark.timeout(180)
+
+#: Short timeouts, so that a killed worker's lease ends within the test.
+HASTY = {"IMATTR_CONNECT_TIMEOUT": "1", "IMATTR_READ_TIMEOUT": "3.1", "IMATTR_LEASE": "9"}
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class System:
+    """A running sandbox, and what a test asks of it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.producer = Producer(sandbox.redis_url, int(SDKAPPID))
+        self.redis = redis.Redis.from_url(sandbox.redis_url)
+        self.keys = Keys(int(SDKAPPID))
+        self.buffer = Buffer(self.redis, self.keys)
+
+    def simulator(self, what: str, given: object = None) -> Any:
+        url = f"{self.sandbox.api_url}/simulator/{what}"
+        return (
+            requests.get(url, timeout=30).json()
+            if given is None
+            else requests.post(url, json=given, timeout=30)
+        )
+
+    def snapshot(self) -> Snapshot:
+        return self.buffer.snapshot()
+
+    def settled(self) -> bool:
+        snapshot = self.snapshot()
+        return not snapshot.pending and not snapshot.in_flight
+
+
+@contextmanager
+def running(directory: Path, plan: Plan, **environ: str) -> Iterator[System]:
+    settings = {"IMATTR_SECRET_KEY": SECRET_KEY, "IMATTR_LINGER": "0.05"} | environ
+    with Sandbox(directory, settings, plan) as sandbox:
+        system = System(sandbox)
+        yield system
+        system.redis.close()
+
+
+def updates(count: int, value: str = "Paris") -> list[tuple[str, dict[str, str]]]:
+    return [(f"user{number:05}", {"city": value}) for number in range(count)]
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_whatever_the_pool_every_last_value_arrives(tmp_path: Path, pool: str) -> None:
+    plan = Plan(workers=2, concurrency=4, pool=pool, flower=False)
+    with running(tmp_path, plan) as system:
+        system.producer.set_many(updates(2000))
+        system.producer.set_many(updates(1000, "Rome"))
+
+        wait_until(system.settled)
+
+        applied = system.simulator("users")
+        expected = dict(updates(2000)) | dict(updates(1000, "Rome"))
+        assert applied == expected
+        assert system.snapshot().balanced
+        state = system.simulator("state")
+        assert state["worst_rolling_second"] <= 100
+        assert state["oversized"] == state["repeated_users"] == 0
+
+
+def test_a_part_of_the_demo_holds_all_it_promises(tmp_path: Path) -> None:
+    lines = [line for line, _ in zip(demo_events.events(seed=7), range(8000), strict=False)]
+
+    report = demo.run(tmp_path / "demo", lines=lines, say=lambda _: None, show=lambda _: None, flower=False)
+
+    assert [check for check in report.checks if not check[1]] == []
+
+
+def test_the_demo_leaves_a_shared_redis_as_it_was(tmp_path: Path, server: Any, client: redis.Redis) -> None:
+    client.set("somebody-elses", "key")
+    before = set(client.scan_iter(count=1000))
+    lines = [line for line, _ in zip(demo_events.events(seed=8), range(500), strict=False)]
+
+    report = demo.run(
+        tmp_path / "demo", server.url, lines=lines, say=lambda _: None, show=lambda _: None, flower=False
+    )
+
+    assert report.passed
+    assert set(client.scan_iter(count=1000)) == before
+
+
+def test_a_shutdown_finishes_what_is_in_flight_and_hands_back_the_rest(tmp_path: Path) -> None:
+    plan = Plan(workers=1, concurrency=8, flower=False, simulator_options=("--latency", "0.5"))
+    with running(tmp_path, plan) as system:
+        system.producer.set_many(updates(20_000))
+        wait_until(lambda: system.snapshot().in_flight >= 400)
+        worker = system.sandbox.pids()["worker-1"]
+
+        os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: _ended(worker))
+
+        snapshot = system.snapshot()
+        assert snapshot.in_flight == 0
+        assert snapshot.pending > 0
+        assert snapshot.ledger["delivered"] == len(system.simulator("users"))
+        assert snapshot.balanced
+        assert system.redis.exists(system.keys.batches, system.keys.dispatcher) == 0
+        system.sandbox.forget("worker-1")
+
+
+def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    plan = Plan(workers=2, concurrency=4, flower=False, simulator_options=("--latency", "0.5"))
+    with running(tmp_path, plan, **HASTY) as system:
+        system.producer.set_many(updates(6000))
+        wait_until(lambda: system.snapshot().in_flight >= 400)
+        worker = system.sandbox.pids()["worker-1"]
+
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: _ended(worker))
+        system.sandbox.forget("worker-1")
+        system.producer.set_many(updates(3000, "Rome"))
+        wait_until(system.settled)
+
+        assert system.simulator("users") == dict(updates(6000)) | dict(updates(3000, "Rome"))
+        assert system.snapshot().balanced
+
+
+def test_any_celery_client_can_send_updates_by_name(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=4, flower=False)) as system:
+        stranger = Celery(broker=system.sandbox.redis_url)
+
+        stranger.send_task("attributes.update", ["ann", {"city": "Paris"}], queue="updates")
+        stranger.send_task(
+            "attributes.update", ["bob", {"city": "Oslo"}, "2026-11-01T12:00:00Z"], queue="updates"
+        )
+        stranger.send_task("attributes.update_many", [[["cid", {"city": "Rome"}], ["", {}]]], queue="updates")
+        wait_until(lambda: len(system.simulator("users")) == 3)
+
+        assert system.simulator("users") == {
+            "ann": {"city": "Paris"},
+            "bob": {"city": "Oslo"},
+            "cid": {"city": "Rome"},
+        }
+
+
+#: Every way in which a call can fail, each once.
+FAILURES: list[dict[str, Any]] = [
+    {"kind": "user_code", "user": "auser00003", "code": 70107, "times": None},
+    {"kind": "status", "code": 502},
+    {"kind": "reset"},
+    {"kind": "reset", "applied": True},
+    {"kind": "truncated"},
+    {"kind": "slow", "delay": 4},
+    {"kind": "late_write", "delay": 0.1},
+    {"kind": "extra_fields"},
+    *({"kind": "code", "code": code} for code in (91000, 90033, 12345)),
+]
+
+
+def test_no_secret_and_no_value_ever_leaks(tmp_path: Path) -> None:
+    marker = "Xanadu-7731"
+    plan = Plan(workers=1, concurrency=4, flower=True)
+    environ = {**HASTY, "IMATTR_LOG_LEVEL": "debug", "FLOWER_UNAUTHENTICATED_API": "true"}
+    with running(tmp_path, plan, **environ) as system:
+        system.simulator("faults", FAILURES)
+        stranger = Celery(broker=system.sandbox.redis_url)
+        for attrs in ({"city": marker}, {"city": marker * 9}, {"": marker}, marker, [marker]):
+            stranger.send_task("attributes.update", ["ann", attrs], queue="updates")
+        stranger.send_task("attributes.update", kwargs={"nonsense": marker}, queue="updates")
+        stranger.send_task("attributes.updat", ["ann", {"city": marker}], queue="updates")
+        stranger.send_task("attributes.update_many", [[["bob", {"city": marker}], [marker]]], queue="updates")
+        stranger.send_task("attributes.update", ["ann", {"city": marker}], queue="updates", serializer="pickle")
+        # New users each time: those of a failed call are held for a while.
+        for group in "abcdefghijklmn":
+            system.producer.set_many((f"{group}{user}", attrs) for user, attrs in updates(20, marker))
+            time.sleep(0.3)
+        system.simulator("key", "another key")
+        wait_until(lambda: system.snapshot().delayed, 30)
+        system.producer.set_many(updates(5, marker))
+        time.sleep(2)
+
+        shown = "".join(
+            requests.get(f"{system.sandbox.flower_url}/{page}", timeout=30).text
+            for page in ("api/tasks", "api/workers?refresh=true", "metrics", "tasks", "workers", "broker")
+        )
+        queued = repr(system.redis.lrange("deliveries", 0, -1)) + repr(system.redis.hgetall("unacked"))
+        state = system.simulator("state")
+
+    logged = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log"))
+    assert sum(state["faults"].values()) >= len(FAILURES)
+    assert state["refused"]["70009"] >= 1
+    for outcome in ("delivered", "retried", "stopped", "split"):
+        assert f'"outcome": "{outcome}"' in logged
+    assert "attributes.update" in shown
+    assert "TaskFailed" in shown
+    for text in (logged, shown, queued):
+        assert SECRET_KEY not in text
+        assert marker not in text
+        # What any UserSig looks like: base64 of deflated data, with its three characters exchanged.
+        assert not re.search(r"eJ[A-Za-z0-9*_-]{60,}", text)
+
+
+def test_up_serves_and_keeps_its_data(tmp_path: Path) -> None:
+    def imattr(*arguments: str) -> str:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("IMATTR_")}
+        command = [sys.executable, "-m", "worker.cli", *arguments]
+        environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environ, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+
+    @contextmanager
+    def up() -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-m", "worker.cli", "up", "--workers", "1", "--no-flower"]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("IMATTR_")}
+        environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+        try:
+            wait_until(lambda: (tmp_path / ".imattr" / "settings.env").exists() or process.poll() is not None)
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, output
+            assert "simulator; nothing reaches the real service" in output
+            assert "data kept in .imattr/redis" in output
+
+    with up():
+        assert (tmp_path / ".imattr" / "settings.env").stat().st_mode & 0o077 == 0
+        assert imattr("put", "u1", "city=Paris") == "accepted, pending\n"
+        wait_until(lambda: json.loads(imattr("status", "--json"))["ledger"]["delivered"] == 1)
+    assert not (tmp_path / ".imattr" / "settings.env").exists()
+
+    with up():
+        ledger = json.loads(imattr("status", "--json"))["ledger"]
+        assert (ledger["accepted"], ledger["delivered"], ledger["balanced"]) == (1, 1, True)
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
