@@ -197,7 +197,9 @@ def test_no_secret_and_no_value_ever_leaks(tmp_path: Path) -> None:
         stranger.send_task("attributes.update", kwargs={"nonsense": marker}, queue="updates")
         stranger.send_task("attributes.updat", ["ann", {"city": marker}], queue="updates")
         stranger.send_task("attributes.update_many", [[["bob", {"city": marker}], [marker]]], queue="updates")
-        stranger.send_task("attributes.update", ["ann", {"city": marker}], queue="updates", serializer="pickle")
+        stranger.send_task(
+            "attributes.update", ["ann", {"city": marker}], queue="updates", serializer="pickle"
+        )
         # New users each time: those of a failed call are held for a while.
         for group in "abcdefghijklmn":
             system.producer.set_many((f"{group}{user}", attrs) for user, attrs in updates(20, marker))

@@ -117,7 +117,7 @@ class Model:
         for user, _ in [item for item in delayed if item[1] <= now][:size]:
             del self.lanes["delayed"][user]
             self.enter_lane(user, self.pending[user])
-        users = []
+        users: list[str] = []
         for lane in ("live", "backfill"):
             entries = self.lanes[lane]
             for user in sorted(entries, key=lambda user: (entries[user], user))[: size - len(users)]:
@@ -421,7 +421,11 @@ BUGS = {
     ),
     "a lost batch can be extended": ("extend", "redis.call('HEXISTS', KEYS[1], batch) == 0", "false"),
     "a merge is not counted": ("settle", "    count('coalesced')\n  end", "  end"),
-    "an update that changes nothing forgets its time": ("add", "any_same, delivered[2],", "any_same, seen.x,"),
+    "an update that changes nothing forgets its time": (
+        "add",
+        "any_same, delivered[2],",
+        "any_same, seen.x,",
+    ),
     "a claimed user stays pending": ("claim", "redis.call('HDEL', KEYS[1], unpack(users))", "local _ = 0"),
     "backfill goes before live": ("claim", "record.b and KEYS[3] or KEYS[2]", "KEYS[3]"),
     "a retry costs no attempt": ("settle", "verb == 'retry' and", "false and"),

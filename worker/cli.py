@@ -36,7 +36,7 @@ P = ParamSpec("P")
 
 # A pipe has no width: lines are then as long as they need to be.
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused,
@@ -64,7 +64,7 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except ConfigError as error:
             mistakes = "".join(f"\n  {mistake}" for mistake in error.mistakes)
-            _fail(USAGE, f"the settings are not complete:{mistakes}")
+            _fail(USAGE, f"these settings are wrong or missing:{mistakes}")
         except InvalidUpdate as error:
             _fail(REFUSED, f"refused, {error}")
         except BufferFull as error:
@@ -122,7 +122,7 @@ def _pair(text: str) -> tuple[str, str]:
 @click.option("--watch", is_flag=True, help="Show again every second, until Ctrl-C.")
 @_explained
 def show_status(as_json: bool, watch: bool) -> None:
-    """Show the line, what is pending and in flight, and whether the ledger balances."""
+    """Show what is going on, and whether the ledger balances."""
     settings = Settings.from_env(_environ(), "producer")
     with redis.Redis.from_url(settings.redis_url.reveal(), socket_connect_timeout=3) as client:
         if not watch:
@@ -187,7 +187,9 @@ def _status_table(state: dict[str, Any]) -> Table:
 @click.option("--record/--no-record", default=True, show_default=True, help="Keep every applied write.")
 @_explained
 def simulate(port: int, names: tuple[str, ...], latency: float, quota: int, record: bool) -> None:
-    """Run the API simulator alone, for the app in IMATTR_SDKAPPID and IMATTR_SECRET_KEY.
+    """Run the API simulator alone.
+
+    It serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY.
 
     Ours, beside the API: GET /simulator/state, users, record; POST /simulator/quirks, faults.
     """
@@ -281,9 +283,9 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
 @click.option("--directory", type=click.Path(path_type=Path), default=SANDBOX / "demo", show_default=True)
 @_explained
 def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
-    """Deliver 60,000 events in a sandbox, with failures on purpose, and check the result.
+    """Deliver 60,000 events in a sandbox and check the result.
 
-    Only IMATTR_REDIS_URL is used of what is configured. Ends with 0 if every check holds, else with 1.
+    Some calls fail on purpose. Only IMATTR_REDIS_URL is used of what is configured. Ends with 0 if every check holds, else with 1.
     """
     try:
         from worker import demo as job

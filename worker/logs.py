@@ -50,8 +50,11 @@ def _scrub_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
     return {key: value if key.startswith("_") else _scrubbed(value) for key, value in event.items()}
 
 
-def _drop_empty(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {key: value for key, value in event.items() if value is not None}
+def _tidy(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a line is about comes first, and what is not known is left out."""
+    first = ("timestamp", "level", "event")
+    ordered = {key: event[key] for key in first if key in event} | dict(event)
+    return {key: value for key, value in ordered.items() if value is not None}
 
 
 def configure(level: str = "info", style: str = "") -> None:
@@ -62,7 +65,7 @@ def configure(level: str = "info", style: str = "") -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
-        _drop_empty,
+        _tidy,
         _scrub_event,
     ]
     # At DEBUG these write whole messages, arguments and all.
