@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 from celery import Celery, Task, bootsteps, signals
 from celery.worker.request import Request
+from kombu.transport import redis as redis_transport
 
 from worker import health, logs, runtime
 from worker.config import Settings
@@ -106,6 +107,25 @@ def _transport(settings: Settings) -> dict[str, Any]:
         "retry_on_timeout": False,
     }
 
+
+class ThriftyChannel(redis_transport.Channel):
+    """kombu's Redis channel with one client a connection pool, instead of a new one for every command.
+
+    Making a client costs more than the command: without this, a sixth of a worker's CPU goes there.
+    """
+
+    _client_of_pool: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous=True)  # type: ignore[no-untyped-call]
+        # A reconnect gives the channel another pool.
+        if self._client_of_pool is None or self._client_of_pool.connection_pool is not self.pool:
+            self._client_of_pool = super()._create_client()  # type: ignore[no-untyped-call]
+        return self._client_of_pool
+
+
+redis_transport.Transport.Channel = ThriftyChannel
 
 app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
 app.conf.update(_configuration(_settings()))

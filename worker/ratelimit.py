@@ -28,7 +28,7 @@ from worker.keys import Keys
 #: Slots are this much further apart than 1 / quota.
 SPACING = 1.02
 #: Seconds after its slot at which a permit lapses.
-GRACE = 0.010
+GRACE = 0.014
 #: How fast two machines' clocks may drift apart, seconds a second; far above any real one.
 DRIFT = 0.001
 #: A step of Redis' clock below this is taken for measuring error, seconds.
