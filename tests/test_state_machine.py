@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -276,6 +277,13 @@ class BufferMachine(RuleBasedStateMachine):
         assert added.full == tuple(full)
         for counter in ("accepted", "coalesced", "unchanged", "stale"):
             assert getattr(added, counter) == self.model.ledger[counter] - before[counter]
+
+    @precondition(lambda self: self.model.shadow)
+    @rule(data=st.data(), age=ages)
+    def repeat_what_was_delivered(self, data: st.DataObject, age: int | None) -> None:
+        user = data.draw(st.sampled_from(sorted(self.model.shadow)))
+        name, (value, _) = data.draw(st.sampled_from(sorted(self.model.shadow[user].items(), key=str)))
+        self.add([(user, {name: value or "again"}, age)], "live", 0)
 
     def _note(self, update: Update) -> None:
         for name, value in update.attrs.items():
