@@ -1,0 +1,145 @@
+"""Settings: defaults, every mistake at once, and secrets that do not show."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SECRET_KEY
+from worker.config import PREFIX, REGIONS, Role, Settings
+from worker.errors import ConfigError
+
+GOOD = {
+    "IMATTR_SDKAPPID": "1400000000",
+    "IMATTR_SECRET_KEY": SECRET_KEY,
+    "IMATTR_API_URL": "http://127.0.0.1:9000",
+    "IMATTR_REDIS_URL": "redis://:hunter22@127.0.0.1:6379/0",
+}
+
+
+def mistakes(environ: dict[str, str], role: Role = "worker") -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env(environ, role)
+    return caught.value.mistakes
+
+
+def changed(**changes: str) -> dict[str, str]:
+    return GOOD | {PREFIX + name: value for name, value in changes.items()}
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in GOOD.items() if name.removeprefix(PREFIX) not in names}
+
+
+def test_the_defaults_are_those_of_the_readme() -> None:
+    settings = Settings.from_env(GOOD)
+
+    assert (settings.quota, settings.batch_size, settings.linger) == (100, 100, 0.25)
+    assert (settings.max_attempts, settings.backoff_base, settings.backoff_max) == (8, 1.0, 300.0)
+    assert (settings.connect_timeout, settings.read_timeout, settings.hold) == (3.05, 10.0, 5.0)
+    assert (settings.lease, settings.patience, settings.max_pending) == (60.0, 2.0, 0)
+    assert (settings.shadow_ttl, settings.shadow_max_users) == (900.0, 1_000_000)
+    assert settings.broker_url.reveal() == settings.redis_url.reveal()
+
+
+def test_every_setting_is_in_the_readme_and_says_what_it_means() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = set(re.findall(r"`([A-Z_]+)`", readme.partition("### Settings")[2].partition("## ")[0]))
+
+    for field in dataclasses.fields(Settings):
+        assert field.metadata["doc"]
+        assert field.name.upper() in table
+
+
+def test_all_mistakes_are_told_at_once_by_name() -> None:
+    environ = changed(QUOTA="many", LINGER="-1", API="carrier pigeon", READ_TIMEOUT="2") | {
+        "IMATTR_LINGR": "1"
+    }
+    del environ["IMATTR_SECRET_KEY"]
+
+    assert set(mistakes(environ)) == {
+        "IMATTR_QUOTA must be a whole number from 1 up",
+        "IMATTR_LINGER must be a number of seconds, at least 0",
+        "IMATTR_API must be one of chat, push",
+        "IMATTR_READ_TIMEOUT must be a number of seconds, more than 3",
+        "IMATTR_LINGR is no setting, is IMATTR_LINGER meant?",
+        "IMATTR_SECRET_KEY is not set",
+    }
+
+
+def test_what_is_missing_is_told() -> None:
+    assert mistakes({}) == (
+        "IMATTR_SDKAPPID is not set",
+        "IMATTR_REDIS_URL is not set",
+        "IMATTR_SECRET_KEY is not set",
+        "IMATTR_REGION or IMATTR_API_URL is not set",
+    )
+
+
+def test_a_producer_needs_the_app_and_redis_only() -> None:
+    assert Settings.from_env(without("SECRET_KEY", "API_URL"), "producer").sdkappid == 1400000000
+    assert len(mistakes({}, "producer")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "mistake"),
+    [
+        ({"LEASE": "20"}, "IMATTR_LEASE must be more than twice"),
+        ({"HOLD": "3"}, "IMATTR_HOLD must be a number of seconds, more than 3"),
+        ({"BACKOFF_BASE": "10", "BACKOFF_MAX": "5"}, "IMATTR_BACKOFF_MAX must not be less"),
+        ({"PATIENCE": "0.01"}, "IMATTR_PATIENCE must be at least 0.02"),
+        ({"REGION": "tokyo"}, "IMATTR_REGION and IMATTR_API_URL are both set"),
+        ({"BATCH_SIZE": "101"}, "IMATTR_BATCH_SIZE must be a whole number from 1 to 100"),
+        ({"SDKAPPID": "0"}, "IMATTR_SDKAPPID must be a whole number from 1 up"),
+        ({"REDIS_URL": "localhost:6379"}, "IMATTR_REDIS_URL must be a URL that starts with redis://"),
+        ({"ADMIN": "管理员"}, "IMATTR_ADMIN must be 1 to 32 bytes of printable ASCII"),
+        ({"LINGER": "nan"}, "IMATTR_LINGER must be a number of seconds"),
+    ],
+)
+def test_what_cannot_hold_is_refused(changes: dict[str, str], mistake: str) -> None:
+    [found] = mistakes(changed(**changes))
+
+    assert found.startswith(mistake)
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_region_has_a_domain(region: str) -> None:
+    settings = Settings.from_env(without("API_URL") | {"IMATTR_REGION": region.upper()})
+
+    assert settings.base_url.startswith("https://")
+
+
+def test_the_key_can_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(f"{SECRET_KEY}\n")
+    environ = without("SECRET_KEY") | {"IMATTR_SECRET_KEY_FILE": str(path)}
+
+    assert Settings.from_env(environ).secret_key.reveal() == SECRET_KEY
+    assert mistakes(GOOD | environ) == (
+        "IMATTR_SECRET_KEY and IMATTR_SECRET_KEY_FILE are both set, choose one",
+    )
+    path.write_text("")
+    assert mistakes(environ) == ("IMATTR_SECRET_KEY_FILE is empty",)
+    path.unlink()
+    assert mistakes(environ) == ("IMATTR_SECRET_KEY_FILE cannot be read (FileNotFoundError)",)
+
+
+def test_no_secret_is_shown() -> None:
+    shown = repr(Settings.from_env(GOOD)) + str(mistakes(changed(QUOTA="x", REDIS_URL="http://:hunter22@x")))
+
+    assert SECRET_KEY not in shown
+    assert "hunter22" not in shown
+    assert "***" in shown
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert Settings.from_env(changed(QUOTA=" ")).quota == 100
+
+
+def test_a_task_is_always_shorter_than_what_makes_the_broker_repeat_it() -> None:
+    settings = Settings.from_env(changed(LEASE="300"))
+
+    assert settings.longest_task > 300
