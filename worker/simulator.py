@@ -1,7 +1,7 @@
 """A faithful stand-in for the user-attribute API, which can also fail on purpose.
 
 `Api` holds what the real service would: accounts, attributes, signatures, quotas, and answers requests by
-the documented rules, in the order that independent clients suggest. `make_app` puts it behind HTTP and
+the documented rules, in the order that independent clients suggest. `make_server` puts it behind HTTP and
 adds latency and faults. What the documents leave open is a switch (`Quirks`), so that a client can be
 tested under every reading. Every applied write is recorded with its arrival: tests and the demo use that
 record, not the product's own counters, to judge the product.
@@ -600,24 +600,21 @@ class _ControlHandler(tornado.web.RequestHandler):
         self.finish("{}")
 
 
-def make_app(api: Api, faults: Faults) -> tornado.web.Application:
-    """The simulator as a web application."""
+def make_server(api: Api, faults: Faults) -> tornado.httpserver.HTTPServer:
+    """The simulator as a web server that listens nowhere yet."""
     parts = {"api": api, "faults": faults}
-    return tornado.web.Application(
-        [(r"/simulator/([a-z-]+)", _ControlHandler, parts), (r"/.*", _ApiHandler, parts)],
-        log_function=lambda _: None,
-    )
+    paths = [(r"/simulator/([a-z-]+)", _ControlHandler, parts), (r"/.*", _ApiHandler, parts)]
+    return _Server(tornado.web.Application(paths, log_function=lambda _: None))
 
 
 def serve(api: Api, *, port: int, host: str = "127.0.0.1", ready: Callable[[], None] = lambda: None) -> None:
     """Serve until the process is asked to stop."""
 
     async def main() -> None:
-        server = _Server(make_app(api, Faults()))
-        server.listen(port, host)
+        make_server(api, Faults()).listen(port, host)
         ready()
         await asyncio.Event().wait()
 
-    # A long pause of the collector would make arrivals look bunched; the record holds no cycles.
+    # A long pause of the collector would delay replies; the record holds no cycles.
     gc.set_threshold(200_000, 50, 1000)
     asyncio.run(main())
