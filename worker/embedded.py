@@ -7,6 +7,7 @@ wheel's own Python class turns the append-only file off and kills the server at 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import socket
@@ -95,15 +96,13 @@ class EmbeddedServer:
         deadline = time.monotonic() + PATIENCE
         with redis.Redis.from_url(self.url) as client:
             while time.monotonic() < deadline and self._process.poll() is None:
-                try:
-                    client.ping()
                 # Loading its file counts as "not yet", too; so does a port that nobody listens on.
-                except (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
-                    time.sleep(0.02)
-                    continue
-                # Another server may own the port and have answered in place of ours.
-                if self._process.poll() is None:
-                    return
+                with contextlib.suppress(redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
+                    client.ping()
+                    # Another server may own the port and answer in place of ours.
+                    if client.info("server")["process_id"] == self._process.pid:
+                        return
+                time.sleep(0.02)
         self.stop()
         raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
 

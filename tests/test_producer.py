@@ -1,0 +1,134 @@
+"""The way in: what is accepted, what is refused, and that nothing else is lost with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.conftest import ManualClock
+from worker.buffer import Buffer, new_batch_id
+from worker.embedded import EmbeddedServer, free_port
+from worker.errors import BufferFull, InvalidUpdate
+from worker.keys import Keys
+from worker.models import Acked, BulkResult, Refusal
+from worker.names import FRESH_FOR, AttributeNames
+from worker.producer import Producer
+
+
+@pytest.fixture
+def producer(server: EmbeddedServer, keys: Keys) -> Producer:
+    return Producer(server.url, keys.sdkappid)
+
+
+def deliver_all(client: redis.Redis, keys: Keys) -> None:
+    buffer, ticket = Buffer(client, keys), new_batch_id()
+    client.zadd(keys.tickets, {ticket: 1})
+    batch = buffer.claim(ticket, 1000)
+    assert batch is not None
+    buffer.settle(batch.id, {}, rest=Acked())
+
+
+def test_set_says_what_became_of_the_update(producer: Producer, client: redis.Redis, keys: Keys) -> None:
+    assert producer.set("ann", {"city": "Paris"}, 1_800_000_000) == "pending"
+    assert producer.set("ann", {"level": "Gold"}) == "coalesced"
+    deliver_all(client, keys)
+    assert producer.set("ann", {"city": "Paris"}, 1_800_000_001) == "unchanged"
+    assert producer.set("ann", {"city": "Rome"}, 1_700_000_000) == "stale"
+    assert producer.set("ann", {"city": "Rome"}, 1_800_000_002) == "pending"
+
+
+def test_an_invalid_update_is_refused_and_changes_nothing(
+    producer: Producer, client: redis.Redis, keys: Keys
+) -> None:
+    with pytest.raises(InvalidUpdate, match=r"^user ann: the value of 'city' is 51 bytes, at most 50$"):
+        producer.set("ann", {"city": "字" * 17})
+
+    assert client.exists(keys.pending, keys.ledger) == 0
+
+
+def test_a_full_buffer_refuses_new_users_only(server: EmbeddedServer, keys: Keys) -> None:
+    producer = Producer(server.url, keys.sdkappid, max_pending=1)
+    producer.set("ann", {"city": "Paris"})
+
+    with pytest.raises(BufferFull, match=r"user bob: the buffer is full, 1 users are pending"):
+        producer.set("bob", {"city": "Rome"})
+    assert producer.set("ann", {"city": "Rome"}) == "coalesced"
+    assert producer.set_many([("cid", {"city": "Oslo"}), ("ann", {"city": "Bern"})]) == BulkResult(
+        accepted=1,
+        coalesced=1,
+        refused=[Refusal(0, "cid", "the buffer is full, 1 users are pending (IMATTR_MAX_PENDING)")],
+    )
+
+
+def test_in_bulk_the_good_ones_go_through_and_the_others_come_back_with_reasons(producer: Producer) -> None:
+    def given() -> Iterator[object]:
+        yield ("ann", {"city": "Paris"})
+        yield ("", {"city": "Paris"})
+        yield ["bob", {"city": "x" * 60}, None]
+        yield "nonsense"
+        yield ("cid", {"city": "Rome"}, "2026-11-01T12:00:00Z")
+        yield ("dan",)
+        yield ("ann", {"city": "Rome"})
+
+    result = producer.set_many(given())
+
+    assert (result.accepted, result.coalesced) == (3, 1)
+    assert result.refused == [
+        Refusal(1, "''", "user id is empty"),
+        Refusal(2, "bob", "the value of 'city' is 60 bytes, at most 50"),
+        Refusal(3, "?", "an update must be (user, attributes[, occurred_at]), got str"),
+        Refusal(5, "?", "an update must be (user, attributes[, occurred_at]), got tuple"),
+    ]
+
+
+def test_a_bulk_of_any_size_passes(producer: Producer) -> None:
+    result = producer.set_many((f"user{number}", {"city": "Paris"}) for number in range(1701))
+
+    assert result == BulkResult(accepted=1701)
+    assert producer.set_many([]) == BulkResult()
+
+
+def test_a_bulk_of_backfill_goes_behind(producer: Producer, client: redis.Redis, keys: Keys) -> None:
+    producer.set_many([("ann", {"city": "Paris"})], lane="backfill")
+
+    assert client.zcard(keys.backfill) == 1
+
+
+def test_names_are_checked_where_they_are_known(producer: Producer, client: redis.Redis, keys: Keys) -> None:
+    AttributeNames(client, keys, ManualClock()).set(["city"])
+
+    with pytest.raises(InvalidUpdate, match=r"attribute 'shoe' is not one of the app's \(city\)"):
+        producer.set("ann", {"shoe": "44"})
+
+
+def test_names_are_read_once_in_a_while(client: redis.Redis, keys: Keys) -> None:
+    clock = ManualClock()
+    names = AttributeNames(client, keys, clock)
+    assert names.get() == frozenset()
+
+    client.sadd(keys.names, "city")
+    assert names.get() == frozenset()
+    clock.now += FRESH_FOR + 1
+    assert names.get() == {"city"}
+
+    names.set([])
+    assert names.get() == frozenset()
+
+
+def test_a_producer_is_made_from_the_environment(server: EmbeddedServer, keys: Keys) -> None:
+    environ = {
+        "IMATTR_REDIS_URL": server.url,
+        "IMATTR_SDKAPPID": str(keys.sdkappid),
+        "IMATTR_MAX_PENDING": "1",
+    }
+
+    producer = Producer.from_env(environ)
+
+    assert producer.set_many([("ann", {"a": "1"}), ("bob", {"a": "1"})]).accepted == 1
+
+
+def test_errors_of_redis_pass_through_unchanged() -> None:
+    with pytest.raises(redis.exceptions.ConnectionError):
+        Producer(f"redis://127.0.0.1:{free_port()}/0", 1).set("ann", {"city": "Paris"})
