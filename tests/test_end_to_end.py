@@ -219,7 +219,7 @@ def test_no_secret_and_no_value_ever_leaks(tmp_path: Path) -> None:
     logged = "".join(file.read_text(errors="replace") for file in tmp_path.glob("*.log"))
     assert sum(state["faults"].values()) >= len(FAILURES)
     assert state["refused"]["70009"] >= 1
-    for outcome in ("delivered", "retried", "stopped", "split"):
+    for outcome in ("delivered", "retried", "stopped", "partly_delivered"):
         assert f'"outcome": "{outcome}"' in logged
     assert "attributes.update" in shown
     assert "TaskFailed" in shown

@@ -50,7 +50,7 @@ class Summary:
     """What became of one ticket; has no user data, so Flower and the log may show it."""
 
     batch: BatchId
-    outcome: str = "empty"
+    outcome: str = ""
     users: int = 0
     acked: int = 0
     retried: int = 0
@@ -124,6 +124,7 @@ class Delivery:
         work = _Work(batch, summary, claimed_at + self._lease, [batch.users])
         with self._handing_back(work):
             self._send_parts(work, permit)
+            summary.outcome = summary.outcome or _outcome_of(summary)
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
         # The canonical line: one a batch, with everything one asks about it.
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
@@ -198,7 +199,8 @@ class Delivery:
             code, info = 0, f"{answer.failure.value} {answer.http_status or ''}".strip()
         else:
             code, info = answer.code, answer.info
-            summary.code = answer.code
+            # Of several calls, the code of the first that failed.
+            summary.code = summary.code or answer.code
         match action:
             case Deliver():
                 self._deliver_part(work, part, answer)
@@ -231,11 +233,9 @@ class Delivery:
         if strangers := errors.keys() - {user.user for user in part}:
             log.warning("error_list_names_strangers", batch=work.batch.id, users=len(strangers))
         self._settle(work, part, refused, Acked())
-        work.summary.outcome = "partly_delivered" if refused else "delivered"
 
     def _again(self, work: _Work, part: Sequence[Claimed], action: Again, last: DeadLettered) -> None:
         """Retry those with attempts left; isolate the others, and give up on one that is alone."""
-        work.summary.outcome = "retried"
         spent = [user for user in part if self._policy.exhausted(user.attempts, action.most)]
         outcomes: dict[UserId, Outcome] = {
             user.user: self._policy.again(action, user.attempts) for user in part if user not in spent
@@ -250,7 +250,6 @@ class Delivery:
             self._settle(work, part, outcomes, None)
 
     def _split(self, work: _Work, part: Sequence[Claimed], letter: DeadLettered) -> None:
-        work.summary.outcome = "split"
         if len(part) == 1:
             self._settle(work, part, {part[0].user: letter}, None)
         else:
@@ -279,6 +278,13 @@ class Delivery:
         summary.retried += sum(isinstance(outcome, Retried) for outcome in settled)
         summary.snoozed += sum(isinstance(outcome, Snoozed) for outcome in settled)
         summary.dead_lettered += sum(isinstance(outcome, DeadLettered) for outcome in settled)
+
+
+def _outcome_of(summary: Summary) -> str:
+    """One word for a batch that nothing interrupted."""
+    if summary.acked:
+        return "delivered" if summary.acked == summary.users else "partly_delivered"
+    return "retried" if summary.retried else "dead_lettered" if summary.dead_lettered else "snoozed"
 
 
 def _halves(part: Sequence[Claimed]) -> list[Sequence[Claimed]]:
