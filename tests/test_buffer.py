@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.conftest import new_keys
 from worker.buffer import MAX_UPDATES_PER_ADD, Buffer, Tick, new_batch_id
 from worker.keys import Keys
-from worker.models import Acked, BatchId, Claimed, Update
+from worker.models import Acked, BatchId, Claimed, DeadLettered, Update
+from worker.policy import bury
 
 NOW = 1_700_000_000_000
 
@@ -199,8 +200,6 @@ def test_every_key_of_an_app_is_on_one_node_and_in_the_catalogue(
 
 
 def test_a_dead_letter_keeps_what_a_person_needs(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
-    from worker.models import DeadLettered
-
     buffer.add(updates(1), now_ms=NOW)
     batch, [user] = claim(buffer, client, now_ms=NOW + 5)
     buffer.settle(batch, {user.user: DeadLettered(90033, "an attribute is invalid")}, now_ms=NOW + 9)
@@ -214,3 +213,17 @@ def test_a_dead_letter_keeps_what_a_person_needs(buffer: Buffer, client: redis.R
         "t": NOW,
         "at": NOW + 9,
     }
+
+
+def test_a_half_character_in_the_apis_words_does_not_stop_a_dead_letter(
+    client: redis.Redis, keys: Keys
+) -> None:
+    buffer, ticket = Buffer(client, keys), new_batch_id()
+    buffer.add([Update("ann", {"city": "Paris"})])
+    client.zadd(keys.tickets, {ticket: 1})
+    batch = buffer.claim(ticket, 10)
+    assert batch is not None
+
+    letter = bury(90033, json.loads('"value too long: caf\\ud83d"'))
+
+    assert buffer.settle(batch.id, {"ann": letter}) == 1

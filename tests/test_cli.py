@@ -69,10 +69,13 @@ def test_a_refused_update_says_user_rule_and_length_and_never_the_value(imattr: 
 
 
 def test_wrong_usage_is_explained(imattr: Terminal) -> None:
-    result = imattr("put", "ann", "city")
-
-    assert result.exit_code == cli.USAGE
-    assert "'city' is no NAME=VALUE" in result.output
+    for arguments, words in (
+        (("a=b", "city"), "attribute 2 is no NAME=VALUE"),
+        (("city=A", "city=B"), "attribute 'city' is given twice"),
+    ):
+        result = imattr("put", "ann", *arguments)
+        assert result.exit_code == cli.USAGE
+        assert words in result.output
 
 
 def test_missing_settings_are_all_named(imattr: Terminal) -> None:
@@ -150,3 +153,11 @@ def test_the_simulator_needs_an_app_and_a_key(imattr: Terminal) -> None:
 
     assert result.exit_code == cli.USAGE
     assert "IMATTR_SECRET_KEY is not set" in result.output
+
+
+def test_epoch_seconds_may_have_a_fraction(imattr: Terminal) -> None:
+    assert imattr("put", "ann", "a=b", "--occurred-at", "1700000000.25").output == "accepted, pending\n"
+
+
+def test_a_bad_port_is_a_mistake_of_the_settings(imattr: Terminal) -> None:
+    assert imattr("status", IMATTR_REDIS_URL="redis://:hun/ter22@h:1/0").exit_code == cli.USAGE

@@ -226,7 +226,7 @@ def test_an_answer_is_read_completely(body: object, expected: Reply | NoReply) -
     assert read_reply(json.dumps(body).encode()) == expected
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b'{"ErrorCode":0', b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"", b"<html>", b'{"ErrorCode":0', b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_json_is_unreadable(body: bytes) -> None:
     assert read_reply(body) == NoReply(Failure.UNREADABLE)
 

@@ -143,3 +143,36 @@ def test_a_task_is_always_shorter_than_what_makes_the_broker_repeat_it() -> None
     settings = Settings.from_env(changed(LEASE="300"))
 
     assert settings.longest_task > 300
+
+
+def mistake_of(**changes: str) -> str:
+    return "\n".join(mistakes(changed(**changes), "producer"))
+
+
+@pytest.mark.parametrize("password", ["hunter22℀", "hun[ter22]"])
+def test_a_password_that_no_url_can_hold_is_not_in_the_mistake(password: str) -> None:
+    shown = mistake_of(REDIS_URL=f"redis://:{password}@127.0.0.1/0")
+
+    assert "ter22" not in shown
+
+
+@pytest.mark.parametrize("quota", ["--5", "9" * 5000])
+def test_a_strange_number_is_explained_in_our_words(quota: str) -> None:
+    assert mistake_of(QUOTA=quota) == "IMATTR_QUOTA must be a whole number from 1 up"
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:port/0", "redis://127.0.0.1:99999/0", "redis://:hun/ter22@h:1/0"]
+)
+def test_a_bad_port_is_a_mistake_of_the_settings(url: str) -> None:
+    assert "ter22" not in mistake_of(REDIS_URL=url)
+
+
+def test_the_password_of_a_broker_of_its_own_is_not_shown() -> None:
+    assert "hunter33" not in repr(Settings.from_env(changed(BROKER_URL="amqp://u:hunter33@h//")))
+
+
+def test_a_producer_does_not_look_for_the_key() -> None:
+    environ = without("SECRET_KEY") | {"IMATTR_SECRET_KEY_FILE": "/nowhere"}
+
+    assert Settings.from_env(environ, "producer").sdkappid == 1400000000

@@ -99,3 +99,30 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     structlog.get_logger().info("batch_settled", users=3)
 
     assert "batch_settled" in capsys.readouterr().out
+
+
+def test_a_secret_inside_another_leaves_nothing_of_it() -> None:
+    logs.protect(*[f"abcd{'x' * n}" for n in range(8)])
+
+    assert logs.scrub("abcdxxxxxxx") == "***"
+
+
+def test_a_password_with_an_at_sign_is_removed() -> None:
+    assert "ss" not in logs.scrub("cannot reach redis://:p@ss@host:6379/0")
+
+
+def test_a_secret_in_a_key_of_a_dict_is_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.protect("hunter22hunter22")
+    logs.configure("info", "json")
+
+    structlog.get_logger().info("x", headers={"hunter22hunter22": 1})
+
+    assert "hunter22" not in capsys.readouterr().out
+
+
+def test_half_a_character_does_not_cost_the_line(lines: Any) -> None:
+    logs.configure("info", "json")
+
+    structlog.get_logger().info("x", said="caf\ud83d")
+
+    assert lines()[0]["said"] == "caf?"

@@ -148,3 +148,15 @@ def test_attribute_names_of_an_app_are_checked() -> None:
     for bad in ([""], ["x" * 51], [7], [f"name{n}" for n in range(11)]):
         with pytest.raises(ValueError, match="attribute name"):
             check_names(bad)
+
+
+@pytest.mark.parametrize("user", ["\x00", "a\x1f", "a\tb", "a\x80", "a\xa0b", "\ud800"])
+def test_a_user_id_outside_printable_ascii_is_refused(user: str) -> None:
+    with pytest.raises(InvalidUpdate, match="user id must be printable ASCII"):
+        check_update(user, {"city": "Paris"})
+
+
+@pytest.mark.parametrize("at", [float("-inf"), 1e308, 10**400, 999_999_999, 10_000_000_000_000])
+def test_a_time_out_of_bounds_is_refused(at: float) -> None:
+    with pytest.raises(InvalidUpdate, match="outside the years 2001 to 2286"):
+        check_update("ann", {"city": "Paris"}, at)

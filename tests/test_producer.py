@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 
 import pytest
 import redis
@@ -132,3 +133,61 @@ def test_a_producer_is_made_from_the_environment(server: EmbeddedServer, keys: K
 def test_errors_of_redis_pass_through_unchanged() -> None:
     with pytest.raises(redis.exceptions.ConnectionError):
         Producer(f"redis://127.0.0.1:{free_port()}/0", 1).set("ann", {"city": "Paris"})
+
+
+def test_any_mapping_is_good_for_attributes(server: EmbeddedServer, keys: Keys) -> None:
+    producer = Producer(server.url, keys.sdkappid)
+
+    assert producer.set("ann", MappingProxyType({"city": "Paris"})) == "pending"
+
+
+def test_a_refusal_beyond_the_first_500_has_its_place_in_the_whole_bulk(producer: Producer) -> None:
+    given: list[object] = [(f"user{number}", {"city": "Paris"}) for number in range(1200)]
+    given[3] = given[700] = given[1199] = ("", {"city": "Paris"})
+
+    result = producer.set_many(given)
+
+    assert [refusal.index for refusal in result.refused] == [3, 700, 1199]
+    assert result.accepted == 1197
+
+
+def test_a_full_buffer_names_the_right_user_when_invalid_ones_stand_before(
+    server: EmbeddedServer, keys: Keys
+) -> None:
+    producer = Producer(server.url, keys.sdkappid, max_pending=1)
+    good = {"city": "Paris"}
+
+    result = producer.set_many([("", good), ("ann", good), (7, good), ("bob", good), ("ann", good)])
+
+    assert sorted((refusal.index, refusal.user) for refusal in result.refused) == [
+        (0, "''"),
+        (2, "7"),
+        (3, "bob"),
+    ]
+    assert (result.accepted, result.coalesced) == (2, 1)
+
+
+def test_a_bulk_counts_what_is_unchanged_and_what_is_stale(
+    producer: Producer, client: redis.Redis, keys: Keys
+) -> None:
+    producer.set("ann", {"city": "Paris"}, 1_800_000_000)
+    deliver_all(client, keys)
+
+    result = producer.set_many(
+        [("ann", {"city": "Paris"}, 1_800_000_001), ("ann", {"city": "Rome"}, 1_700_000_000)]
+    )
+
+    assert result == BulkResult(accepted=2, unchanged=1, stale=1)
+
+
+def test_names_are_checked_in_bulk_too(producer: Producer, client: redis.Redis, keys: Keys) -> None:
+    AttributeNames(client, keys, ManualClock()).set(["city"])
+
+    result = producer.set_many([("ann", {"shoe": "44"}), ("ann", {"city": "Paris"})])
+
+    assert (result.accepted, result.refused[0].rule) == (1, "attribute 'shoe' is not one of the app's (city)")
+
+
+def test_swapped_arguments_show_no_value(producer: Producer) -> None:
+    with pytest.raises(InvalidUpdate, match="user <dict>: user id must be a string, got dict"):
+        producer.set({"city": "Paris"}, "ann")  # type: ignore[arg-type]

@@ -143,3 +143,8 @@ def test_a_forgotten_signature_is_made_again(wall: Wall) -> None:
 
 def test_a_signer_does_not_show_its_key(wall: Wall) -> None:
     assert K1 not in repr(Signer(K1, "administrator", 1400000000, now=wall))
+
+
+def test_nested_garbage_is_no_usersig() -> None:
+    with pytest.raises(ValueError, match="not a UserSig"):
+        usersig.decode(base64.b64encode(zlib.compress(b"[" * 9_999)).decode())

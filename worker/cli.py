@@ -104,17 +104,24 @@ def main() -> None:
 @_explained
 def put(user: str, attributes: tuple[str, ...], occurred_at: str | None) -> None:
     """Accept one update of USER's attributes."""
-    attrs = dict(_pair(text) for text in attributes)
-    moment: object = float(occurred_at) if occurred_at and occurred_at.isdecimal() else occurred_at
+    attrs = _pairs(attributes)
+    moment: object = occurred_at
+    if occurred_at and occurred_at.replace(".", "", 1).isdecimal():
+        moment = float(occurred_at)
     outcome = Producer.from_env(_environ()).set(user, attrs, moment)
     out.print(f"accepted, {outcome}")
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.UsageError(f"{text!r} is no NAME=VALUE")
-    return name, value
+def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+    attrs: dict[str, str] = {}
+    for place, text in enumerate(texts, 1):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"attribute {place} is no NAME=VALUE")
+        if name in attrs:
+            raise click.UsageError(f"attribute {name!r} is given twice")
+        attrs[name] = value
+    return attrs
 
 
 @main.command("status")
@@ -213,9 +220,17 @@ def simulate(port: int, names: tuple[str, ...], latency: float, quota: int, reco
 @main.command()
 @click.option("--workers", default=2, show_default=True, help="Worker processes.")
 @click.option("--concurrency", default=16, show_default=True, help="Threads or processes a worker.")
-@click.option("--pool", type=click.Choice(["threads", "prefork"]), default="threads", show_default=True)
+@click.option(
+    "--pool",
+    type=click.Choice(["threads", "prefork"]),
+    default="threads",
+    show_default=True,
+    help="Celery's pool.",
+)
 @click.option("--flower/--no-flower", default=True, show_default=True, help="Start Flower.")
-@click.option("--directory", type=click.Path(path_type=Path), default=SANDBOX, show_default=True)
+@click.option(
+    "--directory", type=click.Path(path_type=Path), default=SANDBOX, show_default=True, help="Data and logs."
+)
 @_explained
 def up(workers: int, concurrency: int, pool: str, flower: bool, directory: Path) -> None:
     """Run everything on this machine until Ctrl-C.
@@ -280,7 +295,13 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
 @click.option("--workers", default=2, show_default=True, help="Worker processes.")
 @click.option("--flower/--no-flower", default=True, show_default=True, help="Start Flower.")
 @click.option("--seed", default=2026, show_default=True, help="Another seed, other events.")
-@click.option("--directory", type=click.Path(path_type=Path), default=SANDBOX / "demo", show_default=True)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=SANDBOX / "demo",
+    show_default=True,
+    help="Emptied first; data and logs.",
+)
 @_explained
 def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
     """Deliver 60,000 events in a sandbox and check the result.

@@ -127,7 +127,7 @@ def read_reply(body: bytes) -> Reply | NoReply:
     """Read an answer with HTTP status 200, by the documented fields; unknown ones are ignored."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return NoReply(Failure.UNREADABLE)
     if not isinstance(answer, dict) or type(answer.get("ErrorCode")) is not int:
         return NoReply(Failure.UNREADABLE)

@@ -68,7 +68,7 @@ def _text(value: str) -> str:
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(value: str) -> int:
-        number = int(value) if value.strip().lstrip("-").isdecimal() else None
+        number = int(value) if value.removeprefix("-").isdecimal() and len(value) < 20 else None
         if number is None or number < least or (most is not None and number > most):
             raise ValueError(f"must be a whole number from {least} {f'to {most}' if most else 'up'}")
         return number
@@ -100,8 +100,14 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in schemes or (parts.scheme != "unix" and not parts.netloc):
+        try:
+            parts = urlsplit(value)
+            good = parts.scheme in schemes and (parts.scheme == "unix" or bool(parts.netloc))
+            parts.port  # noqa: B018  # a port that is none raises
+        except ValueError:
+            # Python's own words quote the URL, password and all.
+            good = False
+        if not good:
             raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
         return value
 
@@ -182,7 +188,8 @@ class Settings:
                 found[field.name] = field.metadata["parse"](value.strip())
             except ValueError as mistake:
                 mistakes.append(f"{variable} {mistake}")
-        mistakes += _read_key_file(found)
+        if role == "worker":
+            mistakes += _read_key_file(found)
         settings = cls(**found)
         if not settings.broker_url:
             settings = dataclasses.replace(settings, broker_url=settings.redis_url)

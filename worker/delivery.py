@@ -145,8 +145,10 @@ class Delivery:
             raise
         except Exception:
             # A defect of ours. It may have struck after a send, so the users are held.
+            again = Again(hold=True)
+            users = {user.user: self._policy.again(again, user.attempts) for user in work.batch.users}
             with contextlib.suppress(redis.RedisError):
-                self._buffer.settle(work.batch.id, {}, rest=self._policy.again(Again(hold=True), 0))
+                self._buffer.settle(work.batch.id, users)
             raise
 
     def _settle_rest(self, work: _Work, delay: float) -> None:

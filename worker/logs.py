@@ -20,7 +20,7 @@ HIDDEN = "***"
 
 _secrets: set[str] = set()
 _USERSIG = re.compile(r"(usersig[\"']?\s*[=:]\s*[\"']?)[^\s&\"']+", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)[^\s@/]+@")
+_URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)[^\s/]+@")
 
 
 def protect(*secrets: str) -> None:
@@ -30,16 +30,18 @@ def protect(*secrets: str) -> None:
 
 def scrub(text: str) -> str:
     """The text without secrets."""
-    for secret in _secrets:
+    for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", _USERSIG.sub(rf"\1{HIDDEN}", text))
+    text = _URL_PASSWORD.sub(rf"\1{HIDDEN}@", _USERSIG.sub(rf"\1{HIDDEN}", text))
+    # Half a character (a lone surrogate) could not be written, and the line would be lost.
+    return text.encode(errors="replace").decode()
 
 
 def _scrubbed(value: Any) -> Any:
     if isinstance(value, str):
         return scrub(value)
     if isinstance(value, Mapping):
-        return {key: _scrubbed(inner) for key, inner in value.items()}
+        return {scrub(str(key)): _scrubbed(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_scrubbed(inner) for inner in value]
     return value if isinstance(value, int | float | None) else scrub(str(value))

@@ -110,7 +110,8 @@ class BulkResult:
 
 
 def _shorten(user: object) -> str:
-    text = repr(user)
+    # Anything but an id may be the attributes, given in the wrong place.
+    text = repr(user) if isinstance(user, str | int) else f"<{type(user).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -156,7 +157,8 @@ def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()
             raise InvalidUpdate(user, f"attribute {name!r} is not one of the app's ({known})")
         if not (type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES):
             _check_text(user, f"the value of {name!r}", value, MAX_VALUE_BYTES)
-    return attrs
+    # JSON knows plain dicts only, and nobody must change what was checked.
+    return dict(attrs)
 
 
 def check_occurred_at(user: UserId, occurred_at: object) -> int:

@@ -284,4 +284,6 @@ class Policy:
 def bury(code: int, info: str) -> DeadLettered:
     """A dead letter in plain words, the API's own behind ours."""
     meaning = rule_for(code).meaning
-    return DeadLettered(code, f"{meaning} ({info[:200]})" if info else meaning)
+    # Half a character (a lone surrogate) in the API's words could not be stored.
+    words = info[:200].encode(errors="replace").decode()
+    return DeadLettered(code, f"{meaning} ({words})" if words else meaning)

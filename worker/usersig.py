@@ -58,7 +58,7 @@ def decode(usersig: str) -> dict[str, Any]:
         packed = base64.b64decode(usersig.translate(_FROM_URL), validate=True)
         # Bounded: a few bytes may inflate to gigabytes.
         document = json.loads(inflater.decompress(packed, 10_000))
-    except (binascii.Error, zlib.error, ValueError):
+    except (binascii.Error, zlib.error, ValueError, RecursionError):
         raise ValueError("not a UserSig") from None
     if not isinstance(document, dict):
         raise ValueError("not a UserSig")
