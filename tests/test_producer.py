@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections.abc import Iterator
 from types import MappingProxyType
 
@@ -191,3 +193,25 @@ def test_names_are_checked_in_bulk_too(producer: Producer, client: redis.Redis, 
 def test_swapped_arguments_show_no_value(producer: Producer) -> None:
     with pytest.raises(InvalidUpdate, match="user <dict>: user id must be a string, got dict"):
         producer.set({"city": "Paris"}, "ann")  # type: ignore[arg-type]
+
+
+def test_a_producer_made_before_a_fork_and_used_by_threads_is_safe(
+    producer: Producer, client: redis.Redis, keys: Keys
+) -> None:
+    producer.set("parent", {"city": "Paris"})
+
+    def work(name: str) -> None:
+        for number in range(50):
+            assert producer.set(f"{name}{number}", {"city": "Paris"}) == "pending"
+
+    child = multiprocessing.get_context("fork").Process(target=work, args=("child",))
+    threads = [threading.Thread(target=work, args=(f"thread{number}-",)) for number in range(4)]
+    child.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    child.join(30)
+
+    assert child.exitcode == 0
+    assert client.hlen(keys.pending) == 1 + 50 * 5

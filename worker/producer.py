@@ -10,6 +10,7 @@ delivered, superseded by a newer value, or kept as a dead letter. Errors of Redi
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Literal, Self
@@ -36,11 +37,23 @@ class Producer:
 
     def __init__(self, redis_url: str, sdkappid: int, *, max_pending: int = 0) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit."""
-        client = redis.Redis.from_url(redis_url)
-        keys = Keys(sdkappid)
-        self._buffer = Buffer(client, keys)
-        self._names = AttributeNames(client, keys, SystemClock())
+        self._redis_url, self._keys = redis_url, Keys(sdkappid)
+        self._names = AttributeNames(redis.Redis.from_url(redis_url), self._keys, SystemClock())
         self._max_pending = max_pending
+        self._local = threading.local()
+
+    @property
+    def _buffer(self) -> Buffer:
+        """This thread's buffer, on a connection of its own.
+
+        Taking one from a pool and giving it back costs a sixth of a `set`. After a fork the connection
+        still belongs to the parent, so the child makes another.
+        """
+        if getattr(self._local, "pid", None) != os.getpid():
+            client = redis.Redis.from_url(self._redis_url, single_connection_client=True)
+            self._local.buffer, self._local.pid = Buffer(client, self._keys), os.getpid()
+        buffer: Buffer = self._local.buffer
+        return buffer
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

@@ -32,8 +32,8 @@ local shadow = redis.call('HMGET', KEYS[5], unpack(users))
 local pending_count = max_pending > 0 and redis.call('HLEN', KEYS[1]) or 0
 
 -- A user may stand in the array twice: what the first update changed is what the second one finds.
-local records, shadows, changed = {}, {}, {}
-local lanes = { live = { KEYS[2] }, backfill = { KEYS[3] } }
+local records, shadows = {}, {}
+local entries = { lane == 'live' and KEYS[2] or KEYS[3] }
 local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
 
 for i, update in ipairs(updates) do
@@ -68,7 +68,6 @@ for i, update in ipairs(updates) do
         pending_count = pending_count + 1
         -- A user in flight waits outside the lanes until the batch is settled.
         if not flight[i] then
-          local entries = lanes[lane]
           entries[#entries + 1] = now
           entries[#entries + 1] = user
         end
@@ -82,7 +81,7 @@ for i, update in ipairs(updates) do
           redis.call('ZADD', KEYS[2], record.t, user)
         end
       end
-      records[user], changed[user] = record, true
+      records[user] = record
     elseif any_same then
       unchanged = unchanged + 1
     else
@@ -92,26 +91,27 @@ for i, update in ipairs(updates) do
 end
 
 local fields = { KEYS[1] }
-for user in pairs(changed) do
+for user, record in pairs(records) do
   fields[#fields + 1] = user
-  fields[#fields + 1] = cjson.encode(records[user])
+  fields[#fields + 1] = cjson.encode(record)
 end
 if #fields > 1 then
   redis.call('HSET', unpack(fields))
 end
-for _, entries in pairs(lanes) do
-  if #entries > 1 then
-    redis.call('ZADD', unpack(entries))
-  end
+if #entries > 1 then
+  redis.call('ZADD', unpack(entries))
 end
 for user, seen in pairs(shadows) do
   redis.call('HSET', KEYS[5], user, cjson.encode(seen))
   redis.call('ZADD', KEYS[6], now, user)
 end
-local counts = { accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale }
-for counter, count in pairs(counts) do
-  if count > 0 then
-    redis.call('HINCRBY', KEYS[7], counter, count)
+local function count(counter, by)
+  if by > 0 then
+    redis.call('HINCRBY', KEYS[7], counter, by)
   end
 end
+count('accepted', accepted)
+count('coalesced', coalesced)
+count('unchanged', unchanged)
+count('stale', stale)
 return { accepted, coalesced, unchanged, stale, unpack(refused) }
