@@ -25,7 +25,7 @@ import requests
 from worker import demo_events
 from worker.buffer import Buffer, Snapshot
 from worker.clock import SystemClock
-from worker.keys import Keys
+from worker.keys import LEDGER, Keys
 from worker.names import AttributeNames
 from worker.producer import Producer
 from worker.sandbox import Plan, Sandbox
@@ -60,12 +60,16 @@ class Expected:
     invalid: int = 0
 
 
+#: What must hold, whether it does, and the figure behind it.
+Check = tuple[str, bool, str]
+
+
 @dataclass(slots=True)
 class Report:
     """What was seen, and whether it is as it must be."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
-    checks: list[tuple[str, bool, str]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -254,65 +258,70 @@ class _Demo:
         return False
 
     def _judge(self, drained: bool) -> Report:
+        elapsed = time.monotonic() - self._started
         expected = expect(self._lines, self._strangers)
         snapshot, state = self._buffer.snapshot(), self._simulator("state")
-        applied: dict[str, dict[str, str]] = self._simulator("users")
-        overwritten = stale_writes(self._simulator("record"), expected)
         dead = set(map(text, self._redis.hkeys(self._keys.dead)))
-        ledger, elapsed = snapshot.ledger, time.monotonic() - self._started
-        calls, wrong = state["calls"], _differences(expected.latest, applied)
-        refused, faults = (
-            ", ".join(f"{code} {number} x" for code, number in state["refused"].items()),
-            sum(state["faults"].values()),
+        return Report(
+            self._rows(expected, snapshot, state, elapsed, len(dead)),
+            [
+                ("everything was delivered", drained, f"{snapshot.pending + snapshot.in_flight} left"),
+                *self._checks_of_values(expected),
+                *_checks_of_calls(state),
+                ("only unknown accounts are dead letters", dead == self._strangers, f"{len(dead)}"),
+                (
+                    "exactly the invalid lines were refused",
+                    self._refused == expected.invalid,
+                    f"{self._refused:,} refused, {expected.invalid:,} invalid",
+                ),
+                ("the ledger balances", snapshot.balanced, _equation(snapshot)),
+            ],
         )
-        report = Report()
-        report.rows = [
+
+    def _rows(
+        self, expected: Expected, snapshot: Snapshot, state: dict[str, Any], elapsed: float, dead: int
+    ) -> list[tuple[str, str]]:
+        ledger = snapshot.ledger
+        accepted, coalesced = ledger["accepted"], ledger["coalesced"]
+        refused = ", ".join(f"{code} {count} times" for code, count in state["refused"].items())
+        return [
             ("events", f"{len(self._lines):,} in {elapsed:.1f} s, {self._refused:,} refused at the door"),
-            ("updates accepted", f"{ledger['accepted']:,} about {len(expected.latest) + len(dead):,} users"),
-            (
-                "coalesced",
-                f"{ledger['coalesced']:,} ({ledger['coalesced'] / max(1, ledger['accepted']):.0%})",
-            ),
+            ("updates accepted", f"{accepted:,} about {len(expected.latest) + dead:,} users"),
+            ("coalesced", f"{coalesced:,} ({coalesced / max(1, accepted):.0%})"),
             ("unchanged, stale", f"{ledger['unchanged']:,}, {ledger['stale']:,}"),
             ("users delivered", f"{ledger['delivered']:,}"),
-            (
-                "calls",
-                f"{calls:,} in {state['seconds']:.1f} s, where one a valid event would be {expected.valid:,}",
-            ),
+            ("calls", f"{state['calls']:,}, where one an event would be {expected.valid:,}"),
+            ("worst rolling second", f"{state['worst_rolling_second']} calls"),
             ("fill", f"{state['users'] / max(1, state['applied_requests']):.1f} users a call"),
-            ("faults on purpose", f"{faults}; refusals by code: {refused}"),
+            ("faults on purpose", f"{sum(state['faults'].values())}; refused by code: {refused}"),
             ("retries", self._retries()),
-            ("dead letters", f"{len(dead)} users"),
+            ("dead letters", f"{dead} users"),
         ]
-        total = f"accepted {ledger['accepted']:,} = coalesced + unchanged + stale + delivered + dead letters"
-        worst = state["worst_rolling_second"]
-        report.checks = [
-            (
-                "everything was delivered",
-                drained,
-                f"pending {snapshot.pending}, in flight {snapshot.in_flight}",
-            ),
-            ("every last value is the expected one", not wrong, f"{len(wrong)} users differ"),
+
+    def _checks_of_values(self, expected: Expected) -> list[Check]:
+        applied: dict[str, dict[str, str]] = self._simulator("users")
+        overwritten = stale_writes(self._simulator("record"), expected)
+        users = expected.latest.keys() | applied.keys()
+        wrong = sum(expected.latest.get(user) != applied.get(user) for user in users)
+        return [
+            ("every last value is the expected one", not wrong, f"{wrong} users differ"),
             ("no older value was applied after a newer one", not overwritten, f"{overwritten} were"),
-            ("no rolling second above 100 calls", worst <= 100, f"worst rolling second {worst}"),
-            (
-                "no call above 100 users, none with a user twice",
-                not state["oversized"] and not state["repeated_users"],
-                f"{state['oversized']} and {state['repeated_users']}",
-            ),
-            ("only unknown accounts are dead letters", dead == self._strangers, f"{len(dead)}"),
-            (
-                "exactly the invalid lines were refused",
-                self._refused == expected.invalid,
-                f"{self._refused:,} refused, {expected.invalid:,} invalid",
-            ),
-            ("the ledger balances", snapshot.balanced, total),
         ]
-        return report
 
 
-def _differences(expected: dict[str, dict[str, str]], applied: dict[str, dict[str, str]]) -> list[str]:
-    return [user for user in expected.keys() | applied.keys() if expected.get(user) != applied.get(user)]
+def _checks_of_calls(state: dict[str, Any]) -> list[Check]:
+    worst, oversized, repeated = state["worst_rolling_second"], state["oversized"], state["repeated_users"]
+    return [
+        ("no rolling second above 100 calls", worst <= 100, f"the worst had {worst}"),
+        ("no call above 100 users", not oversized, f"{oversized} were"),
+        ("no user twice in a call", not repeated, f"{repeated} calls"),
+    ]
+
+
+def _equation(snapshot: Snapshot) -> str:
+    ledger = snapshot.ledger
+    settled = " + ".join(f"{ledger[name]:,} {name.replace('_', ' ')}" for name in LEDGER[2:])
+    return f"{ledger['accepted']:,} accepted = {settled}"
 
 
 def stale_writes(record: Iterable[Sequence[Any]], expected: Expected) -> int:
