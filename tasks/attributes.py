@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+import redis
 import structlog
 
 from worker import runtime
@@ -40,6 +41,10 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
             return body(*args, **kwargs)
         except InvalidUpdate as error:
             failure = error.rule
+            log.warning("update_refused", rule=failure)
+        except redis.RedisError as error:
+            failure = type(error).__name__
+            log.warning("task_failed", error=failure)
         except BaseException as error:
             failure = type(error).__name__
             # Where it happened, without the text of the error, which may quote what it stumbled over.

@@ -153,6 +153,21 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
         assert system.snapshot().balanced
 
 
+def test_a_restart_of_redis_loses_nothing_and_the_workers_live_on(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=2, concurrency=8, flower=False), **HASTY) as system:
+        system.producer.set_many(updates(20_000))
+        wait_until(lambda: system.snapshot().ledger["delivered"] > 3000)
+
+        system.sandbox.restart_redis()
+        system.producer.set_many(updates(5000, "Rome"))
+        wait_until(system.settled, 90)
+
+        assert system.simulator("users") == dict(updates(20_000)) | dict(updates(5000, "Rome"))
+        assert system.simulator("state")["worst_rolling_second"] <= 100
+        assert system.snapshot().balanced
+        system.sandbox.check()
+
+
 def test_any_celery_client_can_send_updates_by_name(tmp_path: Path) -> None:
     with running(tmp_path, Plan(workers=1, concurrency=4, flower=False)) as system:
         stranger = Celery(broker=system.sandbox.redis_url)

@@ -215,3 +215,11 @@ def test_a_producer_made_before_a_fork_and_used_by_threads_is_safe(
 
     assert child.exitcode == 0
     assert client.hlen(keys.pending) == 1 + 50 * 5
+
+
+def test_a_connection_that_the_server_dropped_is_made_anew(producer: Producer, client: redis.Redis) -> None:
+    producer.set("ann", {"city": "Paris"})
+
+    client.client_kill_filter(_type="normal", skipme=True)
+
+    assert producer.set("ann", {"city": "Rome"}) == "coalesced"

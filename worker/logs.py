@@ -100,7 +100,8 @@ def configure(level: str = "info", style: str = "") -> None:
                 "amqp": {"level": talkative},
                 # One "received" and one "succeeded" line a task would double every canonical line.
                 "celery.worker.strategy": {"level": "WARNING"},
-                "celery.app.trace": {"level": "WARNING"},
+                # Our tasks log their own failures, without what the error's text may quote.
+                "celery.app.trace": {"level": "CRITICAL"},
                 # urllib3 writes the whole URL, UserSig included, at DEBUG and WARNING.
                 "urllib3": {"level": "ERROR"},
             },

@@ -16,6 +16,8 @@ from itertools import islice
 from typing import Literal, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from worker.buffer import MAX_UPDATES_PER_ADD, Buffer
 from worker.clock import SystemClock
@@ -30,6 +32,11 @@ from worker.names import AttributeNames
 Accepted = Literal["pending", "coalesced", "unchanged", "stale"]
 
 Lane = Literal["live", "backfill"]
+
+
+#: A connection that the server has dropped since the last call is made anew. Adding an update twice,
+#: when only the answer was lost, changes nothing.
+_ONCE = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
 
 
 class Producer:
@@ -50,7 +57,7 @@ class Producer:
         still belongs to the parent, so the child makes another.
         """
         if getattr(self._local, "pid", None) != os.getpid():
-            client = redis.Redis.from_url(self._redis_url, single_connection_client=True)
+            client = redis.Redis.from_url(self._redis_url, single_connection_client=True, retry=_ONCE)
             self._local.buffer, self._local.pid = Buffer(client, self._keys), os.getpid()
         buffer: Buffer = self._local.buffer
         return buffer

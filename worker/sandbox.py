@@ -109,6 +109,13 @@ class Sandbox:
         self._wait("simulator", lambda: _answers(f"{self.api_url}/simulator/state"))
         self.stand_ins.append("Tencent Cloud Chat: a simulator; nothing reaches the real service")
 
+    def restart_redis(self) -> None:
+        """Stop the embedded server and start it again on its port, with what its file kept."""
+        if self._server is None:
+            raise SandboxError("the Redis in use is not ours to restart")
+        self._server.stop()
+        self._server = EmbeddedServer(self._server.directory, port=self._server.port)
+
     def start_worker(self, number: int) -> Callable[[], None]:
         """Start one worker process; the result waits until it is ready."""
         name = f"worker-{number}"
