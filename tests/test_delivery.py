@@ -16,7 +16,6 @@ from tests.conftest import ManualClock, new_keys
 from worker.buffer import Buffer, new_batch_id
 from worker.client import Client, Failure, Gate, NoReply, Reply, UserError
 from worker.delivery import Delivery, Summary
-from worker.keys import Keys
 from worker.models import BatchId, Update
 from worker.policy import TABLE, Policy, Verdict
 from worker.ratelimit import GRACE, Permit, RateLimiter
@@ -33,6 +32,9 @@ class ScriptedClient(Client):
     def __init__(self, api: Api) -> None:
         self._api = api
         self.calls: list[list[str]] = []
+        #: Users, time and answer of each call.
+        self.history: list[tuple[list[str], float, Answer]] = []
+        self.clock: ManualClock | None = None
         self.bodies: list[dict[str, Any]] = []
         self.signed_again = 0
 
@@ -48,7 +50,10 @@ class ScriptedClient(Client):
         self.bodies.append(json.loads(body))
         users = [entry["To_Account"] for entry in self.bodies[-1]["UserAttrs"]]
         self.calls.append(users)
-        return self._api(users)
+        answer = self._api(users)
+        if self.clock:
+            self.history.append((users, self.clock.now, answer))
+        return answer
 
 
 class ScriptedLimiter(RateLimiter):
@@ -77,17 +82,18 @@ class ScriptedLimiter(RateLimiter):
 class Line:
     """A delivery loop and all that is around it."""
 
-    def __init__(self, client: redis.Redis, api: Api, keys: Keys | None = None) -> None:
-        self.redis, self.keys, self.clock = client, keys or new_keys(), ManualClock()
+    def __init__(self, client: redis.Redis, api: Api, *, max_attempts: int = 4) -> None:
+        self.redis, self.keys, self.clock = client, new_keys(), ManualClock()
         self.buffer = Buffer(client, self.keys)
         self.limiter = ScriptedLimiter(self.clock)
         self.client = ScriptedClient(api)
+        self.client.clock = self.clock
         self.stopping = False
         self.delivery = Delivery(
             self.buffer,
             self.limiter,
             self.client,
-            Policy(max_attempts=4, backoff_base=1, backoff_max=300, hold=5, rng=random.Random(1)),
+            Policy(max_attempts=max_attempts, backoff_base=1, backoff_max=300, hold=5, rng=random.Random(1)),
             self.clock,
             batch_size=100,
             lease=60,
@@ -390,6 +396,32 @@ def test_a_defect_in_our_own_code_holds_the_users_and_is_raised(client: redis.Re
     assert line.buffer.snapshot().delayed == 1
 
 
+def test_even_the_last_attempt_waits_until_the_old_call_can_land_no_more(client: redis.Redis) -> None:
+    line = Line(client, lambda users: NoReply(Failure.TIMEOUT))
+    line.add(["ann"])
+    for _ in range(3):
+        line.make_due()
+        line.deliver()
+
+    line.make_due()
+    before = line.clock.now
+    line.deliver()
+
+    assert set(line.dead()) == {"ann"}
+    assert line.clock.now - before >= 5
+
+
+def nothing_crosses_an_unknown_outcome(history: list[tuple[list[str], float, Answer]]) -> bool:
+    """Whether nobody was sent again while a call without an answer could still be applied."""
+    unknown: dict[str, float] = {}
+    for users, at, answer in history:
+        if any(at < unknown.get(user, 0) + 5 for user in users):
+            return False
+        if isinstance(answer, NoReply) and answer.sent:
+            unknown |= dict.fromkeys(users, at)
+    return True
+
+
 codes = st.one_of(st.just(0), st.sampled_from(sorted(TABLE)), st.integers(-5, 99_999))
 answers = st.one_of(
     st.builds(Reply, code=codes),
@@ -404,17 +436,19 @@ answers = st.one_of(
 )
 
 
-@given(script=st.lists(answers, max_size=25), size=st.integers(1, 12))
+@given(script=st.lists(answers, max_size=25), size=st.integers(1, 12), max_attempts=st.integers(1, 4))
 def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
-    client: redis.Redis, script: list[Answer], size: int
+    client: redis.Redis, script: list[Answer], size: int, max_attempts: int
 ) -> None:
     remaining = iter(script)
-    line = Line(client, lambda users: next(remaining, OK))
+    line = Line(client, lambda users: next(remaining, OK), max_attempts=max_attempts)
     line.add(some(size))
 
     for _ in range(4):
         line.make_due()
+        line.client.history.clear()
         summary = line.deliver()
+        assert nothing_crosses_an_unknown_outcome(line.client.history)
         settled = summary.acked + summary.retried + summary.snoozed + summary.dead_lettered
         assert settled == summary.users
 

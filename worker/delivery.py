@@ -68,8 +68,8 @@ class Fenced(Exception):
     """Raised when the batch is not ours any more: its lease ran out and was reclaimed."""
 
 
-class NoPermit(Exception):
-    """Raised when no slot was free in time: what is left of the batch goes back at no cost."""
+class GiveBack(Exception):
+    """Raised when what is left of the batch must go back now, at no cost: no slot in time, or a shutdown."""
 
 
 @dataclass(slots=True)
@@ -138,9 +138,9 @@ class Delivery:
         except Fenced:
             work.summary.outcome = "fenced"
             log.warning("batch_fenced", batch=work.batch.id)
-        except NoPermit:
+        except GiveBack:
             work.summary.outcome = "handed_back"
-            self._settle_rest(work, 0.0)
+            self._snooze_rest(work, 0.0)
         except redis.RedisError:
             raise
         except Exception:
@@ -151,7 +151,9 @@ class Delivery:
                 self._buffer.settle(work.batch.id, users)
             raise
 
-    def _settle_rest(self, work: _Work, delay: float) -> None:
+    def _snooze_rest(self, work: _Work, delay: float) -> None:
+        """Put back all that is left, at no cost."""
+        work.parts.clear()
         settled = self._buffer.settle(work.batch.id, {}, rest=Snoozed(delay))
         work.summary.snoozed += settled or 0
 
@@ -162,7 +164,7 @@ class Delivery:
             permit = None
             self._act(work, part, decide(answer), answer)
             if work.parts and self._stopping():
-                raise NoPermit
+                raise GiveBack
 
     def _send(self, work: _Work, part: Sequence[Claimed], permit: Permit | None) -> Reply | NoReply:
         """Send one part in a slot of its own."""
@@ -179,15 +181,17 @@ class Delivery:
                 work.summary.calls += 1
                 return
             permit = self._limiter.reserve()
-        raise NoPermit
+        raise GiveBack
 
     def _covered(self, work: _Work, start: float) -> bool:
         return start + self._client.longest_call < work.lease_ends
 
     def _cover(self, work: _Work, permit: Permit) -> None:
         """Renew the lease if a call that starts with the permit might outlast it."""
-        if self._covered(work, permit.due):
-            return
+        if not self._covered(work, permit.due):
+            self._extend(work)
+
+    def _extend(self, work: _Work) -> None:
         renewed_at = self._clock.monotonic()
         if not self._buffer.extend(work.batch.id):
             raise Fenced
@@ -211,7 +215,7 @@ class Delivery:
             case Pause(seconds):
                 summary.outcome = "rate_limited"
                 self._limiter.pause(seconds, rule_for(code).meaning, code)
-                self._snooze_all(work, part, seconds)
+                self._snooze_rest(work, seconds)
             case Stop(seconds, sign):
                 # The line's place: until it has a state of its own, a pause keeps the fleet from trying.
                 summary.outcome = "stopped"
@@ -219,7 +223,7 @@ class Delivery:
                     self._client.sign_again()
                 log.error("line_stopped", code=code, reason=rule_for(code).meaning, seconds=seconds)
                 self._limiter.pause(seconds, rule_for(code).meaning, code)
-                self._snooze_all(work, part, seconds)
+                self._snooze_rest(work, seconds)
             case Split():
                 self._split(work, part, bury(code, info))
             case _:
@@ -239,28 +243,27 @@ class Delivery:
     def _again(self, work: _Work, part: Sequence[Claimed], action: Again, last: DeadLettered) -> None:
         """Retry those with attempts left; isolate the others, and give up on one that is alone."""
         spent = [user for user in part if self._policy.exhausted(user.attempts, action.most)]
-        outcomes: dict[UserId, Outcome] = {
+        retried: dict[UserId, Outcome] = {
             user.user: self._policy.again(action, user.attempts) for user in part if user not in spent
         }
-        if len(spent) == 1 and len(part) == 1:
-            outcomes[spent[0].user] = last
-        elif len(spent) == len(part):
-            work.parts += _halves(part)
-        elif spent:
-            work.parts.append(spent)
-        if outcomes:
-            self._settle(work, part, outcomes, None)
+        if retried:
+            self._settle(work, part, retried, None)
+        if not spent:
+            return
+        if action.hold:
+            # Neither these values again nor newer ones may go out while the old call can still land.
+            self._extend(work)
+            self._clock.sleep(self._policy.hold)
+        if len(part) == 1:
+            self._settle(work, part, {part[0].user: last}, None)
+        else:
+            work.parts += [spent] if retried else _halves(part)
 
     def _split(self, work: _Work, part: Sequence[Claimed], letter: DeadLettered) -> None:
         if len(part) == 1:
             self._settle(work, part, {part[0].user: letter}, None)
         else:
             work.parts += _halves(part)
-
-    def _snooze_all(self, work: _Work, part: Sequence[Claimed], seconds: float) -> None:
-        """Put back this part and all that are left: no other can pass now, either."""
-        work.parts.clear()
-        self._settle_rest(work, seconds)
 
     def _settle(
         self, work: _Work, part: Sequence[Claimed], outcomes: dict[UserId, Outcome], others: Outcome | None

@@ -243,7 +243,9 @@ class Policy:
     ) -> None:
         """`backoff_base`, `backoff_max` and `hold` in seconds."""
         self._max_attempts = max_attempts
-        self._base, self._max, self._hold = backoff_base, backoff_max, hold
+        self._base, self._max = backoff_base, backoff_max
+        #: Seconds in which a call with an unknown outcome may still be applied.
+        self.hold = hold
         self._rng = rng
 
     def exhausted(self, attempts: int, most: int | None = None) -> bool:
@@ -257,7 +259,7 @@ class Policy:
 
     def again(self, action: Again, attempts: int) -> Retried:
         """The outcome of a user who has attempts left. After a hold, the old call can land no more."""
-        return Retried(self.backoff(attempts) + (self._hold if action.hold else 0.0))
+        return Retried(self.backoff(attempts) + (self.hold if action.hold else 0.0))
 
     def decide_user(self, code: int, info: str, attempts: int) -> Outcome:
         """What to do about one user that the API refused by name, in `ErrorList` or in a batch of one."""
