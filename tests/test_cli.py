@@ -40,7 +40,7 @@ def test_help_shows_examples_and_exit_codes(imattr: Terminal) -> None:
     assert "Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused" in text
 
 
-@pytest.mark.parametrize("command", ["put", "status", "simulate", "up", "demo"])
+@pytest.mark.parametrize("command", ["put", "status", "pause", "resume", "simulate", "up", "demo"])
 def test_every_command_explains_itself(imattr: Terminal, command: str) -> None:
     result = imattr(command, "--help")
 
@@ -140,6 +140,17 @@ def test_a_pause_shows_with_its_reason(imattr: Terminal, client: redis.Redis, ke
     assert (line["state"], line["reason"], line["code"]) == ("paused", "the plan has expired", 60020)
     assert line["since"] < line["next_probe"]
     assert "paused: the plan has expired (60020)" in imattr("status").output
+
+
+def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
+    assert imattr("pause").exit_code == cli.USAGE
+    assert imattr("pause", "--reason", "maintenance").output == "paused; what is in flight is finished\n"
+    line = json.loads(imattr("status", "--json").output)["line"]
+    assert (line["state"], line["reason"], line["next_probe"]) == ("paused", "maintenance", None)
+    assert "paused: maintenance, since" in imattr("status").output
+    assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
+    assert imattr("resume").output == "resumed\n"
+    assert imattr("resume").output == "the line was open\n"
 
 
 def test_a_ledger_that_does_not_balance_is_shouted(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:

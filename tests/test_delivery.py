@@ -16,6 +16,7 @@ from tests.conftest import ManualClock, new_keys
 from worker.buffer import Buffer, new_batch_id
 from worker.client import Client, Failure, Gate, NoReply, Reply, UserError
 from worker.delivery import Delivery, Summary
+from worker.line import Line, LineState
 from worker.models import BatchId, Update
 from worker.policy import TABLE, Policy, Verdict
 from worker.ratelimit import GRACE, Permit, RateLimiter
@@ -79,19 +80,21 @@ class ScriptedLimiter(RateLimiter):
         self.pauses.append((seconds, code))
 
 
-class Line:
+class Loop:
     """A delivery loop and all that is around it."""
 
     def __init__(self, client: redis.Redis, api: Api, *, max_attempts: int = 4) -> None:
         self.redis, self.keys, self.clock = client, new_keys(), ManualClock()
         self.buffer = Buffer(client, self.keys)
         self.limiter = ScriptedLimiter(self.clock)
+        self.line = Line(client, self.keys)
         self.client = ScriptedClient(api)
         self.client.clock = self.clock
         self.stopping = False
         self.delivery = Delivery(
             self.buffer,
             self.limiter,
+            self.line,
             self.client,
             Policy(max_attempts=max_attempts, backoff_base=1, backoff_max=300, hold=5, rng=random.Random(1)),
             self.clock,
@@ -119,6 +122,13 @@ class Line:
         self.add(users)
         return self.delivery.deliver(self.ticket())
 
+    def probe(self) -> Summary:
+        """Let the dispatcher issue the line's probe now, and deliver it."""
+        self.redis.hset(self.keys.line, "next_probe", 1)
+        tick = self.buffer.tick("w", term=9, size=100, linger=0, ticket_ttl=9, most=5)
+        [ticket] = tick.tickets
+        return self.delivery.deliver(ticket)
+
     def dead(self) -> dict[str, Any]:
         letters: dict[bytes, bytes] = self.redis.hgetall(self.keys.dead)  # type: ignore[assignment]
         return {user.decode(): json.loads(letter) for user, letter in letters.items()}
@@ -129,286 +139,327 @@ def some(count: int) -> list[str]:
 
 
 def test_a_full_batch_goes_out_in_one_call_and_is_acked(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
+    loop = Loop(client, lambda users: OK)
 
-    summary = line.deliver(some(130))
+    summary = loop.deliver(some(130))
 
-    assert [len(call) for call in line.client.calls] == [100]
-    assert line.client.bodies[0]["UserAttrs"][0] == {"To_Account": "user000", "Attrs": {"city": "Paris"}}
+    assert [len(call) for call in loop.client.calls] == [100]
+    assert loop.client.bodies[0]["UserAttrs"][0] == {"To_Account": "user000", "Attrs": {"city": "Paris"}}
     assert (summary.outcome, summary.users, summary.acked, summary.calls) == ("delivered", 100, 100, 1)
-    assert line.buffer.snapshot().ledger["delivered"] == 100
-    assert line.buffer.snapshot().pending == 30
+    assert loop.buffer.snapshot().ledger["delivered"] == 100
+    assert loop.buffer.snapshot().pending == 30
 
 
 def test_the_batch_is_claimed_after_the_permit_so_it_has_the_newest_values(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    line.limiter.slots = [line.clock.now + 2.0]
-    line.add(["ann"])
-    sleep = line.clock.sleep
+    loop = Loop(client, lambda users: OK)
+    loop.limiter.slots = [loop.clock.now + 2.0]
+    loop.add(["ann"])
+    sleep = loop.clock.sleep
 
     def meanwhile(seconds: float) -> None:
-        line.clock.sleep = sleep  # type: ignore[method-assign]
-        line.buffer.add([Update("ann", {"city": "Rome"})])
+        loop.clock.sleep = sleep  # type: ignore[method-assign]
+        loop.buffer.add([Update("ann", {"city": "Rome"})])
         sleep(seconds)
 
-    line.clock.sleep = meanwhile  # type: ignore[method-assign]
-    line.deliver()
+    loop.clock.sleep = meanwhile  # type: ignore[method-assign]
+    loop.deliver()
 
-    assert line.client.bodies[0]["UserAttrs"][0]["Attrs"] == {"city": "Rome"}
+    assert loop.client.bodies[0]["UserAttrs"][0]["Attrs"] == {"city": "Rome"}
 
 
 def test_without_a_permit_nothing_is_claimed_and_the_ticket_goes_back(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    line.limiter.slots = []
+    loop = Loop(client, lambda users: OK)
+    loop.limiter.slots = []
 
-    summary = line.deliver(["ann"])
+    summary = loop.deliver(["ann"])
 
     assert summary.outcome == "no_permit"
-    assert line.buffer.snapshot().live == 1
-    assert client.zcard(line.keys.tickets) == 0
+    assert loop.buffer.snapshot().live == 1
+    assert client.zcard(loop.keys.tickets) == 0
 
 
 def test_a_ticket_that_comes_twice_delivers_once(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    ticket = line.ticket()
-    line.add(["ann"])
-    line.delivery.deliver(ticket)
-    line.add(["bob"])
+    loop = Loop(client, lambda users: OK)
+    ticket = loop.ticket()
+    loop.add(["ann"])
+    loop.delivery.deliver(ticket)
+    loop.add(["bob"])
 
-    assert line.delivery.deliver(ticket).outcome == "spent"
-    assert line.client.calls == [["ann"]]
+    assert loop.delivery.deliver(ticket).outcome == "spent"
+    assert loop.client.calls == [["ann"]]
 
 
 def test_users_named_in_the_error_list_are_dead_letters_and_the_others_are_delivered(
     client: redis.Redis,
 ) -> None:
     errors = {"user001": UserError(70107, ""), "stranger": UserError(70107, "")}
-    line = Line(client, lambda users: Reply(0, errors=errors))
+    loop = Loop(client, lambda users: Reply(0, errors=errors))
 
-    summary = line.deliver(some(5))
+    summary = loop.deliver(some(5))
 
     assert (summary.acked, summary.dead_lettered, summary.calls) == (4, 1, 1)
-    assert line.dead()["user001"]["code"] == 70107
-    assert line.dead()["user001"]["a"]["city"][0] == "Paris"
+    assert loop.dead()["user001"]["code"] == 70107
+    assert loop.dead()["user001"]["a"]["city"][0] == "Paris"
 
 
 @pytest.mark.parametrize("bad", [1, 3, 10])
 def test_poison_is_found_by_halving_and_nobody_else_suffers(client: redis.Redis, bad: int) -> None:
     poison = set(random.Random(bad).sample(some(100), bad))
-    line = Line(client, lambda users: Reply(90033, "refused") if poison & set(users) else OK)
+    loop = Loop(client, lambda users: Reply(90033, "refused") if poison & set(users) else OK)
 
-    summary = line.deliver(some(100))
+    summary = loop.deliver(some(100))
 
-    assert set(line.dead()) == poison
+    assert set(loop.dead()) == poison
     assert (summary.acked, summary.dead_lettered) == (100 - bad, bad)
-    assert summary.calls == len(line.client.calls) <= 1 + 14 * bad
+    assert summary.calls == len(loop.client.calls) <= 1 + 14 * bad
 
 
 def test_a_transient_failure_costs_an_attempt_and_waits_longer_each_time(client: redis.Redis) -> None:
-    line = Line(client, lambda users: Reply(91000))
+    loop = Loop(client, lambda users: Reply(91000))
 
     attempts: list[int] = []
     for _ in range(3):
-        line.make_due()
-        attempts.append(line.deliver(some(3) if not attempts else ()).attempt)
+        loop.make_due()
+        attempts.append(loop.deliver(some(3) if not attempts else ()).attempt)
 
     assert attempts == [1, 2, 3]
-    assert line.buffer.snapshot().delayed == 3
-    assert not line.dead()
+    assert loop.buffer.snapshot().delayed == 3
+    assert not loop.dead()
 
 
 def test_used_up_attempts_isolate_each_user_before_giving_up(client: redis.Redis) -> None:
     broken = {"user001"}
-    line = Line(client, lambda users: Reply(91000) if broken & set(users) else OK)
+    loop = Loop(client, lambda users: Reply(91000) if broken & set(users) else OK)
 
-    line.add(some(4))
+    loop.add(some(4))
     for _ in range(4):
-        line.make_due()
-        line.deliver()
+        loop.make_due()
+        loop.deliver()
 
-    assert set(line.dead()) == broken
-    assert line.buffer.snapshot().ledger["delivered"] == 3
+    assert set(loop.dead()) == broken
+    assert loop.buffer.snapshot().ledger["delivered"] == 3
 
 
 def test_a_code_that_nobody_lists_is_bounded_and_kept(client: redis.Redis) -> None:
-    line = Line(client, lambda users: Reply(12345, "what is this"))
+    loop = Loop(client, lambda users: Reply(12345, "what is this"))
 
-    line.add(["ann"])
+    loop.add(["ann"])
     for _ in range(10):
-        line.make_due()
-        line.deliver()
+        loop.make_due()
+        loop.deliver()
 
-    assert line.dead()["ann"]["code"] == 12345
-    assert len(line.client.calls) == 3
+    assert loop.dead()["ann"]["code"] == 12345
+    assert len(loop.client.calls) == 3
 
 
 def test_after_an_unknown_outcome_users_are_held_longer_than_the_old_call_can_land(
     client: redis.Redis,
 ) -> None:
-    line = Line(client, lambda users: NoReply(Failure.TIMEOUT))
+    loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
 
     before = client.time()[0]
-    summary = line.deliver(["ann"])
+    summary = loop.deliver(["ann"])
 
-    due = client.zscore(line.keys.delayed, "ann")
+    due = client.zscore(loop.keys.delayed, "ann")
     assert isinstance(due, float)
     assert due / 1000 - before >= 5
     assert (summary.outcome, summary.failure) == ("retried", "timeout")
 
 
 def test_a_rate_code_pauses_everyone_and_costs_no_attempt(client: redis.Redis) -> None:
-    line = Line(client, lambda users: Reply(60007))
+    loop = Loop(client, lambda users: Reply(60007))
 
-    summary = line.deliver(some(100))
+    summary = loop.deliver(some(100))
 
-    assert line.limiter.pauses == [(1.0, 60007)]
+    assert loop.limiter.pauses == [(1.0, 60007)]
     assert summary.snoozed == 100
-    line.make_due()
-    assert line.deliver().attempt == 1
+    loop.make_due()
+    assert loop.deliver().attempt == 1
 
 
 @pytest.mark.parametrize("code", [c for c, rule in TABLE.items() if rule.verdict is Verdict.STOP])
-def test_a_stop_code_loses_nothing_and_stops_sending(client: redis.Redis, code: int) -> None:
-    line = Line(client, lambda users: Reply(code))
+def test_a_stop_code_stops_the_line_and_loses_nothing(client: redis.Redis, code: int) -> None:
+    loop = Loop(client, lambda users: Reply(code))
 
-    summary = line.deliver(some(10))
+    summary = loop.deliver(some(10))
 
     assert (summary.outcome, summary.snoozed, summary.calls) == ("stopped", 10, 1)
-    assert [paused for paused, _ in line.limiter.pauses] == [60.0 if code == 70050 else 30.0]
-    assert line.buffer.snapshot().delayed == 10
-    assert not line.dead()
+    state = loop.line.read()
+    assert (state.state, state.code, state.reason) == ("stopped", code, TABLE[code].meaning)
+    assert state.next_probe is not None
+    assert state.since is not None
+    assert state.next_probe - state.since == (60 if code == 70050 else 30)
+    assert loop.buffer.snapshot().live == 10
+    assert not loop.dead()
+
+
+def test_while_the_line_is_stopped_only_its_probe_is_sent(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90009))
+    loop.deliver(["ann"])
+
+    assert loop.deliver().outcome == "spent"
+
+    loop.client._api = lambda users: OK
+    summary = loop.probe()
+    assert (summary.outcome, summary.attempt) == ("delivered", 1)
+    assert loop.line.read() == LineState()
+
+
+@pytest.mark.parametrize(
+    ("answer", "opens"),
+    [
+        (OK, True),
+        (Reply(60007), True),
+        (Reply(90033), True),
+        (Reply(91000), False),
+        (Reply(90009), False),
+        (NoReply(Failure.TIMEOUT), False),
+    ],
+    ids=str,
+)
+def test_a_probe_opens_the_line_when_the_api_lets_it_in(
+    client: redis.Redis, answer: Answer, opens: bool
+) -> None:
+    loop = Loop(client, lambda users: Reply(60020))
+    loop.deliver(["ann"])
+    loop.client._api = lambda users: answer
+
+    loop.probe()
+
+    assert (loop.line.read().state == "open") is opens
+    assert loop.buffer.snapshot().balanced
 
 
 def test_a_refused_signature_is_made_again(client: redis.Redis) -> None:
-    line = Line(client, lambda users: Reply(70001))
+    loop = Loop(client, lambda users: Reply(70001))
 
-    line.deliver(["ann"])
+    loop.deliver(["ann"])
 
-    assert line.client.signed_again == 1
+    assert loop.client.signed_again == 1
 
 
 def test_a_stop_in_the_middle_of_halving_puts_all_the_rest_back(client: redis.Redis) -> None:
     answers = iter([Reply(90033), OK, Reply(60020)])
-    line = Line(client, lambda users: next(answers))
+    loop = Loop(client, lambda users: next(answers))
 
-    summary = line.deliver(some(100))
+    summary = loop.deliver(some(100))
 
     assert (summary.acked, summary.snoozed, summary.calls) == (50, 50, 3)
 
 
 def test_a_shutdown_finishes_the_call_and_hands_back_the_rest(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
+    loop = Loop(client, lambda users: OK)
 
     def api(users: list[str]) -> Answer:
-        line.stopping = True
+        loop.stopping = True
         return Reply(90033)
 
-    line.client._api = api
-    summary = line.deliver(some(100))
+    loop.client._api = api
+    summary = loop.deliver(some(100))
 
     assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 100, 1)
-    assert line.buffer.snapshot().live == 100
+    assert loop.buffer.snapshot().live == 100
 
 
 def test_a_worker_that_shuts_down_claims_nothing(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    line.stopping = True
+    loop = Loop(client, lambda users: OK)
+    loop.stopping = True
 
-    assert line.deliver(["ann"]).outcome == "no_permit"
-    assert line.buffer.snapshot().live == 1
+    assert loop.deliver(["ann"]).outcome == "no_permit"
+    assert loop.buffer.snapshot().live == 1
 
 
 def test_a_worker_frozen_beyond_its_lease_sends_nothing(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    redeem = line.limiter.redeem
+    loop = Loop(client, lambda users: OK)
+    redeem = loop.limiter.redeem
 
     def frozen(permit: Permit) -> bool:
-        line.clock.now += 3600
-        [batch] = client.hkeys(line.keys.batches)
-        client.zadd(line.keys.leases, {bytes(batch): 1})  # type: ignore[arg-type]
-        assert line.buffer.reclaim()
-        line.limiter.redeem = redeem  # type: ignore[method-assign]
+        loop.clock.now += 3600
+        [batch] = client.hkeys(loop.keys.batches)
+        client.zadd(loop.keys.leases, {bytes(batch): 1})  # type: ignore[arg-type]
+        assert loop.buffer.reclaim()
+        loop.limiter.redeem = redeem  # type: ignore[method-assign]
         return redeem(permit)
 
-    line.limiter.redeem = frozen  # type: ignore[method-assign]
-    summary = line.deliver(["ann"])
+    loop.limiter.redeem = frozen  # type: ignore[method-assign]
+    summary = loop.deliver(["ann"])
 
-    assert line.client.calls == []
+    assert loop.client.calls == []
     assert summary.outcome == "fenced"
-    assert line.buffer.snapshot().live == 1
+    assert loop.buffer.snapshot().live == 1
 
 
 def test_a_long_bisection_renews_its_lease(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
+    loop = Loop(client, lambda users: OK)
 
     def slow(users: list[str]) -> Answer:
-        line.clock.now += 12
+        loop.clock.now += 12
         return Reply(90033) if "user007" in users else OK
 
-    line.client._api = slow
-    extend, renewed = line.buffer.extend, []
+    loop.client._api = slow
+    extend, renewed = loop.buffer.extend, []
 
     def extended(batch: BatchId, *, now_ms: int | None = None) -> bool:
-        renewed.append(line.clock.now)
+        renewed.append(loop.clock.now)
         return extend(batch, now_ms=now_ms)
 
-    line.buffer.extend = extended  # type: ignore[method-assign]
-    line.deliver(some(100))
+    loop.buffer.extend = extended  # type: ignore[method-assign]
+    loop.deliver(some(100))
 
-    assert set(line.dead()) == {"user007"}
+    assert set(loop.dead()) == {"user007"}
     assert len(renewed) >= 3
 
 
 def test_a_missed_slot_is_replaced_by_another(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    now = line.clock.now
-    line.limiter.slots = [now + 0.2, now + 0.4]
-    encode = line.client.encode
+    loop = Loop(client, lambda users: OK)
+    now = loop.clock.now
+    loop.limiter.slots = [now + 0.2, now + 0.4]
+    encode = loop.client.encode
 
     def slow(users: Any) -> bytes:
-        line.clock.now += 0.3
+        loop.clock.now += 0.3
         return encode(users)
 
-    line.client.encode = slow  # type: ignore[method-assign]
+    loop.client.encode = slow  # type: ignore[method-assign]
 
-    assert line.deliver(["ann"]).outcome == "delivered"
-    assert line.clock.now == pytest.approx(now + 0.4)
+    assert loop.deliver(["ann"]).outcome == "delivered"
+    assert loop.clock.now == pytest.approx(now + 0.4)
 
 
 def test_when_no_other_slot_comes_the_batch_goes_back_at_no_cost(client: redis.Redis) -> None:
-    line = Line(client, lambda users: OK)
-    line.limiter.slots = [line.clock.now - 1]
+    loop = Loop(client, lambda users: OK)
+    loop.limiter.slots = [loop.clock.now - 1]
 
-    summary = line.deliver(["ann"])
+    summary = loop.deliver(["ann"])
 
     assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 1, 0)
-    assert line.buffer.snapshot().live == 1
+    assert loop.buffer.snapshot().live == 1
 
 
 def test_a_defect_in_our_own_code_holds_the_users_and_is_raised(client: redis.Redis) -> None:
     def broken(users: list[str]) -> Answer:
         raise ZeroDivisionError
 
-    line = Line(client, broken)
+    loop = Loop(client, broken)
 
     with pytest.raises(ZeroDivisionError):
-        line.deliver(["ann"])
-    assert line.buffer.snapshot().delayed == 1
+        loop.deliver(["ann"])
+    assert loop.buffer.snapshot().delayed == 1
 
 
 def test_even_the_last_attempt_waits_until_the_old_call_can_land_no_more(client: redis.Redis) -> None:
-    line = Line(client, lambda users: NoReply(Failure.TIMEOUT))
-    line.add(["ann"])
+    loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
+    loop.add(["ann"])
     for _ in range(3):
-        line.make_due()
-        line.deliver()
+        loop.make_due()
+        loop.deliver()
 
-    line.make_due()
-    before = line.clock.now
-    line.deliver()
+    loop.make_due()
+    before = loop.clock.now
+    loop.deliver()
 
-    assert set(line.dead()) == {"ann"}
-    assert line.clock.now - before >= 5
+    assert set(loop.dead()) == {"ann"}
+    assert loop.clock.now - before >= 5
 
 
 def nothing_crosses_an_unknown_outcome(history: list[tuple[list[str], float, Answer]]) -> bool:
@@ -441,19 +492,19 @@ def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
     client: redis.Redis, script: list[Answer], size: int, max_attempts: int
 ) -> None:
     remaining = iter(script)
-    line = Line(client, lambda users: next(remaining, OK), max_attempts=max_attempts)
-    line.add(some(size))
+    loop = Loop(client, lambda users: next(remaining, OK), max_attempts=max_attempts)
+    loop.add(some(size))
 
     for _ in range(4):
-        line.make_due()
-        line.client.history.clear()
-        summary = line.deliver()
-        assert nothing_crosses_an_unknown_outcome(line.client.history)
+        loop.make_due()
+        loop.client.history.clear()
+        summary = loop.deliver()
+        assert nothing_crosses_an_unknown_outcome(loop.client.history)
         settled = summary.acked + summary.retried + summary.snoozed + summary.dead_lettered
         assert settled == summary.users
 
-        snapshot = line.buffer.snapshot()
+        snapshot = loop.buffer.snapshot()
         assert snapshot.in_flight == 0
         assert snapshot.balanced
-        assert client.exists(line.keys.batches, line.keys.leases) == 0
-        assert snapshot.pending + snapshot.ledger["delivered"] + len(line.dead()) == size
+        assert client.exists(loop.keys.batches, loop.keys.leases) == 0
+        assert snapshot.pending + snapshot.ledger["delivered"] + len(loop.dead()) == size

@@ -23,6 +23,7 @@ from tests.conftest import SECRET_KEY
 from worker import demo, demo_events
 from worker.buffer import Buffer, Snapshot
 from worker.keys import Keys
+from worker.line import Line
 from worker.producer import Producer
 from worker.sandbox import SDKAPPID, Plan, Sandbox
 
@@ -166,6 +167,33 @@ def test_a_restart_of_redis_loses_nothing_and_the_workers_live_on(tmp_path: Path
         assert system.simulator("state")["worst_rolling_second"] <= 100
         assert system.snapshot().balanced
         system.sandbox.check()
+
+
+def test_a_wrong_key_stops_the_line_and_the_right_one_opens_it_again(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=2, concurrency=4, flower=False)) as system:
+        line = Line(system.redis, system.keys)
+        system.simulator("key", "another key")
+        system.producer.set_many(updates(1500))
+        wait_until(lambda: line.read().state == "stopped")
+        wait_until(lambda: not system.snapshot().in_flight)
+
+        state = line.read()
+        assert (state.code, state.reason) == (70009, "the UserSig was made with the key of another app")
+        assert system.snapshot().live == 1500
+        calls = system.simulator("state")["calls"]
+        system.producer.set_many(updates(2000, "Rome"))
+        time.sleep(1)
+        assert system.simulator("state")["calls"] == calls, "nothing is sent while the line is stopped"
+
+        system.simulator("key", SECRET_KEY)
+        # The probe is due in half a minute; a test need not wait for it.
+        system.redis.hset(system.keys.line, "next_probe", 1)
+        wait_until(system.settled)
+
+        assert line.read().state == "open"
+        assert system.simulator("users") == dict(updates(2000, "Rome"))
+        assert system.snapshot().dead == 0
+        assert system.snapshot().balanced
 
 
 def test_any_celery_client_can_send_updates_by_name(tmp_path: Path) -> None:

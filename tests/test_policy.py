@@ -87,7 +87,7 @@ def test_a_code_in_no_table_is_unknown() -> None:
         (Reply(12345), Again(hold=False, most=UNKNOWN_ATTEMPTS)),
         (Reply(UNNUMBERED), Again(hold=False, most=UNKNOWN_ATTEMPTS)),
         (Reply(60007), Pause(1.0)),
-        (Reply(70001), Stop(30.0, sign=True)),
+        (Reply(70001), Stop(1.0, sign=True)),
         (Reply(90009), Stop(30.0, sign=False)),
         (Reply(70050), Stop(60.0, sign=False)),
         (Reply(90033), Split()),

@@ -130,14 +130,14 @@ class Buffer:
         self._add = scripts.load(client, "add")
         self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger]
         self._claim = scripts.load(client, "claim")
-        self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets]
+        self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
         self._settle = scripts.load(client, "settle")
         self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
         self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger]
         self._extend = scripts.load(client, "extend")
         self._reclaim = scripts.load(client, "reclaim")
         self._dispatch = scripts.load(client, "dispatch")
-        self._dispatch_keys = [k.dispatcher, k.tickets, k.live, k.backfill, k.delayed, k.rate]
+        self._dispatch_keys = [k.dispatcher, k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line]
 
     def add(
         self,
@@ -155,14 +155,18 @@ class Buffer:
         return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
 
     def claim(self, ticket: BatchId, size: int, *, now_ms: int | None = None) -> Batch | None:
-        """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown."""
+        """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown.
+
+        None, too, while the line is stopped, unless the ticket is that of its probe.
+        """
         args = (_argument(now_ms), ticket, size, self._lease_ms)
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
         # One call of the decoder for all of them: it costs a third of a hundred calls.
-        records = json.loads(b"[%b]" % b",".join(reply[2::2]))
-        return Batch(ticket, tuple(map(_claimed, reply[1::2], records)), reply[0])
+        records = json.loads(b"[%b]" % b",".join(reply[3::2]))
+        users = tuple(map(_claimed, reply[2::2], records))
+        return Batch(ticket, users, claimed_ms=reply[0], probe=bool(reply[1]))
 
     def settle(
         self,

@@ -23,6 +23,8 @@ from rich.text import Text
 from worker import simulator, status
 from worker.config import PREFIX, Settings
 from worker.errors import BufferFull, ConfigError, InvalidUpdate, SandboxError
+from worker.keys import Keys
+from worker.line import Line
 from worker.producer import Producer
 from worker.sandbox import Plan, Sandbox
 
@@ -161,9 +163,8 @@ def _status_table(state: dict[str, Any]) -> Table:
         table.add_row("line", Text("open", style="green"))
     else:
         code = f" ({line['code']})" if line["code"] else ""
-        reason = (
-            f"{line['state']}: {line['reason']}{code}, since {line['since']}, next call {line['next_probe']}"
-        )
+        probe = f", next call {line['next_probe']}" if line["next_probe"] else ""
+        reason = f"{line['state']}: {line['reason']}{code}, since {line['since']}{probe}"
         table.add_row("line", Text(reason, style="bold red"))
     waiting = pending["live"] + pending["backfill"] + pending["delayed"] + pending["waiting"]
     age = pending["oldest_age_s"]
@@ -184,6 +185,31 @@ def _status_table(state: dict[str, Any]) -> Table:
     )
     table.add_row("", balance)
     return table
+
+
+@main.command()
+@click.option("--reason", required=True, help="Shown to everyone who asks for the status.")
+@_explained
+def pause(reason: str) -> None:
+    """Stop sending until `imattr resume`; updates are accepted and coalesced as ever."""
+    with _line() as line:
+        line.pause(reason)
+    out.print("paused; what is in flight is finished")
+
+
+@main.command()
+@_explained
+def resume() -> None:
+    """Send again, whatever kept the line: a pause, or a stop whose cause is mended."""
+    with _line() as line:
+        out.print("resumed" if line.resume() else "the line was open")
+
+
+@contextmanager
+def _line() -> Iterator[Line]:
+    settings = Settings.from_env(_environ(), "producer")
+    with redis.Redis.from_url(settings.redis_url.reveal(), socket_connect_timeout=3) as client:
+        yield Line(client, Keys(settings.sdkappid))
 
 
 @main.command()

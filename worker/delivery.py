@@ -33,6 +33,7 @@ import structlog
 from worker.buffer import Buffer
 from worker.client import Client, NoReply, Reply
 from worker.clock import Clock
+from worker.line import Line
 from worker.models import Acked, Batch, BatchId, Claimed, DeadLettered, Outcome, Retried, Snoozed, UserId
 from worker.policy import Action, Again, Deliver, Pause, Policy, Split, Stop, bury, decide, rule_for
 from worker.ratelimit import Permit, RateLimiter
@@ -90,6 +91,7 @@ class Delivery:
         self,
         buffer: Buffer,
         limiter: RateLimiter,
+        line: Line,
         client: Client,
         policy: Policy,
         clock: Clock,
@@ -99,7 +101,7 @@ class Delivery:
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """`lease` in seconds, as the buffer has it; `stopping` turns true when this worker shuts down."""
-        self._buffer, self._limiter, self._client = buffer, limiter, client
+        self._buffer, self._limiter, self._line, self._client = buffer, limiter, line, client
         self._policy, self._clock = policy, clock
         self._batch_size, self._lease, self._stopping = batch_size, lease, stopping
 
@@ -207,6 +209,10 @@ class Delivery:
             code, info = answer.code, answer.info
             # Of several calls, the code of the first that failed.
             summary.code = summary.code or answer.code
+        # Whatever else it said, the API has let us in.
+        let_in = isinstance(action, Deliver | Pause | Split)
+        if work.batch.probe and let_in and self._line.reopen(work.batch.id):
+            log.info("line_reopened", batch=work.batch.id)
         match action:
             case Deliver():
                 self._deliver_part(work, part, answer)
@@ -217,13 +223,14 @@ class Delivery:
                 self._limiter.pause(seconds, rule_for(code).meaning, code)
                 self._snooze_rest(work, seconds)
             case Stop(seconds, sign):
-                # The line's place: until it has a state of its own, a pause keeps the fleet from trying.
                 summary.outcome = "stopped"
                 if sign:
                     self._client.sign_again()
-                log.error("line_stopped", code=code, reason=rule_for(code).meaning, seconds=seconds)
-                self._limiter.pause(seconds, rule_for(code).meaning, code)
-                self._snooze_rest(work, seconds)
+                reason = rule_for(code).meaning
+                wait = self._line.stop(work.batch.id, code, reason, seconds)
+                if wait is not None:
+                    log.error("line_stopped", code=code, reason=reason, next_probe_s=wait)
+                self._snooze_rest(work, 0.0)
             case Split():
                 self._split(work, part, bury(code, info))
             case _:

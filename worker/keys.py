@@ -101,6 +101,12 @@ class Keys:
         return self._key("rate")
 
     @property
+    def line(self) -> str:
+        """hash, absent = open: "state" stopped or paused, "reason", "code", "since" ms; when stopped also
+        "wait" ms, "next_probe" ms and "probe", the batch id of the one that is out."""
+        return self._key("line")
+
+    @property
     def tickets(self) -> str:
         """zset: ticket id scored by issue ms; a ticket is the right to claim one batch, once."""
         return self._key("tickets")

@@ -54,6 +54,8 @@ class Batch:
     id: BatchId
     users: tuple[Claimed, ...]
     claimed_ms: int
+    #: Whether the line is stopped, and this batch is to find out if it can be opened.
+    probe: bool = False
 
 
 # Outcomes: how one user of a batch is settled.

@@ -163,10 +163,11 @@ _UNLISTED = Rule(Verdict.UNKNOWN, "a code in no document")
 UNKNOWN_ATTEMPTS = 3
 #: Seconds everyone pauses after a rate code: one full window of the API, so that it counts anew.
 RATE_PAUSE = 1.0
-#: Seconds until the next call after a code that only a person, or a new signature, can mend. 70050 is
-#: caused by trying again too soon.
-STOP_PAUSE = 30.0
-BLOCKED_PAUSE = 60.0
+#: Seconds until the first probe after the line was stopped: soon when a new signature may be all it
+#: needs, later when a person has to act. 70050 is caused by trying again too soon.
+SIGN_WAIT = 1.0
+STOP_WAIT = 30.0
+BLOCKED_WAIT = 60.0
 
 
 def rule_for(code: int) -> Rule:
@@ -199,7 +200,10 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing will pass for now: as `Pause`, and a person has to know. `sign` makes a new signature."""
+    """Nothing will pass: stop the line, with a first probe after `seconds`; the users go back at no cost.
+
+    `sign` when a new signature may mend it.
+    """
 
     seconds: float
     sign: bool
@@ -227,8 +231,10 @@ def decide(answer: Reply | NoReply) -> Action:
             return Again(hold=False, most=UNKNOWN_ATTEMPTS)
         case Verdict.RATE:
             return Pause(RATE_PAUSE)
-        case Verdict.CREDENTIAL | Verdict.STOP:
-            return Stop(BLOCKED_PAUSE if answer.code == 70050 else STOP_PAUSE, verdict is Verdict.CREDENTIAL)
+        case Verdict.CREDENTIAL:
+            return Stop(SIGN_WAIT, sign=True)
+        case Verdict.STOP:
+            return Stop(BLOCKED_WAIT if answer.code == 70050 else STOP_WAIT, sign=False)
         case Verdict.SHAPE | Verdict.USER:
             return Split()
         case _:
@@ -270,7 +276,7 @@ class Policy:
             case Verdict.RATE:
                 return Snoozed(RATE_PAUSE)
             case Verdict.STOP | Verdict.CREDENTIAL:
-                return Snoozed(STOP_PAUSE)
+                return Snoozed(STOP_WAIT)
             case Verdict.TRANSIENT | Verdict.UNKNOWN:
                 most = UNKNOWN_ATTEMPTS if verdict is Verdict.UNKNOWN else None
                 if self.exhausted(attempts, most):

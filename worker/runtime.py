@@ -16,6 +16,7 @@ from worker.clock import SystemClock
 from worker.config import Settings
 from worker.delivery import Delivery
 from worker.keys import Keys
+from worker.line import Line
 from worker.policy import Policy
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
@@ -57,6 +58,7 @@ def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
     return Delivery(
         build_buffer(settings, client),
         RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=clock),
+        Line(client, keys),
         Client(
             settings.base_url,
             signer,

@@ -10,6 +10,7 @@ import redis
 from worker.buffer import Buffer
 from worker.config import Settings
 from worker.keys import Keys
+from worker.line import Line, LineState
 from worker.ratelimit import SPACING
 from worker.scripts import text
 
@@ -40,22 +41,31 @@ def read(client: redis.Redis, settings: Settings) -> dict[str, Any]:
 
 
 def _line(client: redis.Redis, keys: Keys) -> dict[str, Any]:
-    """The delivery side: open, or paused by what the API answered until the next call is due."""
+    """The delivery side: the line's own state, or a pause that the API's rate limit asked for."""
+    line = Line(client, keys).read()
+    if line.state == "open":
+        line = _rate_pause(client, keys)
+    return {
+        "state": line.state,
+        "reason": line.reason,
+        "code": line.code,
+        "since": _iso(line.since),
+        "next_probe": _iso(line.next_probe),
+    }
+
+
+def _rate_pause(client: redis.Redis, keys: Keys) -> LineState:
     seconds, micros = client.time()
     fields = ("paused_at", "paused_until", "reason", "code")
     paused_at, paused_until, reason, code = client.hmget(keys.rate, fields)
     now = seconds + micros / 1e6
     since, until = int(paused_at or 0) / 1e6, int(paused_until or 0) / 1e6
     if not since <= now < until:
-        return {"state": "open", "reason": None, "code": None, "since": None, "next_probe": None}
-    return {
-        "state": "paused",
-        "reason": text(reason or b""),
-        "code": int(code) if code else None,
-        "since": _iso(since),
-        "next_probe": _iso(until),
-    }
+        return LineState()
+    return LineState("paused", text(reason or b""), int(code) if code else None, since, until)
 
 
-def _iso(moment: float) -> str:
+def _iso(moment: float | None) -> str | None:
+    if moment is None:
+        return None
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")

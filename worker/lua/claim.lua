@@ -4,6 +4,7 @@ Take up to one batch of users out of the lanes, for a limited time, in exchange 
 Users whose delay is over join their own lane again first, at the place of their first update. `live`
 goes before `backfill`, which fills the seats that are left. A ticket is good for one claim, so a
 message that the broker delivers twice claims nothing the second time, and a batch id is never reused.
+While the line is stopped only its probe claims anything.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -13,11 +14,13 @@ KEYS[5]  hash, flight: user -> record
 KEYS[6]  hash, batches: batch id -> JSON array of users
 KEYS[7]  zset, leases: batch id -> end in ms
 KEYS[8]  zset, tickets
+KEYS[9]  hash, line
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id, which is the ticket's id
 ARGV[3]  most users to take, at most 1000
 ARGV[4]  lease in ms
-Returns  {now in ms, user, record, user, record, ...}, or {} when the ticket is spent or unknown
+Returns  {now in ms, 1 for a probe else 0, user, record, user, record, ...},
+         or {} when the ticket is spent or unknown, or the line is stopped
 ]]
 local now, batch, limit, lease = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = not now and redis.call('TIME')
@@ -26,6 +29,12 @@ now = now or time[1] * 1000 + math.floor(time[2] / 1000)
 if redis.call('ZREM', KEYS[8], batch) == 0 then
   return {}
 end
+local line = redis.call('HMGET', KEYS[9], 'state', 'probe')
+local probe = line[2] == batch
+if line[1] and not probe then
+  return {}
+end
+probe = probe and 1 or 0
 
 local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, limit)
 for _, user in ipairs(due) do
@@ -50,14 +59,14 @@ if #users < limit then
   end
 end
 if #users == 0 then
-  return { now }
+  return { now, probe }
 end
 
 local records = redis.call('HMGET', KEYS[1], unpack(users))
-local fields, reply = { KEYS[5] }, { now }
+local fields, reply = { KEYS[5] }, { now, probe }
 for i, user in ipairs(users) do
   fields[2 * i], fields[2 * i + 1] = user, records[i]
-  reply[2 * i], reply[2 * i + 1] = user, records[i]
+  reply[2 * i + 1], reply[2 * i + 2] = user, records[i]
 end
 redis.call('HDEL', KEYS[1], unpack(users))
 redis.call('HSET', unpack(fields))

@@ -2,7 +2,8 @@
 Stay or become the acting dispatcher, and issue as many tickets as there are batches to send.
 
 Wanted are the full batches, plus one for the rest once its oldest user has lingered or a delayed user
-is due; of those, the tickets still outstanding are subtracted. Nothing is issued during a pause.
+is due; of those, the tickets still outstanding are subtracted. Nothing is issued during a pause, and
+while the line is stopped only one ticket when a probe is due.
 
 KEYS[1]  string, dispatcher: the acting worker's name
 KEYS[2]  zset, tickets
@@ -10,6 +11,7 @@ KEYS[3]  zset, lane `live`
 KEYS[4]  zset, lane `backfill`
 KEYS[5]  zset, lane `delayed`
 KEYS[6]  hash, rate
+KEYS[7]  hash, line
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  this worker's name
 ARGV[3]  how long this worker stays elected, ms
@@ -53,6 +55,20 @@ local wanted = math.floor(ready / size)
 if ready % size > 0 and (due > 0 or oldest + linger <= now) then
   wanted = wanted + 1
 end
+
+local line = redis.call('HMGET', KEYS[7], 'state', 'next_probe', 'wait')
+if line[1] then
+  local next_probe, wait = tonumber(line[2]) or math.huge, tonumber(line[3]) or 0
+  -- A probe further away than the wait was set before the clock was set back.
+  local is_due = line[1] == 'stopped' and (next_probe <= now or next_probe > now + wait)
+  if is_due and wanted > 0 then
+    redis.call('ZADD', KEYS[2], now, ids[1])
+    redis.call('HSET', KEYS[7], 'probe', ids[1], 'next_probe', now + wait)
+    return { 1, 1, wait }
+  end
+  return { 1, 0, -1 }
+end
+
 local issued = math.max(0, math.min(wanted - outstanding, most - outstanding, #ids))
 for i = 1, issued do
   redis.call('ZADD', KEYS[2], now, ids[i])
