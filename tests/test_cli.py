@@ -9,6 +9,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from tests.test_deadletters import Case
 from worker import cli
 from worker.clock import SystemClock
 from worker.embedded import EmbeddedServer, free_port
@@ -151,6 +152,33 @@ def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
     assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
     assert imattr("resume").output == "resumed\n"
     assert imattr("resume").output == "the line was open\n"
+
+
+def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    assert imattr("dead", "list").output == "no dead letters\n"
+    Case(client, keys).bury("ann", "bob", city="Paris")
+    Case(client, keys).bury("cid", code=70107, city="Oslo")
+
+    listed = imattr("dead", "list").output
+    assert all(word in listed for word in ("ann", "bob", "cid", "90033", "70107", "refused"))
+    assert "Paris" not in listed
+    assert [
+        json.loads(line)["user"]
+        for line in imattr("dead", "list", "--code", "70107", "--json").output.splitlines()
+    ] == ["cid"]
+    assert json.loads(imattr("dead", "show", "ann").output)["attributes"] == {"city": "Paris"}
+    assert imattr("dead", "show", "nobody").exit_code == cli.FAILED
+    assert json.loads(imattr("dead", "export", "--user", "cid").output)["attrs"] == {"city": "Oslo"}
+    assert imattr("dead", "redrive", "--dry-run").output == "3 would be put back\n"
+    assert imattr("dead", "redrive", "--code", "90033").output == "2 put back\n"
+    assert imattr("dead", "purge", "--older-than", "3600", "--dry-run").output.endswith(
+        "would be thrown away\n"
+    )
+    assert imattr("dead", "purge").exit_code == cli.FAILED, "nobody said yes"
+    assert imattr("dead", "purge", "--yes").output == "1 thrown away\n"
+    assert imattr("dead", "list").output == "no dead letters\n"
 
 
 def test_a_ledger_that_does_not_balance_is_shouted(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 from tests.conftest import new_keys
 from worker import scripts
 from worker.buffer import Buffer
+from worker.deadletters import DeadLetters, Redriven
 from worker.keys import LEDGER
 from worker.models import Acked, Attributes, BatchId, DeadLettered, Outcome, Retried, Snoozed, Update
 
@@ -71,6 +72,8 @@ class Model:
     shadow: dict[str, dict[str, tuple[str | None, int]]] = field(default_factory=dict)
     dead: dict[str, Values] = field(default_factory=dict)
     tickets: set[str] = field(default_factory=set)
+    #: First update of each dead letter; kept in the letter, so not compared here.
+    buried_since: dict[str, int] = field(default_factory=dict, compare=False)
     ledger: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0))
 
     def add(self, update: Update, lane: str, max_pending: int, now: int) -> bool:
@@ -103,6 +106,12 @@ class Model:
             if not sent:
                 self.lanes[lane][user] = now
         record.values |= fresh
+        letter = self.dead.get(user, {})
+        for name, (_, version) in fresh.items():
+            if name in letter and letter[name][1] <= version:
+                del letter[name]
+        if not letter:
+            self.dead.pop(user, None)
         if lane == "live" and record.backfill:
             record.backfill = False
             if self.lanes["backfill"].pop(user, None) is not None:
@@ -182,7 +191,32 @@ class Model:
         before = self.dead.get(user, {})
         kept = {name: pair for name, pair in before.items() if name not in record.values | superseded}
         self.dead[user] = kept | letter
+        self.buried_since[user] = record.since
         self.ledger["dead_lettered"] += 1
+
+    def redrive(self, user: str) -> bool:
+        """Whether anything of the letter was still worth sending."""
+        letter = self.dead.pop(user)
+        self.ledger["redriven"] += 1
+        record, sent = self.pending.get(user), self.flight.get(user)
+        back: Values = {}
+        for name, (value, version) in letter.items():
+            known = (record and record.values.get(name)) or (sent and sent.values.get(name))
+            floor = known or self.shadow.get(user, {}).get(name)
+            buried = floor is not None and floor[0] is None and floor[1] == version
+            if floor is None or version > floor[1] or buried:
+                back[name] = (value, version)
+        if not back:
+            self.ledger["stale"] += 1
+            return False
+        if record:
+            self.ledger["coalesced"] += 1
+            record.values |= back
+            return True
+        record = self.pending[user] = Record(self.buried_since[user], backfill=True, values=back)
+        if not sent:
+            self.enter_lane(user, record)
+        return True
 
     def balanced(self) -> bool:
         accepted, redriven, *out = self.ledger.values()
@@ -246,7 +280,9 @@ class BufferMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.buffer = Buffer(self.client, new_keys(), lease=LEASE_MS / 1000, shadow_ttl=10**8)
+        keys = new_keys()
+        self.dead = DeadLetters(self.client, keys)
+        self.buffer = Buffer(self.client, keys, lease=LEASE_MS / 1000, shadow_ttl=10**8)
         self.model = Model()
         self.now = 1_700_000_000_000
         #: The newest accepted value of every attribute: highest version, among equals the last.
@@ -348,6 +384,14 @@ class BufferMachine(RuleBasedStateMachine):
 
         assert read(self.client, self.buffer) == before
 
+    @precondition(lambda self: self.model.dead)
+    @rule(data=st.data())
+    def redrive(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model.dead)), min_size=1, unique=True))
+        worth = [self.model.redrive(user) for user in chosen]
+
+        assert self.dead.redrive([*chosen, "nobody"]) == Redriven(len(chosen), worth.count(False))
+
     @rule(batch=batches)
     def extend(self, batch: BatchId) -> None:
         held = batch in self.model.batches
@@ -436,6 +480,8 @@ BUGS = {
     ),
     "a claimed user stays pending": ("claim", "redis.call('HDEL', KEYS[1], unpack(users))", "local _ = 0"),
     "backfill goes before live": ("claim", "record.b and KEYS[3] or KEYS[2]", "KEYS[3]"),
+    "a redrive forgets what is pending": ("redrive", "pending and cjson.decode(pending) or {", "{"),
+    "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
     "a retry costs no attempt": ("settle", "verb == 'retry' and", "false and"),
 }
 

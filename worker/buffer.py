@@ -128,7 +128,7 @@ class Buffer:
         k = keys
         lanes = [k.pending, k.live, k.backfill]
         self._add = scripts.load(client, "add")
-        self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger]
+        self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
         self._claim = scripts.load(client, "claim")
         self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
         self._settle = scripts.load(client, "settle")

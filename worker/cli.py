@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from worker import simulator, status
 from worker.config import PREFIX, Settings
+from worker.deadletters import PAGE, DeadLetters, Filter, Letter, Redriven, as_updates
 from worker.errors import BufferFull, ConfigError, InvalidUpdate, SandboxError
 from worker.keys import Keys
 from worker.line import Line
@@ -185,6 +187,142 @@ def _status_table(state: dict[str, Any]) -> Table:
     )
     table.add_row("", balance)
     return table
+
+
+@main.group()
+def dead() -> None:
+    """Look at dead letters, put them back, or throw them away."""
+
+
+def _filtered(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that choose dead letters."""
+    for option in (
+        click.option("--user", help="This user only."),
+        click.option("--code", type=int, help="With this error code only."),
+        click.option("--older-than", type=float, metavar="SECONDS", help="Dead for longer than this only."),
+    ):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def _letters(
+    user: str | None = None, code: int | None = None, older_than: float | None = None
+) -> Iterator[tuple[DeadLetters, Filter]]:
+    settings = Settings.from_env(_environ(), "producer")
+    with redis.Redis.from_url(settings.redis_url.reveal(), socket_connect_timeout=3) as client:
+        letters = DeadLetters(client, Keys(settings.sdkappid))
+        before = None if older_than is None else letters.now_ms() - round(older_than * 1000)
+        yield letters, Filter(user, code, before)
+
+
+def _facts(letter: Letter) -> dict[str, Any]:
+    return {
+        "user": letter.user,
+        "code": letter.code,
+        "message": letter.message,
+        "attempts": letter.attempts,
+        "first_update": status.iso(letter.since_ms / 1000),
+        "dead_since": status.iso(letter.at_ms / 1000),
+        "attributes": sorted(letter.values),
+    }
+
+
+@dead.command("list")
+@_filtered
+@click.option("--limit", default=100, show_default=True, help="At most this many, oldest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+@_explained
+def list_letters(
+    user: str | None, code: int | None, older_than: float | None, limit: int, as_json: bool
+) -> None:
+    """List dead letters, without the values."""
+    with _letters(user, code, older_than) as (letters, wanted):
+        facts = [_facts(letter) for letter in islice(letters.find(wanted), limit)]
+        count = letters.count()
+    if as_json:
+        for fact in facts:
+            click.echo(json.dumps(fact))
+        return
+    table = Table("user", "code", "attempts", "dead since", "message", box=None, header_style="bold")
+    for fact in facts:
+        columns = (fact["user"], fact["code"], fact["attempts"], fact["dead_since"], fact["message"])
+        table.add_row(*map(str, columns))
+    out.print(table if facts else "no dead letters" + (" fit" if count else ""))
+    if len(facts) == limit < count:
+        out.print(f"[dim]... of {count:,} in all; see --limit[/dim]")
+
+
+@dead.command("show")
+@click.argument("user")
+@_explained
+def show_letter(user: str) -> None:
+    """Show USER's dead letter with its values, as JSON."""
+    with _letters(user) as (letters, wanted):
+        for letter in letters.find(wanted):
+            values = {name: value for name, (value, _) in letter.values.items()}
+            click.echo(json.dumps(_facts(letter) | {"attributes": values}, ensure_ascii=False, indent=2))
+            return
+    _fail(FAILED, f"user {user} has no dead letter")
+
+
+@dead.command("export")
+@_filtered
+@_explained
+def export_letters(user: str | None, code: int | None, older_than: float | None) -> None:
+    """Print dead letters as updates, one JSON object a line, with the times of their values."""
+    with _letters(user, code, older_than) as (letters, wanted):
+        for letter in letters.find(wanted):
+            for update in as_updates(letter):
+                click.echo(json.dumps(update, ensure_ascii=False))
+
+
+@dead.command("redrive")
+@_filtered
+@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@_explained
+def redrive_letters(user: str | None, code: int | None, older_than: float | None, dry_run: bool) -> None:
+    """Put dead letters back to pending, under anything newer.
+
+    Without options all of them. They take the spare seats: live updates go first.
+    """
+    with _letters(user, code, older_than) as (letters, wanted):
+        if dry_run:
+            out.print(f"{sum(1 for _ in letters.find(wanted)):,} would be put back")
+            return
+        total = Redriven()
+        for page in _pages(letters, wanted):
+            done = letters.redrive(page)
+            total.redriven += done.redriven
+            total.outdated += done.outdated
+    outdated = f", {total.outdated:,} of them outdated by newer values" if total.outdated else ""
+    out.print(f"{total.redriven:,} put back{outdated}")
+
+
+@dead.command("purge")
+@_filtered
+@click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_explained
+def purge_letters(
+    user: str | None, code: int | None, older_than: float | None, dry_run: bool, yes: bool
+) -> None:
+    """Throw dead letters away for good."""
+    with _letters(user, code, older_than) as (letters, wanted):
+        count = sum(1 for _ in letters.find(wanted))
+        if dry_run:
+            out.print(f"{count:,} would be thrown away")
+            return
+        if count and not yes:
+            click.confirm(f"Throw {count:,} dead letters away for good?", abort=True)
+        purged = sum(letters.purge(page) for page in _pages(letters, wanted))
+    out.print(f"{purged:,} thrown away")
+
+
+def _pages(letters: DeadLetters, wanted: Filter) -> Iterator[list[str]]:
+    found = letters.find(wanted)
+    while page := [letter.user for letter in islice(found, PAGE)]:
+        yield page
 
 
 @main.command()

@@ -49,8 +49,8 @@ def _line(client: redis.Redis, keys: Keys) -> dict[str, Any]:
         "state": line.state,
         "reason": line.reason,
         "code": line.code,
-        "since": _iso(line.since),
-        "next_probe": _iso(line.next_probe),
+        "since": iso(line.since),
+        "next_probe": iso(line.next_probe),
     }
 
 
@@ -65,7 +65,8 @@ def _rate_pause(client: redis.Redis, keys: Keys) -> LineState:
     return LineState("paused", text(reason or b""), int(code) if code else None, since, until)
 
 
-def _iso(moment: float | None) -> str | None:
+def iso(moment: float | None) -> str | None:
+    """Seconds since 1970 as ISO 8601 in UTC."""
     if moment is None:
         return None
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")

@@ -3,7 +3,8 @@ Merge updates into what is pending; of each attribute the newest version wins.
 
 An update without an event time is newer than everything known: order of arrival rules. The known
 version of an attribute is that of the pending value, else of the value in flight, else of the shadow:
-each was checked against the next when it was accepted, so the first one found is the highest.
+each was checked against the next when it was accepted, so the first one found is the highest. A newer value
+takes the old one out of the user's dead letter: redriving it could only be wrong.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -12,6 +13,8 @@ KEYS[4]  hash, flight: user -> record
 KEYS[5]  hash, shadow: user -> record last delivered
 KEYS[6]  zset, shadow_at
 KEYS[7]  hash, ledger
+KEYS[8]  hash, dead: user -> dead letter
+KEYS[9]  zset, dead_at
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
 ARGV[3]  most users that may be pending, 0 = no limit
@@ -29,10 +32,11 @@ end
 local pending = redis.call('HMGET', KEYS[1], unpack(users))
 local flight = redis.call('HMGET', KEYS[4], unpack(users))
 local shadow = redis.call('HMGET', KEYS[5], unpack(users))
+local dead = redis.call('HMGET', KEYS[8], unpack(users))
 local pending_count = max_pending > 0 and redis.call('HLEN', KEYS[1]) or 0
 
 -- A user may stand in the array twice: what the first update changed is what the second one finds.
-local records, shadows = {}, {}
+local records, shadows, letters = {}, {}, {}
 local entries = { lane == 'live' and KEYS[2] or KEYS[3] }
 local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
 
@@ -72,8 +76,12 @@ for i, update in ipairs(updates) do
           entries[#entries + 1] = user
         end
       end
+      local letter = letters[user] or (dead[i] and cjson.decode(dead[i]))
       for name, pair in pairs(fresh) do
         record.a[name] = pair
+        if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
+          letter.a[name], letters[user] = nil, letter
+        end
       end
       if record.b and lane == 'live' then
         record.b = nil
@@ -104,6 +112,14 @@ end
 for user, seen in pairs(shadows) do
   redis.call('HSET', KEYS[5], user, cjson.encode(seen))
   redis.call('ZADD', KEYS[6], now, user)
+end
+for user, letter in pairs(letters) do
+  if next(letter.a) then
+    redis.call('HSET', KEYS[8], user, cjson.encode(letter))
+  else
+    redis.call('HDEL', KEYS[8], user)
+    redis.call('ZREM', KEYS[9], user)
+  end
 end
 local function count(counter, by)
   if by > 0 then
