@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 
 from tests.conftest import new_keys
 from worker import scripts
-from worker.buffer import Buffer
+from worker.buffer import Buffer, new_batch_id
 from worker.deadletters import DeadLetters, Redriven
 from worker.keys import LEDGER
 from worker.models import Acked, Attributes, BatchId, DeadLettered, Outcome, Retried, Snoozed, Update
@@ -255,9 +255,10 @@ def read(client: redis.Redis, buffer: Buffer) -> Model:
     )
 
 
-users = st.sampled_from(["ann", "bob", "c d", "élan".encode().hex(), "~"])
+# Few of each, so that things happen to the same user again and again.
+users = st.sampled_from(["ann", "c d", "~"])
 names = st.sampled_from(["city", "level", "tier/é"])
-values = st.sampled_from(["Paris", "深圳", 'a "b" \\ /', "\x7f", "1"])
+values = st.sampled_from(["Paris", "深圳", 'a "b" \\ / \x7f'])
 attrs = st.dictionaries(names, values, min_size=1, max_size=3)
 ages = st.one_of(st.none(), st.integers(-3000, 1000))
 delays = st.sampled_from([0.0, 0.5, 5.0])
@@ -295,7 +296,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(
         given=st.lists(st.tuples(users, attrs, ages), min_size=1, max_size=5),
-        lane=st.sampled_from(["live", "live", "backfill"]),
+        lane=st.sampled_from(["live", "backfill"]),
         max_pending=st.sampled_from([0, 0, 2]),
     )
     def add(self, given: list[tuple[str, Attributes, int | None]], lane: str, max_pending: int) -> None:
@@ -343,7 +344,16 @@ class BufferMachine(RuleBasedStateMachine):
         self.model.tickets |= set(tick.tickets)
         return multiple(*tick.tickets)
 
+    @rule(target=batches, size=st.integers(1, 3))
+    def claim_without_waiting_for_a_turn(self, size: int) -> Any:
+        ticket = new_batch_id()
+        self.client.zadd(self.buffer._keys.tickets, {ticket: self.now})
+        return self.claim(ticket, size)
+
     @rule(target=batches, ticket=consumes(tickets), size=st.integers(1, 3))
+    def claim_for_a_ticket(self, ticket: BatchId, size: int) -> Any:
+        return self.claim(ticket, size)
+
     def claim(self, ticket: BatchId, size: int) -> Any:
         expected = self.model.claim(ticket, size, self.now)
 
@@ -479,13 +489,18 @@ BUGS = {
         "any_same, seen.x,",
     ),
     "a claimed user stays pending": ("claim", "redis.call('HDEL', KEYS[1], unpack(users))", "local _ = 0"),
-    "backfill goes before live": ("claim", "record.b and KEYS[3] or KEYS[2]", "KEYS[3]"),
-    "a redrive forgets what is pending": ("redrive", "pending and cjson.decode(pending) or {", "{"),
+    "backfill goes before live": (
+        "claim",
+        "'ZRANGE', KEYS[2], 0, limit - 1",
+        "'ZRANGE', KEYS[3], 0, limit - 1",
+    ),
+    "a redrive is not counted": ("redrive", "redriven = redriven + 1", "local _ = 0"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
     "a retry costs no attempt": ("settle", "verb == 'retry' and", "false and"),
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_model_catches(bug: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     script, right, wrong = BUGS[bug]
@@ -501,4 +516,4 @@ def test_the_model_catches(bug: str, client: redis.Redis, monkeypatch: pytest.Mo
     monkeypatch.setattr(scripts, "source", spoiled)
 
     with pytest.raises((AssertionError, redis.ResponseError, StopIteration, BaseExceptionGroup)):
-        run_machine(client, max_examples=200, derandomize=True, phases=[Phase.generate])
+        run_machine(client, max_examples=1000, derandomize=True, phases=[Phase.generate])
