@@ -59,6 +59,22 @@ def _tidy(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutabl
     return {key: value for key, value in ordered.items() if value is not None}
 
 
+def _levels(level: str) -> dict[str, dict[str, str]]:
+    """The levels of loggers that would say too much."""
+    # At DEBUG these write whole messages, arguments and all.
+    talkative = "INFO" if level == "debug" else level.upper()
+    levels = {
+        **dict.fromkeys(("celery", "kombu", "amqp"), talkative),
+        # One "received" line a task would double every canonical line.
+        "celery.worker.strategy": "WARNING",
+        # Our tasks log their own failures, without what the error's text may quote.
+        "celery.app.trace": "CRITICAL",
+        # urllib3 writes the whole URL, UserSig included, at DEBUG and WARNING.
+        "urllib3": "ERROR",
+    }
+    return {name: {"level": least} for name, least in levels.items()}
+
+
 def configure(level: str = "info", style: str = "") -> None:
     """Set up structlog and the standard library's logging; `style` is json, text or empty = by terminal."""
     text = style == "text" or (not style and sys.stdout.isatty())
@@ -70,41 +86,25 @@ def configure(level: str = "info", style: str = "") -> None:
         _tidy,
         _scrub_event,
     ]
-    # At DEBUG these write whole messages, arguments and all.
-    talkative = "INFO" if level == "debug" else level.upper()
-    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    for_people = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    for_machines = structlog.processors.JSONRenderer(ensure_ascii=False)
     formatter = {
         "()": structlog.stdlib.ProcessorFormatter,
         "foreign_pre_chain": shared,
         "processors": [
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            renderer if text else structlog.processors.JSONRenderer(ensure_ascii=False),
+            for_people if text else for_machines,
         ],
     }
+    stdout = {"class": "logging.StreamHandler", "formatter": "structured", "stream": "ext://sys.stdout"}
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {"structured": formatter},
-            "handlers": {
-                "stdout": {
-                    "class": "logging.StreamHandler",
-                    "formatter": "structured",
-                    "stream": "ext://sys.stdout",
-                }
-            },
+            "handlers": {"stdout": stdout},
             "root": {"handlers": ["stdout"], "level": level.upper()},
-            "loggers": {
-                "celery": {"level": talkative},
-                "kombu": {"level": talkative},
-                "amqp": {"level": talkative},
-                # One "received" and one "succeeded" line a task would double every canonical line.
-                "celery.worker.strategy": {"level": "WARNING"},
-                # Our tasks log their own failures, without what the error's text may quote.
-                "celery.app.trace": {"level": "CRITICAL"},
-                # urllib3 writes the whole URL, UserSig included, at DEBUG and WARNING.
-                "urllib3": {"level": "ERROR"},
-            },
+            "loggers": _levels(level),
         }
     )
     structlog.configure(
