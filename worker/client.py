@@ -10,8 +10,11 @@ ones behind them, holds the URL and with it the UserSig. What leaves is the kind
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -43,14 +46,50 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _this_thread = threading.local()
 
 
+class _DeadlineReader(io.RawIOBase):
+    """Reads from a socket until this thread's deadline: a socket's own timeout starts anew with every packet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        # The socket stays open for as long as somebody reads from it.
+        self._file = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = _this_thread.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _DeadlineResponse(http.client.HTTPResponse):
+    """A response whose head and body together must come by the deadline."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_DeadlineReader(sock))
+
+
 class _Gated:
     """Makes a connection wait at the gate: what takes time (looking up the host, connecting, TLS, the
-    request's own making) comes before, so that a request leaves at the very moment it is let through."""
+    request's own making) comes before, so that a request leaves at the very moment it is let through.
+    The time for the answer begins there, too: waiting for the slot is not the API's fault."""
+
+    response_class: Any = _DeadlineResponse
 
     def endheaders(self: Any, *args: Any, **options: Any) -> None:
         if self.sock is None:
             self.connect()
         _this_thread.gate()
+        _this_thread.deadline = time.monotonic() + _this_thread.read_timeout
         super().endheaders(*args, **options)  # type: ignore[misc]  # the class it is mixed into has it
 
 
@@ -197,7 +236,7 @@ class Client:
         byte is written. It waits until it is time to send, and what it raises passes through.
         """
         session, request = self._session()
-        _this_thread.gate = gate
+        _this_thread.gate, _this_thread.read_timeout = gate, self._timeouts[1]
         query = {**self._query, "usersig": self._signer.usersig(), "random": random.getrandbits(32)}
         request = request.copy()
         request.url = self._url + urlencode(query)
@@ -226,12 +265,11 @@ class Client:
         return self._local.session, self._local.request
 
     def _exchange(self, session: requests.Session, request: requests.PreparedRequest) -> Reply | NoReply:
-        deadline = time.monotonic() + self.longest_call
         try:
             with session.send(
                 request, timeout=self._timeouts, allow_redirects=False, stream=True
             ) as response:
-                body = _read(response, deadline)
+                body = _read(response)
                 status = response.status_code
         except requests.exceptions.ConnectTimeout:
             return NoReply(Failure.UNREACHABLE, sent=False)
@@ -253,15 +291,13 @@ def _never_connected(error: requests.exceptions.ConnectionError) -> bool:
     return isinstance(reason, urllib3.exceptions.NewConnectionError | urllib3.exceptions.NameResolutionError)
 
 
-def _read(response: requests.Response, deadline: float) -> bytes:
-    """The body, read by the deadline: the timeouts of `requests` start anew with every packet."""
+def _read(response: requests.Response) -> bytes:
+    """The body; raises `OSError` when it is too long or cut short."""
     body = bytearray()
     while chunk := response.raw.read1(65_536):
         body += chunk
         if len(body) > MAX_REPLY_BYTES:
             raise OSError("reply too long")
-        if time.monotonic() > deadline:
-            raise TimeoutError
     # urllib3's read1 returns nothing at a connection closed early, too.
     expected = response.headers.get("Content-Length", "")
     if expected.isdigit() and len(body) < int(expected):
