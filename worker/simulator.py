@@ -7,7 +7,8 @@ tested under every reading. Every applied write is recorded with its arrival: te
 record, not the product's own counters, to judge the product.
 
 Documents: 1047/37170 (set), 37171 (remove), 37169 (get), 37167/37168 (names), 60565 (the `timpush` twins),
-1047/34348 (codes). `/simulator/...` is ours: state, quirks, faults, record.
+1047/34348 (codes). `/simulator/...` is ours: GET state, users, record, arrivals; POST quirks, faults,
+accounts, names, administrators, key, reset-arrivals.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import asyncio
 import bisect
 import collections
 import dataclasses
+import functools
 import gc
 import hmac
 import json
@@ -27,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tornado.httpserver
 import tornado.iostream
@@ -42,7 +44,25 @@ MAX_REFUSED_SIGNATURES = 20
 CLOSED_FOR = 60.0
 REGISTRATION_ID_BYTES = 36
 
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder(parse_constant=_no_number).decode
+
+#: Decides what becomes of a write: done at once, never or later.
+Perform = Callable[[Callable[[], None]], object]
+
+
+def at_once(write: Callable[[], None]) -> None:
+    """Write while the request is answered."""
+    write()
+
+
+def never(write: Callable[[], None]) -> None:
+    """Answer as if it were written, and write nothing."""
 
 
 @dataclass(slots=True)
@@ -54,6 +74,7 @@ class Quirks:
     #: Seconds until a reply.
     latency: float = 0.0
     #: One bad user or value: the whole batch is refused, it appears in ErrorList, or is skipped silently.
+    #: (`timpush` always lists an account that does not exist.)
     bad_user: Literal["batch", "list", "silent"] = "batch"
     #: The quota counts in every rolling second, or from one full second to the next.
     window: Literal["rolling", "fixed"] = "rolling"
@@ -66,6 +87,8 @@ class Quirks:
     case_sensitive: bool = True
     #: Whether an account must be imported first (70107 otherwise).
     accounts_must_exist: bool = False
+    #: UserSigs issued before this time, seconds since 1970, have expired.
+    signatures_from: int = 0
     #: The console's switch "push to all users" (90045 when off).
     feature_on: bool = True
     #: Whether applied writes are kept; off saves memory in long measurements.
@@ -79,7 +102,7 @@ class Fault:
     kind: `status` (HTTP status `code`, HTML body), `reset` (connection reset), `slow` (the reply comes
     `delay` s late), `truncated` (JSON cut short), `late_write` (connection reset, applied `delay` s later),
     `code` (refused with ErrorCode `code`), `user_code` (`user` refused with `code`, as `bad_user` says),
-    `extra_fields`. `applied` says whether the write of a failing request took place.
+    `extra_fields`. `applied` says whether the write of a `status` or `reset` took place.
     """
 
     kind: Literal["status", "reset", "slow", "truncated", "late_write", "code", "user_code", "extra_fields"]
@@ -123,6 +146,42 @@ class Refused(Exception):
         self.code, self.info = code, info
 
 
+class _Signed(NamedTuple):
+    """What a UserSig says."""
+
+    identifier: str
+    app: int
+    issued: int
+    expire: int
+    proof: str
+
+    @classmethod
+    def read(cls, sig: str) -> _Signed:
+        """The fields of a UserSig, not yet verified."""
+        try:
+            document = usersig.decode(sig)
+            app, issued, expire = (int(document[f"TLS.{name}"]) for name in ("sdkappid", "time", "expire"))
+            owner, proof = str(document["TLS.identifier"]), str(document["TLS.sig"])
+            # Half a character can be neither signed nor compared.
+            (owner + proof).encode()
+        except (ValueError, KeyError, TypeError, OverflowError):
+            raise Refused(70003, "UserSig is illegal") from None
+        return cls(owner, app, issued, expire, proof)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request, as the commands see it."""
+
+    body: dict[str, Any]
+    at: float
+    number: int
+    #: Whether it came to the `timpush` twin.
+    push: bool
+    perform: Perform
+    user_codes: Mapping[str, int]
+
+
 class Arrivals:
     """Counts calls in every rolling second, the strictest reading of "100 a second".
 
@@ -149,6 +208,11 @@ class Arrivals:
             # Nothing arrives a minute late.
             del self._counted[: bisect.bisect_left(self._counted, at - 60)]
         return admitted
+
+    @property
+    def times(self) -> list[float]:
+        """Every arrival, in order."""
+        return list(self._times)
 
     @property
     def total(self) -> int:
@@ -194,25 +258,19 @@ class Api:
         self.arrivals = Arrivals()
         self._known_signatures: set[tuple[str, str]] = set()
         self._refused_signatures, self._closed_until = 0, 0.0
-        self._commands: dict[str, Callable[[Any, float, bool], dict[str, Any]]] = {}
-        for family, set_, remove, get, set_names, get_names in (
-            (
-                "all_member_push",
-                "im_set_attr",
-                "im_remove_attr",
-                "im_get_attr",
-                "im_set_attr_name",
-                "im_get_attr_name",
-            ),
-            ("timpush", "set_attr", "remove_attr", "get_attr", "set_attr_name", "get_attr_name"),
-        ):
-            self._commands |= {
-                f"/v4/{family}/{set_}": self._set,
-                f"/v4/{family}/{remove}": self._remove,
-                f"/v4/{family}/{get}": self._get,
-                f"/v4/{family}/{set_names}": self._set_names,
-                f"/v4/{family}/{get_names}": self._get_names,
-            }
+        self._types: dict[str, int] = {}
+        commands: dict[str, Callable[[_Call], dict[str, Any]]] = {
+            "set_attr": self._set,
+            "remove_attr": self._remove,
+            "get_attr": self._get,
+            "set_attr_name": self._set_names,
+            "get_attr_name": self._get_names,
+        }
+        self._commands = {
+            f"/v4/{prefix}{name}": command
+            for prefix in ("all_member_push/im_", "timpush/")
+            for name, command in commands.items()
+        }
 
     def handle(
         self,
@@ -221,14 +279,13 @@ class Api:
         body: bytes,
         now: float,
         *,
-        apply: bool = True,
+        perform: Perform = at_once,
         user_codes: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
-        """Answer one request that arrived at `now` (monotonic); with `apply` false nothing is written.
+        """Answer one request that arrived at `now` (monotonic); `perform` is given what it writes.
 
         `user_codes` refuses single users. Counting arrivals is the caller's part.
         """
-        self._user_codes = user_codes or {}
         try:
             command = self._commands.get(path)
             if command is None:
@@ -238,39 +295,42 @@ class Api:
                 raise Refused(90045, "push to all users is not enabled")
             if not self.arrivals.admit(now, self.quirks):
                 raise Refused(60007, "call frequency over the limit")
-            limit = self.quirks.body_limit
-            if limit and len(body) > limit:
-                raise Refused(93000, f"body is longer than {limit}")
-            try:
-                request = json.loads(body)
-            except ValueError:
-                raise Refused(90001, "JSON parse error") from None
-            if not isinstance(request, dict):
-                raise Refused(90001, "JSON is not an object")
-            return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0} | command(request, now, apply)
+            push = path.startswith("/v4/timpush/")
+            request = self._parse(body)
+            call = _Call(request, now, self.counts.requests, push, perform, user_codes or {})
+            return {"ActionStatus": "OK", "ErrorInfo": "", "ErrorCode": 0} | command(call)
         except Refused as refusal:
-            self.counts.refused[refusal.code] += 1
-            return {"ActionStatus": "FAIL", "ErrorInfo": refusal.info, "ErrorCode": refusal.code}
+            return self.refuse(refusal.code, refusal.info)
+
+    def refuse(self, code: int, info: str) -> dict[str, Any]:
+        """The reply to a request refused as a whole."""
+        self.counts.refused[code] += 1
+        return {"ActionStatus": "FAIL", "ErrorInfo": info, "ErrorCode": code}
+
+    def _parse(self, body: bytes) -> dict[str, Any]:
+        limit = self.quirks.body_limit
+        if limit and len(body) > limit:
+            raise Refused(93000, f"body is longer than {limit}")
+        try:
+            text = body.decode()
+            request = _decode(text)
+            # Half characters, which nothing can write, come in escapes only.
+            if "\\u" in text:
+                _encode(request).encode()
+        except (ValueError, RecursionError):
+            raise Refused(90001, "JSON parse error") from None
+        if not isinstance(request, dict):
+            raise Refused(90001, "JSON is not an object")
+        return request
 
     # The URL: parameters, then the signature, then the administrator.
 
     def _check_url(self, query: Mapping[str, str], now: float) -> None:
-        if not query.get("sdkappid"):
-            raise Refused(60012, "sdkappid is missing")
-        number = query.get("random", "")
-        if (
-            not query.get("identifier")
-            or not query.get("usersig")
-            or query.get("contenttype") != "json"
-            or not (number.isdecimal() and int(number) < 2**32)
-        ):
-            raise Refused(60025, "a parameter of the URL is missing or wrong")
-        if query["sdkappid"] != str(self.sdkappid):
-            raise Refused(70020, "sdkappid does not exist")
+        self._check_parameters(query)
         if now < self._closed_until:
             raise Refused(70050, "verification failed too often")
         try:
-            self._check_signature(query["usersig"], query["identifier"])
+            self._check_signature(query["usersig"], query["sdkappid"], query["identifier"])
         except Refused:
             self._refused_signatures += 1
             if self._refused_signatures >= MAX_REFUSED_SIGNATURES:
@@ -280,95 +340,116 @@ class Api:
         if query["identifier"] not in self.administrators:
             raise Refused(90009, "administrator required")
 
+    def _check_parameters(self, query: Mapping[str, str]) -> None:
+        if not query.get("sdkappid"):
+            raise Refused(60012, "sdkappid is missing")
+        if (
+            not query.get("identifier")
+            or not query.get("usersig")
+            or query.get("contenttype") != "json"
+            or not _is_uint32(query.get("random", ""))
+        ):
+            raise Refused(60025, "a parameter of the URL is missing or wrong")
+
     def rotate_key(self, key: str) -> None:
         """Use another key from now on; signatures made with the old one are refused."""
         self._key = key
         self._known_signatures.clear()
 
-    def _check_signature(self, sig: str, identifier: str) -> None:
-        try:
-            document = usersig.decode(sig)
-            app, issued, expire = (int(document[f"TLS.{name}"]) for name in ("sdkappid", "time", "expire"))
-            owner, proof = str(document["TLS.identifier"]), str(document["TLS.sig"])
-        except (ValueError, KeyError, TypeError):
-            raise Refused(70003, "UserSig is illegal") from None
-        if app != self.sdkappid:
+    def _check_signature(self, sig: str, sdkappid: str, identifier: str) -> None:
+        signed = _Signed.read(sig)
+        if sdkappid != str(self.sdkappid):
+            raise Refused(70020, "sdkappid does not exist")
+        if signed.app != self.sdkappid:
             raise Refused(70014, "UserSig is of another sdkappid")
-        if owner != identifier:
+        if signed.identifier != identifier:
             raise Refused(70013, "UserSig is of another identifier")
         if (sig, identifier) not in self._known_signatures:
-            expected = usersig.signature(self._key, owner, app, issued, expire)
-            if not hmac.compare_digest(expected.encode(), proof.encode()):
-                raise Refused(70009, "UserSig was made with another key")
+            self._check_proof(signed)
             self._known_signatures.add((sig, identifier))
-        if self._wall() > issued + expire:
+        if self._wall() > signed.issued + signed.expire or signed.issued < self.quirks.signatures_from:
             raise Refused(70001, "UserSig has expired")
 
-    # The commands. Each gets the parsed body and returns what it adds to the reply.
+    def _check_proof(self, signed: _Signed) -> None:
+        expected = usersig.signature(self._key, signed.identifier, signed.app, signed.issued, signed.expire)
+        if not hmac.compare_digest(expected.encode(), signed.proof.encode()):
+            raise Refused(70009, "UserSig was made with another key")
 
-    def _set(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
-        return self._change(request, now, apply, self._check_values)
+    # The commands. Each returns what it adds to the reply.
 
-    def _remove(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
-        return self._change(request, now, apply, self._check_removed)
+    def _set(self, call: _Call) -> dict[str, Any]:
+        return self._change(call, self._check_values)
+
+    def _remove(self, call: _Call) -> dict[str, Any]:
+        return self._change(call, self._check_removed)
 
     def _change(
-        self,
-        request: dict[str, Any],
-        now: float,
-        apply: bool,
-        check: Callable[[Any], tuple[dict[str, str | None], int]],
+        self, call: _Call, check: Callable[[Any], tuple[dict[str, str | None], int]]
     ) -> dict[str, Any]:
-        entries = request.get("UserAttrs")
+        good: list[tuple[str, dict[str, str | None]]] = []
+        bad: list[tuple[str, int]] = []
+        for entry in self._entries(call.body):
+            user, (checked, code) = entry["To_Account"], check(entry.get("Attrs"))
+            code = self._check_account(call, user) or code
+            if not code:
+                good.append((user, checked))
+            elif self.quirks.bad_user == "list" or (call.push and code == 70107):
+                bad.append((user, code))
+            elif self.quirks.bad_user == "batch":
+                raise Refused(code, f"{user} is refused")
+        if len({user for user, _ in good}) < len(good):
+            self.counts.repeated_users += 1
+        call.perform(lambda: self.write(good, call.at, call.number))
+        return _error_list(bad)
+
+    def _entries(self, body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        entries = body.get("UserAttrs")
         if not isinstance(entries, list) or not entries:
             raise Refused(90001, "UserAttrs is missing")
-        if len(entries) > MAX_USERS:
-            self.counts.oversized += 1
-            raise Refused(90018, f"{len(entries)} accounts, at most {MAX_USERS}")
-        good: list[tuple[str, dict[str, str | None]]] = []
-        bad: list[dict[str, Any]] = []
+        self._check_count(entries)
         for entry in entries:
             if not isinstance(entry, dict):
                 raise Refused(90001, "an entry of UserAttrs is no object")
-            user, attrs = entry.get("To_Account"), entry.get("Attrs")
-            if not isinstance(user, str):
+            if not isinstance(entry.get("To_Account"), str):
                 raise Refused(60015, "To_Account is no string")
-            checked, code = check(attrs)
-            code = self._check_account(user) or code
-            if not code:
-                good.append((user, checked))
-            elif self.quirks.bad_user == "batch":
-                raise Refused(code, f"{user} is refused")
-            elif self.quirks.bad_user == "list":
-                bad.append({"To_Account": user, "ErrorCode": code, "ErrorInfo": ""})
-        if len({user for user, _ in good}) < len(good):
-            self.counts.repeated_users += 1
-        if apply:
-            self.write(good, now)
-        return {"ErrorList": bad} if bad else {}
+            yield entry
 
-    def write(self, changes: Iterable[tuple[str, Mapping[str, str | None]]], arrived: float) -> None:
-        """Apply changes; None removes an attribute."""
+    def _check_count(self, users: list[Any]) -> None:
+        if len(users) > MAX_USERS:
+            self.counts.oversized += 1
+            raise Refused(90018, f"{len(users)} accounts, at most {MAX_USERS}")
+
+    def write(
+        self, changes: Iterable[tuple[str, Mapping[str, str | None]]], arrived: float, request: int
+    ) -> None:
+        """Apply the changes of one request; None removes an attribute."""
         self.counts.applied_requests += 1
         for user, attrs in changes:
             self.counts.users += 1
-            stored = self.users.setdefault(user if self.quirks.case_sensitive else user.lower(), {})
+            stored = self.users.setdefault(self._stored_as(user), {})
             for name, value in attrs.items():
                 if value is None:
                     stored.pop(name, None)
                 else:
                     stored[name] = value
             if self.quirks.record:
-                self.writes.append(Write(arrived, self.counts.requests, user, attrs))
+                self.writes.append(Write(arrived, request, user, attrs))
 
-    def _check_account(self, user: str) -> int:
-        if code := self._user_codes.get(user):
+    def _stored_as(self, user: str) -> str:
+        return user if self.quirks.case_sensitive else user.lower()
+
+    def _exists(self, user: str) -> bool:
+        if not self.quirks.accounts_must_exist or user in self.accounts:
+            return True
+        return not self.quirks.case_sensitive and user.lower() in map(str.lower, self.accounts)
+
+    def _check_account(self, call: _Call, user: str) -> int:
+        if code := call.user_codes.get(user):
             return code
-        if not user or (len(user.encode()) > MAX_USER_ID_BYTES and len(user) != REGISTRATION_ID_BYTES):
+        registration = call.push and len(user) == REGISTRATION_ID_BYTES
+        if not user or (len(user.encode()) > MAX_USER_ID_BYTES and not registration):
             return 90048
-        if self.quirks.accounts_must_exist and user not in self.accounts:
-            return 70107
-        return 0
+        return 0 if self._exists(user) else 70107
 
     def _check_values(self, attrs: Any) -> tuple[dict[str, str | None], int]:
         if not isinstance(attrs, dict) or not attrs:
@@ -394,30 +475,60 @@ class Api:
         unknown = bool(self.names) and any(name not in self.names for name in names)
         return dict.fromkeys(names), 90033 if unknown else 0
 
-    def _get(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
-        users = request.get("To_Account")
-        if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
-            raise Refused(90001, "To_Account is no array of strings")
-        if len(users) > MAX_USERS:
-            raise Refused(90018, f"{len(users)} accounts, at most {MAX_USERS}")
-        return {"UserAttrs": [{"To_Account": user, "Attrs": self.users.get(user, {})} for user in users]}
+    def _get(self, call: _Call) -> dict[str, Any]:
+        users = call.body.get("To_Account")
+        if not isinstance(users, list):
+            raise Refused(90001, "To_Account is no array")
+        self._check_count(users)
+        if not all(isinstance(user, str) for user in users):
+            raise Refused(60015, "an entry of To_Account is no string")
+        unknown = {user for user in users if call.push and not self._exists(user)}
+        found = [
+            {"To_Account": user, "Attrs": dict(self.users.get(self._stored_as(user), {}))}
+            for user in users
+            if user not in unknown
+        ]
+        return {"UserAttrs": found} | _error_list((user, 70107) for user in users if user in unknown)
 
-    def _set_names(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
-        given = request.get("AttrNames")
+    def _set_names(self, call: _Call) -> dict[str, Any]:
+        given = call.body.get("AttrNames")
         slots = {str(number) for number in range(MAX_ATTRIBUTES)}
         if not isinstance(given, dict) or not given or not given.keys() <= slots:
             raise Refused(90001, "AttrNames is no object with the keys 0 to 9")
-        for name in given.values():
-            if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
-                raise Refused(90033, "an attribute name is not 1 to 50 bytes")
-            if name in self.names:
-                raise Refused(90033, f"attrName:{name} already exists at index:{self.names.index(name)}")
-        if apply:
-            self.names += given.values()
+        types = self._check_types(call, given)
+        self._check_new_names(given.values())
+        call.perform(lambda: self._add_names(given, types))
         return {}
 
-    def _get_names(self, request: dict[str, Any], now: float, apply: bool) -> dict[str, Any]:
-        return {"AttrNames": {str(number): name for number, name in enumerate(self.names)}}
+    def _check_new_names(self, given: Iterable[Any]) -> None:
+        names = list(self.names)
+        for name in given:
+            if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+                raise Refused(90033, "an attribute name is not 1 to 50 bytes")
+            if name in names:
+                raise Refused(90033, f"attrName:{name} already exists at index:{names.index(name)}")
+            names.append(name)
+        if len(names) > MAX_ATTRIBUTES:
+            raise Refused(90033, f"{len(names)} attribute names, at most {MAX_ATTRIBUTES}")
+
+    def _check_types(self, call: _Call, given: Mapping[str, Any]) -> dict[str, int]:
+        types = call.body.get("AttrTypes", {}) if call.push else {}
+        if not isinstance(types, dict) or not types.keys() <= given.keys():
+            raise Refused(90001, "AttrTypes is no object with the keys of AttrNames")
+        if not all(type(kind) is int and kind in (0, 1) for kind in types.values()):
+            raise Refused(90001, "a type is neither 0 (UserID) nor 1 (RegistrationID)")
+        return types
+
+    def _add_names(self, given: Mapping[str, str], types: Mapping[str, int]) -> None:
+        self.names += given.values()
+        self._types |= {given[number]: kind for number, kind in types.items()}
+
+    def _get_names(self, call: _Call) -> dict[str, Any]:
+        reply = {"AttrNames": {str(number): name for number, name in enumerate(self.names)}}
+        if not call.push:
+            return reply
+        types = {str(number): self._types.get(name, 0) for number, name in enumerate(self.names)}
+        return reply | {"AttrTypes": types}
 
     def state(self) -> dict[str, Any]:
         """Totals, for reports."""
@@ -430,6 +541,16 @@ class Api:
             "names": self.names,
             "quirks": dataclasses.asdict(self.quirks),
         }
+
+
+def _error_list(refused: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """What a reply adds for users who were refused alone."""
+    listed = [{"To_Account": user, "ErrorCode": code, "ErrorInfo": ""} for user, code in refused]
+    return {"ErrorList": listed} if listed else {}
+
+
+def _is_uint32(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**32
 
 
 class Faults:
@@ -501,17 +622,19 @@ class _ApiHandler(tornado.web.RequestHandler):
         now = getattr(connection.stream, "arrived", None) or time.monotonic()
         api.arrivals.arrive(now)
         api.counts.requests += 1
-        query = {name: values[-1].decode() for name, values in request.query_arguments.items()}
+        query = {
+            name: values[-1].decode(errors="replace") for name, values in request.query_arguments.items()
+        }
         body = request.body
         fault = self._faults.strike(body)
         if fault is not None:
             api.counts.faults[fault.kind] += 1
             await self._fail(fault, query, now)
             return
-        reply = api.handle(request.path, query, body, now)
+        reply = _encode(api.handle(request.path, query, body, now))
         if api.quirks.latency:
             await asyncio.sleep(api.quirks.latency)
-        self._finish(_encode(reply))
+        self._finish(reply)
 
     def _finish(self, body: str, status: int = 200, kind: str = "application/json") -> None:
         self.set_status(status)
@@ -519,21 +642,8 @@ class _ApiHandler(tornado.web.RequestHandler):
         self.finish(body)
 
     async def _fail(self, fault: Fault, query: Mapping[str, str], now: float) -> None:
-        api, path, body = self._api, self.request.path, self.request.body
-        if fault.kind == "code":
-            api.counts.refused[fault.code] += 1
-            reply: dict[str, Any] = {
-                "ActionStatus": "FAIL",
-                "ErrorInfo": "on purpose",
-                "ErrorCode": fault.code,
-            }
-        elif fault.kind == "user_code":
-            reply = api.handle(path, query, body, now, user_codes={fault.user: fault.code})
-        else:
-            applied = fault.applied or fault.kind in ("slow", "truncated", "extra_fields")
-            reply = api.handle(path, query, body, now, apply=applied)
-        if fault.kind == "late_write" and reply["ErrorCode"] == 0:
-            asyncio.get_running_loop().call_later(fault.delay, self._write_late, body, now)
+        api = self._api
+        reply = self._answer(fault, query, now)
         if fault.kind in ("reset", "late_write"):
             self._reset()
             return
@@ -547,9 +657,18 @@ class _ApiHandler(tornado.web.RequestHandler):
         text = _encode(reply)
         self._finish(text[: len(text) // 2] if fault.kind == "truncated" else text)
 
-    def _write_late(self, body: bytes, arrived: float) -> None:
-        entries = json.loads(body)["UserAttrs"]
-        self._api.write([(entry["To_Account"], entry["Attrs"]) for entry in entries], arrived)
+    def _answer(self, fault: Fault, query: Mapping[str, str], now: float) -> dict[str, Any]:
+        if fault.kind == "code":
+            return self._api.refuse(fault.code, "on purpose")
+        codes = {fault.user: fault.code} if fault.kind == "user_code" else None
+        path, body, perform = self.request.path, self.request.body, self._performing(fault)
+        return self._api.handle(path, query, body, now, perform=perform, user_codes=codes)
+
+    def _performing(self, fault: Fault) -> Perform:
+        if fault.kind == "late_write":
+            return functools.partial(asyncio.get_running_loop().call_later, fault.delay)
+        fails = fault.kind in ("status", "reset")
+        return never if fails and not fault.applied else at_once
 
     def _reset(self) -> None:
         connection: Any = self.request.connection
@@ -562,6 +681,8 @@ class _ApiHandler(tornado.web.RequestHandler):
     def get(self) -> None:
         reply = {"ActionStatus": "FAIL", "ErrorInfo": "POST only", "ErrorCode": 60009}
         self._finish(_encode(reply))
+
+    head = put = patch = delete = options = get
 
 
 class _ControlHandler(tornado.web.RequestHandler):
@@ -577,6 +698,8 @@ class _ControlHandler(tornado.web.RequestHandler):
             self.finish(_encode(api.state()))
         elif what == "users":
             self.finish(_encode(api.users))
+        elif what == "arrivals":
+            self.finish(_encode(api.arrivals.times))
         elif what == "record":
             self.finish("".join(_encode(dataclasses.astuple(write)) + "\n" for write in api.writes))
         else:
@@ -590,6 +713,10 @@ class _ControlHandler(tornado.web.RequestHandler):
             self._faults.replace(Fault(**fault) for fault in given)
         elif what == "accounts":
             self._api.accounts.update(given)
+        elif what == "names":
+            self._api.names = list(given)
+        elif what == "administrators":
+            self._api.administrators = set(given)
         elif what == "key":
             self._api.rotate_key(given)
         elif what == "reset-arrivals":
