@@ -8,7 +8,7 @@ SOURCES := worker tasks tests
 .DEFAULT_GOAL := help
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Do the main job on real input, in a sandbox: 60,000 events, delivered and checked
 	$(BIN)/imattr demo
@@ -26,6 +26,9 @@ check: $(STAMP) ## What must be green before a commit: format, lint, types, test
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time, and print what each story costs
+	$(BIN)/python -m tests.scenarios
 
 bench: $(STAMP) ## Measure what the README claims (about five minutes)
 	$(BIN)/python -m tests.bench
@@ -53,4 +56,4 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	fi
 	@touch $@
 
-.PHONY: help run test setup check format bench lock clean
+.PHONY: help run test setup check format scenarios bench lock clean

@@ -268,7 +268,7 @@ def instrument(results: Results) -> None:
     plan = Plan(workers=0, flower=False, simulator_options=options, names=tuple(ATTRS))
     environ = {"IMATTR_SECRET_KEY": "k" * 64}
     with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), environ, plan) as sandbox:
-        signer = Signer("k" * 64, "administrator", APP)
+        signer = Signer(lambda: "k" * 64, "administrator", APP)
         client = Client(sandbox.api_url, signer, sdkappid=APP, identifier="administrator")
         body = client.encode(users(100))
         pid, calls = sandbox.pids()["simulator"], 1500

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import new_keys
 from worker.buffer import MAX_UPDATES_PER_ADD, Buffer, Tick, new_batch_id
 from worker.keys import Keys
-from worker.models import Acked, BatchId, Claimed, DeadLettered, Update
+from worker.models import Acked, BatchId, Claimed, DeadLettered, Retried, Update
 from worker.policy import bury
 
 NOW = 1_700_000_000_000
@@ -227,3 +227,47 @@ def test_a_half_character_in_the_apis_words_does_not_stop_a_dead_letter(
     letter = bury(90033, json.loads('"value too long: caf\\ud83d"'))
 
     assert buffer.settle(batch.id, {"ann": letter}) == 1
+
+
+def attempts_after(buffer: Buffer, client: redis.Redis, keys: Keys, *, outage_ends_ms: int | None) -> int:
+    """Attempts of a user who failed, while another's call that came later succeeded."""
+    buffer.add(updates(1), now_ms=NOW)
+    failed, _ = claim(buffer, client, now_ms=NOW)
+    buffer.settle(failed, {}, rest=Retried(10.0, proven=False), now_ms=NOW)
+    if outage_ends_ms is not None:
+        client.hset(keys.health, "calm_at", outage_ends_ms)
+    buffer.add([Update("another", {"city": "Oslo"})], now_ms=NOW + 100)
+    other, _ = claim(buffer, client, now_ms=NOW + 200)
+    buffer.settle(other, {}, rest=Acked(), claimed_ms=NOW + 200, now_ms=NOW + 300)
+    again, [user] = claim(buffer, client, now_ms=NOW + 10_000)
+    buffer.settle(again, {}, rest=Retried(1.0, proven=False), now_ms=NOW + 10_100)
+    _, [once_more] = claim(buffer, client, now_ms=NOW + 20_000)
+    assert once_more.attempts == user.attempts, "what counted once is kept"
+    return user.attempts
+
+
+def test_a_failure_counts_when_a_later_call_has_succeeded(
+    buffer: Buffer, client: redis.Redis, keys: Keys
+) -> None:
+    assert attempts_after(buffer, client, keys, outage_ends_ms=None) == 1
+
+
+def test_the_failures_of_an_outage_do_not_count_when_it_is_over(
+    buffer: Buffer, client: redis.Redis, keys: Keys
+) -> None:
+    assert attempts_after(buffer, client, keys, outage_ends_ms=NOW + 50) == 0
+
+
+def test_a_success_of_a_call_that_was_under_way_before_proves_nothing(
+    buffer: Buffer, client: redis.Redis
+) -> None:
+    buffer.add(updates(2), now_ms=NOW)
+    early, _ = claim(buffer, client, now_ms=NOW)
+    buffer.add([Update("ann", {"city": "Oslo"})], now_ms=NOW)
+    failed, _ = claim(buffer, client, now_ms=NOW + 10)
+    buffer.settle(failed, {}, rest=Retried(1.0, proven=False), now_ms=NOW + 20)
+
+    buffer.settle(early, {}, rest=Acked(), claimed_ms=NOW, now_ms=NOW + 30)
+
+    _, [user] = claim(buffer, client, now_ms=NOW + 5000)
+    assert (user.user, user.attempts) == ("ann", 0)

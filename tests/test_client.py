@@ -43,7 +43,7 @@ def no_faults(simulated: Simulation) -> None:
 
 
 def make_client(url: str, **options: Any) -> Client:
-    signer = Signer(SECRET_KEY, "administrator", APP)
+    signer = Signer(lambda: SECRET_KEY, "administrator", APP)
     defaults = {"connect_timeout": 1.0, "read_timeout": 1.0}
     return Client(url, signer, sdkappid=APP, identifier="administrator", **defaults | options)
 
@@ -308,8 +308,8 @@ def test_a_refused_connection_was_never_sent() -> None:
 
 
 def test_a_refused_signature_is_made_anew(simulated: Simulation) -> None:
-    moments = iter([1_700_000_000, 1_900_000_000])
-    signer = Signer(SECRET_KEY, "administrator", APP, now=lambda: next(moments))
+    moments = iter([1_700_000_000, 1_700_000_000, 1_900_000_000, 1_900_000_000])
+    signer = Signer(lambda: SECRET_KEY, "administrator", APP, now=lambda: next(moments))
     client = Client(simulated.url, signer, sdkappid=APP, identifier="administrator")
 
     assert call(client) == Reply(70001, "UserSig has expired")
@@ -324,7 +324,7 @@ def test_no_failure_shows_a_secret(
     # As the product runs: urllib3 alone would write the URL.
     quiet = logging.getLogger("urllib3")
     quiet.setLevel(logging.ERROR)
-    usersig = Signer(SECRET_KEY, "administrator", APP).usersig()
+    usersig = Signer(lambda: SECRET_KEY, "administrator", APP).current().text
     shown = []
     try:
         for fault, _ in SIMULATED:
@@ -375,7 +375,7 @@ def test_random_is_new_for_every_call() -> None:
 
 def test_a_signature_is_kept_until_it_is_made_again() -> None:
     seconds = itertools.count(1_700_000_000)
-    signer = Signer(SECRET_KEY, "administrator", APP, now=lambda: next(seconds))
+    signer = Signer(lambda: SECRET_KEY, "administrator", APP, now=lambda: next(seconds))
     with wire(saying(OK)) as server:
         client = Client(server.url, signer, sdkappid=APP, identifier="administrator")
 
@@ -631,11 +631,11 @@ def product_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def signed_client(url: str) -> tuple[Client, str]:
     """A client, and the one UserSig that it uses."""
     now = time.time()
-    signer = Signer(SECRET_KEY, "administrator", APP, now=lambda: now)
+    signer = Signer(lambda: SECRET_KEY, "administrator", APP, now=lambda: now)
     client = Client(
         url, signer, sdkappid=APP, identifier="administrator", connect_timeout=0.3, read_timeout=0.3
     )
-    return client, signer.usersig()
+    return client, signer.current().text
 
 
 @dataclass

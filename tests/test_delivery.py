@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
+from tests.virtual import EPOCH_US, scripts_on
 from worker.buffer import Buffer, new_batch_id
 from worker.client import Client, Failure, Gate, NoReply, Reply, UserError
 from worker.delivery import Delivery, Summary
-from worker.line import Line, LineState
+from worker.line import OUTAGE_AFTER, Line, LineState
 from worker.models import BatchId, Update
+from worker.names import AttributeNames
 from worker.policy import TABLE, Policy, Verdict
 from worker.ratelimit import GRACE, Permit, RateLimiter
 
@@ -38,6 +41,9 @@ class ScriptedClient(Client):
         self.clock: ManualClock | None = None
         self.bodies: list[dict[str, Any]] = []
         self.signed_again = 0
+        #: Signatures older than this were given up.
+        self.signed_at = 1
+        self.names: Answer = Reply(0, names=frozenset({"city"}))
 
     @property
     def longest_call(self) -> float:
@@ -46,12 +52,21 @@ class ScriptedClient(Client):
     def sign_again(self) -> None:
         self.signed_again += 1
 
+    def adopt_signature(self, issued: int) -> None:
+        self.signed_at = max(self.signed_at, issued)
+
+    def attribute_names(self, gate: Gate) -> Answer:
+        gate()
+        return self.names
+
     def send(self, body: bytes, gate: Gate) -> Answer:
         gate()
         self.bodies.append(json.loads(body))
         users = [entry["To_Account"] for entry in self.bodies[-1]["UserAttrs"]]
         self.calls.append(users)
         answer = self._api(users)
+        if isinstance(answer, Reply):
+            answer = dataclasses.replace(answer, signed_at=self.signed_at)
         if self.clock:
             self.history.append((users, self.clock.now, answer))
         return answer
@@ -70,14 +85,24 @@ class ScriptedLimiter(RateLimiter):
             return Permit(self._clock.monotonic() + 0.01, 0)
         return Permit(self.slots.pop(0), 0) if self.slots else None
 
+    def reserve_isolating(self) -> Permit | None:
+        return self.reserve()
+
     def redeem(self, permit: Permit) -> bool:
         self._clock.sleep(permit.due - self._clock.monotonic())
         return self._clock.monotonic() <= permit.due + GRACE
 
     def pause(
-        self, seconds: float, reason: str, code: int | None = None, *, now_us: int | None = None
-    ) -> None:
+        self,
+        seconds: float,
+        reason: str,
+        code: int | None = None,
+        *,
+        refused: Permit | None = None,
+        now_us: int | None = None,
+    ) -> bool:
         self.pauses.append((seconds, code))
+        return True
 
 
 class Loop:
@@ -85,9 +110,12 @@ class Loop:
 
     def __init__(self, client: redis.Redis, api: Api, *, max_attempts: int = 4) -> None:
         self.redis, self.keys, self.clock = client, new_keys(), ManualClock()
-        self.buffer = Buffer(client, self.keys)
+        with scripts_on(self.us):
+            self.buffer = Buffer(client, self.keys)
+            self.line = Line(client, self.keys)
         self.limiter = ScriptedLimiter(self.clock)
-        self.line = Line(client, self.keys)
+        self.names = AttributeNames(client, self.keys, self.clock)
+        self.names.set(["city"])
         self.client = ScriptedClient(api)
         self.client.clock = self.clock
         self.stopping = False
@@ -95,16 +123,31 @@ class Loop:
             self.buffer,
             self.limiter,
             self.line,
+            self.names,
             self.client,
             Policy(max_attempts=max_attempts, backoff_base=1, backoff_max=300, hold=5, rng=random.Random(1)),
             self.clock,
             batch_size=100,
             lease=60,
+            quota=100,
             stopping=lambda: self.stopping,
         )
 
-    def add(self, users: Iterable[str]) -> None:
-        self.buffer.add([Update(user, {"city": "Paris"}) for user in users])
+    def us(self) -> int:
+        """The server's clock."""
+        return EPOCH_US + round(self.clock.now * 1e6)
+
+    def add(self, users: Iterable[str], name: str = "city") -> None:
+        self.buffer.add([Update(user, {name: "Paris"}) for user in users])
+
+    def others_succeed(self) -> None:
+        """Somebody else is delivered, so that failures until now were not the service's."""
+        api, self.client._api = self.client._api, lambda users: OK
+        delayed: list[Any] = self.redis.zrange(self.keys.delayed, 0, -1, withscores=True)
+        self.clock.now += 0.002
+        assert self.deliver([f"other at {self.clock.now:.3f}"]).acked == 1
+        assert self.redis.zrange(self.keys.delayed, 0, -1, withscores=True) == delayed
+        self.client._api = api
 
     def ticket(self) -> BatchId:
         """A ticket, whatever the dispatcher thinks."""
@@ -114,17 +157,19 @@ class Loop:
 
     def make_due(self) -> None:
         """Let every delay be over."""
-        users: list[Any] = self.redis.zrange(self.keys.delayed, 0, -1)
-        for user in users:
-            self.redis.zadd(self.keys.delayed, {user: 1})
+        latest: list[Any] = self.redis.zrange(self.keys.delayed, -1, -1, withscores=True)
+        if latest:
+            self.clock.now = max(self.clock.now, latest[0][1] / 1000 - EPOCH_US / 1e6 + 0.001)
 
     def deliver(self, users: Iterable[str] = ()) -> Summary:
         self.add(users)
         return self.delivery.deliver(self.ticket())
 
     def probe(self) -> Summary:
-        """Let the dispatcher issue the line's probe now, and deliver it."""
-        self.redis.hset(self.keys.line, "next_probe", 1)
+        """Let the dispatcher issue the line's probe when it is due, and deliver it."""
+        self.make_due()
+        due = self.line.read().next_probe or 0
+        self.clock.now = max(self.clock.now, due - EPOCH_US / 1e6)
         tick = self.buffer.tick("w", term=9, size=100, linger=0, ticket_ttl=9, most=5)
         [ticket] = tick.tickets
         return self.delivery.deliver(ticket)
@@ -203,28 +248,70 @@ def test_users_named_in_the_error_list_are_dead_letters_and_the_others_are_deliv
 
 
 @pytest.mark.parametrize("bad", [1, 3, 10])
-def test_poison_is_found_by_halving_and_nobody_else_suffers(client: redis.Redis, bad: int) -> None:
+@pytest.mark.parametrize("code", [90033, 70107])
+def test_poison_is_found_by_halving_and_nobody_else_suffers(client: redis.Redis, bad: int, code: int) -> None:
     poison = set(random.Random(bad).sample(some(100), bad))
-    loop = Loop(client, lambda users: Reply(90033, "refused") if poison & set(users) else OK)
+    loop = Loop(client, lambda users: Reply(code, "refused") if poison & set(users) else OK)
 
     summary = loop.deliver(some(100))
 
     assert set(loop.dead()) == poison
     assert (summary.acked, summary.dead_lettered) == (100 - bad, bad)
     assert summary.calls == len(loop.client.calls) <= 1 + 14 * bad
+    assert loop.line.read() == LineState()
 
 
-def test_a_transient_failure_costs_an_attempt_and_waits_longer_each_time(client: redis.Redis) -> None:
+@pytest.mark.parametrize("first", [0, 45, 90])
+def test_poison_users_side_by_side_are_found_too(client: redis.Redis, first: int) -> None:
+    poison = set(some(100)[first : first + 10])
+    loop = Loop(client, lambda users: Reply(70107) if poison & set(users) else OK)
+
+    loop.deliver(some(100))
+
+    assert set(loop.dead()) == poison
+    assert loop.line.read() == LineState()
+
+
+def test_while_nobody_else_succeeds_failures_of_the_service_cost_no_attempt(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(91000))
 
     attempts: list[int] = []
-    for _ in range(3):
+    for _ in range(4):
         loop.make_due()
         attempts.append(loop.deliver(some(3) if not attempts else ()).attempt)
 
-    assert attempts == [1, 2, 3]
+    assert attempts == [1, 1, 1, 1]
     assert loop.buffer.snapshot().delayed == 3
     assert not loop.dead()
+
+
+def test_when_others_succeed_meanwhile_a_failure_costs_an_attempt(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(91000), max_attempts=8)
+
+    attempts: list[int] = []
+    for _ in range(4):
+        loop.make_due()
+        attempts.append(loop.deliver(some(1) if not attempts else ()).attempt)
+        loop.others_succeed()
+
+    assert attempts == [1, 2, 3, 4]
+
+
+def test_a_user_that_spoils_its_calls_is_sent_apart_from_the_others(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(91000) if "user001" in users else OK, max_attempts=8)
+    loop.deliver(["user001"])
+    for _ in range(2):
+        loop.others_succeed()
+        loop.make_due()
+        loop.deliver()
+    loop.others_succeed()
+    loop.make_due()
+    loop.client.calls.clear()
+
+    summary = loop.deliver(some(5))
+
+    assert loop.client.calls == [["user000", "user002", "user003", "user004"], ["user001"]]
+    assert (summary.acked, summary.retried) == (4, 1)
 
 
 def test_used_up_attempts_isolate_each_user_before_giving_up(client: redis.Redis) -> None:
@@ -232,12 +319,164 @@ def test_used_up_attempts_isolate_each_user_before_giving_up(client: redis.Redis
     loop = Loop(client, lambda users: Reply(91000) if broken & set(users) else OK)
 
     loop.add(some(4))
-    for _ in range(4):
+    for _ in range(6):
+        loop.make_due()
+        loop.deliver()
+        loop.others_succeed()
+
+    assert set(loop.dead()) == broken
+    assert loop.buffer.snapshot().ledger["delivered"] == 3 + 6
+
+
+def test_call_after_call_that_fails_is_an_outage_and_stops_the_line(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(91000))
+
+    outcomes = [loop.deliver([f"user{number}"]).outcome for number in range(OUTAGE_AFTER)]
+
+    assert outcomes == [*["retried"] * (OUTAGE_AFTER - 1), "stopped"]
+    state = loop.line.read()
+    assert (state.state, state.kind, state.code) == ("stopped", "outage", 91000)
+
+
+def test_an_hour_of_outage_costs_no_attempt_and_few_calls(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
+    loop.add(some(300))
+    start = loop.clock.now
+    while loop.line.read().state == "open":
         loop.make_due()
         loop.deliver()
 
-    assert set(loop.dead()) == broken
-    assert loop.buffer.snapshot().ledger["delivered"] == 3
+    while loop.clock.now < start + 3600:
+        assert loop.probe().outcome == "stopped"
+
+    assert len(loop.client.calls) < 80
+    assert loop.buffer.snapshot().pending == 300
+    assert not loop.dead()
+    loop.client._api = lambda users: OK
+    assert loop.probe().attempt == 1
+    assert loop.line.read() == LineState()
+    loop.make_due()
+    assert [loop.deliver().attempt for _ in range(3)] == [1, 1, 1]
+
+
+def test_after_a_probe_that_failed_others_are_sent_as_the_next_one(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(91000) if "user001" in users else OK)
+    loop.line.stop(new_batch_id(), "outage", 91000, "internal error")
+    loop.add(["user001"])
+    assert loop.probe().outcome == "stopped"
+
+    loop.add(["ann"])
+    due = loop.line.read().next_probe or 0
+    loop.clock.now = due - EPOCH_US / 1e6
+    [ticket] = loop.buffer.tick("w", term=9, size=100, linger=0, ticket_ttl=9, most=5).tickets
+    loop.delivery.deliver(ticket)
+
+    assert loop.client.calls == [["user001"], ["ann"]]
+    assert loop.line.read() == LineState()
+
+
+def test_what_is_refused_for_every_user_stops_the_line_instead_of_burying_them(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(70107))
+
+    summary = loop.deliver(some(100))
+
+    assert (summary.outcome, summary.snoozed) == ("stopped", 100)
+    assert len(loop.client.calls) < 60, "where halving to the end would take 199"
+    assert not loop.dead()
+    state = loop.line.read()
+    assert (state.kind, state.code) == ("data", 70107)
+    assert "every user is refused" in (state.reason or "")
+
+
+def test_an_error_list_that_names_everybody_stops_the_line_too(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(0, errors=dict.fromkeys(users, UserError(70107, ""))))
+
+    assert loop.deliver(some(100)).outcome == "stopped"
+    assert not loop.dead()
+
+
+def test_dead_letters_in_masses_stop_the_line(client: redis.Redis) -> None:
+    def a_third_is_bad(users: list[str]) -> Answer:
+        return Reply(0, errors={user: UserError(70107, "") for user in users if int(user[4:]) % 3 == 0})
+
+    loop = Loop(client, a_third_is_bad)
+    loop.add(some(500))
+
+    outcomes = [loop.deliver().outcome for _ in range(5)]
+
+    assert outcomes[-1] == "spent", "the line is stopped"
+    assert len(loop.dead()) < 100
+    assert "masses" in (loop.line.read().reason or "")
+    buried = len(loop.dead())
+    assert loop.probe().outcome == "stopped"
+    assert len(loop.dead()) == buried, "a probe buries nobody"
+    loop.client._api = lambda users: OK
+    assert loop.probe().outcome == "delivered"
+    assert loop.line.read() == LineState()
+
+
+def test_after_a_person_has_seen_it_they_are_buried_all_the_same(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(0, errors=dict.fromkeys(users, UserError(70107, ""))))
+    loop.deliver(some(100))
+
+    loop.line.resume()
+    summary = loop.deliver()
+
+    assert (summary.outcome, summary.dead_lettered) == ("dead_lettered", 100)
+    assert loop.line.read() == LineState()
+
+
+def test_names_that_are_not_set_stop_the_line_and_the_reason_says_which(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90033))
+    client.delete(loop.keys.names_read)
+    loop.client.names = Reply(0, names=frozenset({"city", "sex"}))
+    loop.add(some(50))
+    loop.add(some(50), "level")
+
+    summary = loop.deliver()
+
+    assert (summary.outcome, summary.calls, len(loop.client.calls)) == ("stopped", 2, 1)
+    assert loop.line.read().reason == "the app has no attribute 'level': see imattr names set, or the console"
+    assert loop.names.get() == {"city", "sex"}, "from now on producers are told at the door"
+    assert not loop.dead()
+
+
+def test_once_the_names_are_set_the_line_opens_by_itself(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90033))
+    client.delete(loop.keys.names_read)
+    loop.add(some(50), "level")
+    loop.deliver()
+
+    assert loop.probe().outcome == "stopped"
+    loop.client.names = Reply(0, names=frozenset({"city", "level"}))
+    loop.client._api = lambda users: OK
+
+    assert loop.probe().outcome == "delivered"
+    assert loop.line.read() == LineState()
+
+
+def test_who_has_an_unset_name_is_buried_alone_after_a_person_has_seen_it(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90033) if "user000" in users else OK)
+    loop.add(some(10))
+    loop.add(["user000"], "citty")
+    loop.deliver()
+    loop.line.resume()
+
+    summary = loop.deliver()
+
+    assert set(loop.dead()) == {"user000"}
+    assert (summary.acked, summary.calls) == (9, 2)
+    assert "citty" in loop.dead()["user000"]["message"]
+
+
+def test_names_that_cannot_be_read_leave_it_to_halving(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90033) if "user003" in users else OK)
+    client.delete(loop.keys.names_read)
+    loop.client.names = NoReply(Failure.TIMEOUT)
+
+    loop.deliver(some(10))
+
+    assert set(loop.dead()) == {"user003"}
 
 
 def test_a_code_that_nobody_lists_is_bounded_and_kept(client: redis.Redis) -> None:
@@ -257,12 +496,12 @@ def test_after_an_unknown_outcome_users_are_held_longer_than_the_old_call_can_la
 ) -> None:
     loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
 
-    before = client.time()[0]
+    before = loop.us()
     summary = loop.deliver(["ann"])
 
     due = client.zscore(loop.keys.delayed, "ann")
     assert isinstance(due, float)
-    assert due / 1000 - before >= 5
+    assert due * 1000 - before >= 5e6
     assert (summary.outcome, summary.failure) == ("retried", "timeout")
 
 
@@ -330,12 +569,30 @@ def test_a_probe_opens_the_line_when_the_api_lets_it_in(
     assert loop.buffer.snapshot().balanced
 
 
-def test_a_refused_signature_is_made_again(client: redis.Redis) -> None:
+def test_a_refused_signature_is_made_again_once_before_the_line_stops(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(70001))
 
+    first, signed_at = loop.deliver(["ann"]), loop.client.signed_at
+    second = loop.deliver()
+
+    assert (first.outcome, first.snoozed, second.outcome) == ("signed_again", 1, "stopped")
+    assert signed_at == loop.us() // 10**6
+    assert loop.line.read().code == 70001
+    assert not loop.dead()
+
+
+def test_a_probe_is_signed_anew_and_the_fleet_signs_after_it(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(70009))
     loop.deliver(["ann"])
+    loop.client._api = lambda users: OK
+    loop.client.signed_at = 77
+
+    loop.probe()
+    loop.client.signed_at = 1
+    loop.deliver(["bob"])
 
     assert loop.client.signed_again == 1
+    assert loop.client.signed_at == 77
 
 
 def test_a_stop_in_the_middle_of_halving_puts_all_the_rest_back(client: redis.Redis) -> None:
@@ -345,6 +602,35 @@ def test_a_stop_in_the_middle_of_halving_puts_all_the_rest_back(client: redis.Re
     summary = loop.deliver(some(100))
 
     assert (summary.acked, summary.snoozed, summary.calls) == (50, 50, 3)
+
+
+def test_a_line_stopped_by_others_ends_the_halving(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: OK)
+
+    def api(users: list[str]) -> Answer:
+        loop.line.pause("maintenance")
+        return Reply(90033)
+
+    loop.client._api = api
+    summary = loop.deliver(some(100))
+
+    assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 100, 1)
+
+
+def test_without_a_slot_to_isolate_them_suspects_wait_and_are_not_mixed_again(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(90033) if "user001" in users else OK)
+    loop.limiter.reserve_isolating = lambda: None  # type: ignore[method-assign]
+    summary = loop.deliver(some(10))
+    del loop.limiter.reserve_isolating
+    assert (summary.outcome, summary.snoozed) == ("handed_back", 10)
+    assert loop.deliver().outcome == "empty", "they wait"
+
+    loop.make_due()
+    loop.client.calls.clear()
+    loop.deliver(["ann", "bob"])
+
+    assert loop.client.calls[0] == ["ann", "bob"]
+    assert set(loop.dead()) == {"user001"}
 
 
 def test_a_shutdown_finishes_the_call_and_hands_back_the_rest(client: redis.Redis) -> None:
@@ -399,9 +685,9 @@ def test_a_long_bisection_renews_its_lease(client: redis.Redis) -> None:
     loop.client._api = slow
     extend, renewed = loop.buffer.extend, []
 
-    def extended(batch: BatchId, *, now_ms: int | None = None) -> bool:
+    def extended(batch: BatchId, **options: Any) -> Any:
         renewed.append(loop.clock.now)
-        return extend(batch, now_ms=now_ms)
+        return extend(batch, **options)
 
     loop.buffer.extend = extended  # type: ignore[method-assign]
     loop.deliver(some(100))
@@ -450,9 +736,10 @@ def test_a_defect_in_our_own_code_holds_the_users_and_is_raised(client: redis.Re
 def test_even_the_last_attempt_waits_until_the_old_call_can_land_no_more(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
     loop.add(["ann"])
-    for _ in range(3):
+    for _ in range(4):
         loop.make_due()
         loop.deliver()
+        loop.others_succeed()
 
     loop.make_due()
     before = loop.clock.now

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.client import UNNUMBERED, Failure, NoReply, Reply
-from worker.models import DeadLettered, Outcome, Retried, Snoozed
+from worker.models import Claimed, DeadLettered, Outcome, Retried, Snoozed
 from worker.policy import (
     TABLE,
     UNKNOWN_ATTEMPTS,
@@ -18,6 +18,8 @@ from worker.policy import (
     Deliver,
     Pause,
     Policy,
+    Retry,
+    SignAgain,
     Split,
     Stop,
     Verdict,
@@ -84,14 +86,16 @@ def test_a_code_in_no_table_is_unknown() -> None:
     [
         (Reply(0), Deliver()),
         (Reply(91000), Again(hold=False)),
-        (Reply(12345), Again(hold=False, most=UNKNOWN_ATTEMPTS)),
-        (Reply(UNNUMBERED), Again(hold=False, most=UNKNOWN_ATTEMPTS)),
+        (Reply(12345), Retry(UNKNOWN_ATTEMPTS)),
+        (Reply(UNNUMBERED), Retry(UNKNOWN_ATTEMPTS)),
         (Reply(60007), Pause(1.0)),
-        (Reply(70001), Stop(1.0, sign=True)),
-        (Reply(90009), Stop(30.0, sign=False)),
-        (Reply(70050), Stop(60.0, sign=False)),
-        (Reply(90033), Split()),
-        (Reply(90018), Split()),
+        (Reply(70001), SignAgain()),
+        (Reply(90009), Stop(0.0)),
+        (Reply(70050), Stop(60.0)),
+        (Reply(90033), Split(names=True)),
+        (Reply(70402), Split(names=True)),
+        (Reply(90018), Split(names=False)),
+        (Reply(70107), Split(names=False)),
         (NoReply(Failure.TIMEOUT), Again(hold=True)),
         (NoReply(Failure.HTTP_STATUS, http_status=502), Again(hold=True)),
         (NoReply(Failure.UNREADABLE), Again(hold=True)),
@@ -143,7 +147,38 @@ def test_the_jitter_uses_the_whole_range() -> None:
 
 @given(attempts=st.integers(0, 7))
 def test_after_an_unknown_outcome_the_hold_comes_on_top(attempts: int) -> None:
-    assert policy().again(Again(hold=True), attempts).delay >= 5.0
+    held = policy().again(Again(hold=True), attempts)
+
+    assert held.delay >= 5.0
+    assert not held.proven
+
+
+def test_a_failure_that_may_be_the_services_is_told_from_one_that_counts() -> None:
+    assert not policy().again(Again(hold=False), 0).proven
+    assert policy().retry(0).proven
+
+
+@pytest.mark.parametrize(
+    ("attempts", "marked", "most", "suspect"),
+    [
+        (0, False, 8, False),
+        (1, False, 8, False),
+        (2, False, 8, True),
+        (0, True, 8, True),
+        (1, False, 1, True),
+    ],
+)
+def test_who_failed_twice_or_was_in_a_refused_request_is_suspected(
+    attempts: int, marked: bool, most: int, suspect: bool
+) -> None:
+    user = Claimed("ann", {"city": "Paris"}, attempts, 0, marked)
+
+    assert policy(max_attempts=most).suspects(user) is suspect
+
+
+@pytest.mark.parametrize(("attempts", "spent"), [(7, False), (8, True), (9, True)])
+def test_failures_that_count_use_up_the_attempts(attempts: int, spent: bool) -> None:
+    assert policy().spent(attempts) is spent
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
 from worker import scripts
+from worker.buffer import Buffer
 from worker.keys import Keys
-from worker.ratelimit import GRACE, ClockSync, Permit, RateLimiter
+from worker.models import Update
+from worker.ratelimit import DWELL, GRACE, ClockSync, Permit, RateLimiter
 
 START = 1_700_000_000_000_000
 INTERVAL = 10_200
 PATIENCE = 2_000_000
+DWELL_US = round(DWELL * 1e6)
 
 Reserve = Callable[[int], tuple[bool, int]]
 
@@ -28,7 +31,7 @@ def reserve(client: redis.Redis, keys: Keys) -> Reserve:
     script = scripts.load(client, "reserve")
 
     def call(now: int) -> tuple[bool, int]:
-        granted, wait, _ = script([keys.rate], (now, INTERVAL, PATIENCE))
+        granted, wait, *_ = script([keys.rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
         return bool(granted), wait
 
     return call
@@ -65,7 +68,7 @@ def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, ga
     rate, now, slots = new_keys().rate, START, []
     for gap in gaps:
         now += gap
-        granted, wait, _ = script([rate], (now, INTERVAL, PATIENCE))
+        granted, wait, *_ = script([rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
         if granted:
             slots.append(now + wait)
 
@@ -123,14 +126,19 @@ def test_a_missed_slot_is_not_used(client: redis.Redis, keys: Keys, clock: Manua
     assert not pacing.redeem(Permit(clock.now - GRACE - 0.001, 0))
 
 
-def test_a_permit_from_before_a_pause_lapses(client: redis.Redis, keys: Keys, clock: ManualClock) -> None:
-    pacing = limiter(client, keys, clock)
+def test_a_permit_from_before_a_pause_claims_nothing(
+    client: redis.Redis, keys: Keys, clock: ManualClock
+) -> None:
+    pacing, buffer = limiter(client, keys, clock), Buffer(client, keys)
+    buffer.add([Update("ann", {"city": "Paris"})])
+    tickets = buffer.tick("w", term=9, size=1, linger=0, ticket_ttl=9, most=5).tickets
     permit = pacing.reserve(now_us=START)
-
-    pacing.pause(1.0, "too many requests", now_us=START)
-
     assert permit is not None
-    assert not pacing.redeem(permit)
+
+    limiter(client, keys, clock).pause(1.0, "too many requests", now_us=START)
+
+    assert buffer.claim(tickets[0], 100, epoch=permit.epoch) is None
+    assert buffer.snapshot().live == 1
 
 
 def test_a_clock_that_jumps_ahead_pauses_the_line_for_one_patience(
@@ -157,7 +165,7 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
 
     def take() -> None:
         for _ in range(20):
-            granted, wait, now = script([keys.rate], ("", INTERVAL, PATIENCE))
+            granted, wait, now, *_ = script([keys.rate], ("", 100, INTERVAL, PATIENCE, 0, DWELL_US))
             assert granted
             slots.append(now + wait)
 

@@ -48,6 +48,9 @@ class Record:
 
     since: int
     attempts: int = 0
+    #: When it failed, as it seemed through the service's fault.
+    failed_at: int = 0
+    suspect: bool = False
     backfill: bool = False
     values: Values = field(default_factory=dict)
 
@@ -55,7 +58,7 @@ class Record:
     def read(cls, packed: bytes) -> Record:
         raw = json.loads(packed)
         values = {name: (value, version) for name, (value, version) in raw["a"].items()}
-        return cls(raw["t"], raw.get("n", 0), "b" in raw, values)
+        return cls(raw["t"], raw.get("n", 0), raw.get("f", 0), "s" in raw, "b" in raw, values)
 
 
 @dataclass
@@ -72,6 +75,11 @@ class Model:
     shadow: dict[str, dict[str, tuple[str | None, int]]] = field(default_factory=dict)
     dead: dict[str, Values] = field(default_factory=dict)
     tickets: set[str] = field(default_factory=set)
+    #: When the last successful batch was claimed, and when the last outage ended.
+    ok_at: int = 0
+    calm_at: int = 0
+    #: When each batch was claimed; the worker knows it, so not compared here.
+    claimed_at: dict[str, int] = field(default_factory=dict, compare=False)
     #: First update of each dead letter; kept in the letter, so not compared here.
     buried_since: dict[str, int] = field(default_factory=dict, compare=False)
     ledger: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0))
@@ -136,13 +144,14 @@ class Model:
                 users.append(user)
         if users:
             self.batches[ticket] = users
+            self.claimed_at[ticket] = now
             self.leases[ticket] = now + LEASE_MS
         return users
 
     def settle(self, batch: str, outcomes: dict[str, Outcome], rest: Outcome | None, now: int) -> int | None:
         if batch not in self.batches:
             return None
-        settled = 0
+        settled, delivered = 0, self.ledger["delivered"]
         for user in list(self.batches[batch]):
             outcome = outcomes.get(user, rest)
             if outcome is None:
@@ -150,9 +159,15 @@ class Model:
             settled += 1
             self.batches[batch].remove(user)
             self.settle_user(user, outcome, now)
+        if self.ledger["delivered"] > delivered and batch in self.claimed_at:
+            self.ok_at = self.claimed_at[batch]
         if not self.batches[batch]:
             del self.batches[batch], self.leases[batch]
         return settled
+
+    def attempts(self, record: Record) -> int:
+        """Attempts used, with a failure that others' success has shown not to be the service's."""
+        return record.attempts + (self.calm_at < record.failed_at < self.ok_at)
 
     def settle_user(self, user: str, outcome: Outcome, now: int) -> None:
         record, newer = self.flight.pop(user), self.pending.get(user)
@@ -168,7 +183,10 @@ class Model:
                 if not shadow:
                     del self.shadow[user]
                 if isinstance(outcome, Retried):
-                    record.attempts += 1
+                    record.attempts = self.attempts(record) + outcome.proven
+                    record.failed_at = 0 if outcome.proven else now
+                else:
+                    record.suspect |= outcome.suspect
                 if newer:
                     record.values |= newer.values
                     record.backfill = record.backfill and newer.backfill
@@ -250,6 +268,8 @@ def read(client: redis.Redis, buffer: Buffer) -> Model:
             for user, raw in table(keys.dead).items()
         },
         tickets=set(scores(keys.tickets)),
+        ok_at=int(client.hget(keys.health, "ok_at") or 0),
+        calm_at=int(client.hget(keys.health, "calm_at") or 0),
         ledger=dict.fromkeys(LEDGER, 0)
         | {counter: int(count) for counter, count in table(keys.ledger).items()},
     )
@@ -264,8 +284,8 @@ ages = st.one_of(st.none(), st.integers(-3000, 1000))
 delays = st.sampled_from([0.0, 0.5, 5.0])
 outcomes = st.one_of(
     st.just(Acked()),
-    st.builds(Retried, delays),
-    st.builds(Snoozed, delays),
+    st.builds(Retried, delays, st.booleans()),
+    st.builds(Snoozed, delays, st.booleans()),
     st.just(DeadLettered(90033, "refused")),
 )
 
@@ -364,7 +384,8 @@ class BufferMachine(RuleBasedStateMachine):
         for claimed in batch.users:
             record = self.model.flight[claimed.user]
             assert claimed.attrs == {name: pair[0] for name, pair in record.values.items()}
-            assert (claimed.attempts, claimed.since_ms) == (record.attempts, record.since)
+            assert (claimed.attempts, claimed.since_ms) == (self.model.attempts(record), record.since)
+            assert claimed.suspect is record.suspect
         assert self.buffer.claim(ticket, size, now_ms=self.now) is None, "a ticket is good for one claim"
         return multiple(batch.id) if expected else multiple()
 
@@ -381,8 +402,11 @@ class BufferMachine(RuleBasedStateMachine):
                     assert version >= self.delivered.get((user, name), 0), "an older value was delivered"
                     self.delivered[user, name] = version
         expected = self.model.settle(batch, named, rest, self.now)
+        claimed_ms = self.model.claimed_at[batch]
 
-        assert self.buffer.settle(batch, named, rest=rest, now_ms=self.now) == expected
+        settled = self.buffer.settle(batch, named, rest=rest, claimed_ms=claimed_ms, now_ms=self.now)
+
+        assert settled == expected
 
         return multiple() if batch in self.model.batches else batch
 
@@ -402,13 +426,18 @@ class BufferMachine(RuleBasedStateMachine):
 
         assert self.dead.redrive([*chosen, "nobody"]) == Redriven(len(chosen), worth.count(False))
 
+    @rule()
+    def an_outage_ends(self) -> None:
+        self.model.calm_at = self.now
+        self.client.hset(self.buffer._keys.health, "calm_at", self.now)
+
     @rule(batch=batches)
     def extend(self, batch: BatchId) -> None:
         held = batch in self.model.batches
         if held:
             self.model.leases[batch] = self.now + LEASE_MS
 
-        assert self.buffer.extend(batch, now_ms=self.now) is held
+        assert self.buffer.extend(batch, now_ms=self.now) == ("held" if held else "lost")
 
     @rule(target=ended)
     def reclaim(self) -> Any:
@@ -496,7 +525,14 @@ BUGS = {
     ),
     "a redrive is not counted": ("redrive", "redriven = redriven + 1", "local _ = 0"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
-    "a retry costs no attempt": ("settle", "verb == 'retry' and", "false and"),
+    "a retry costs no attempt": ("settle", "(record.n or 0) + cost", "(record.n or 0)"),
+    "a failure of the service costs an attempt at once": (
+        "settle",
+        "record.f and calm_at < record.f and record.f < ok_at",
+        "record.f",
+    ),
+    "a suspect is forgotten": ("settle", "record.s = 1", "local _ = 0"),
+    "nobody learns that the service works": ("settle", "'ok_at', claimed", "'ok_at', 0"),
 }
 
 

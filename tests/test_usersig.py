@@ -113,38 +113,60 @@ def wall() -> Wall:
 
 
 def test_a_signature_is_used_for_four_fifths_of_its_life(wall: Wall) -> None:
-    signer = Signer(K1, "administrator", 1400000000, now=wall)
-    first = signer.usersig()
+    signer = Signer(lambda: K1, "administrator", 1400000000, now=wall)
+    first = signer.current().text
 
     wall.now += VALIDITY * 0.8 - 1
-    assert signer.usersig() == first
+    assert signer.current().text == first
     wall.now += 1
-    assert usersig.decode(signer.usersig())["TLS.time"] == int(wall.now)
+    assert usersig.decode(signer.current().text)["TLS.time"] == int(wall.now)
 
 
 def test_a_clock_that_was_set_back_makes_a_new_signature(wall: Wall) -> None:
-    signer = Signer(K1, "administrator", 1400000000, now=wall)
-    signer.usersig()
+    signer = Signer(lambda: K1, "administrator", 1400000000, now=wall)
+    signer.current()
 
     wall.now -= 3600
 
-    assert usersig.decode(signer.usersig())["TLS.time"] == int(wall.now)
+    assert usersig.decode(signer.current().text)["TLS.time"] == int(wall.now)
 
 
 def test_a_forgotten_signature_is_made_again(wall: Wall) -> None:
-    signer = Signer(K1, "administrator", 1400000000, now=wall)
-    first = signer.usersig()
+    signer = Signer(lambda: K1, "administrator", 1400000000, now=wall)
+    first = signer.current().text
     wall.now += 1
 
-    signer.forget()
+    signer.sign_again()
 
-    assert signer.usersig() != first
+    assert signer.current().text != first
 
 
 def test_a_signer_does_not_show_its_key(wall: Wall) -> None:
-    assert K1 not in repr(Signer(K1, "administrator", 1400000000, now=wall))
+    assert K1 not in repr(Signer(lambda: K1, "administrator", 1400000000, now=wall))
 
 
 def test_nested_garbage_is_no_usersig() -> None:
     with pytest.raises(ValueError, match="not a UserSig"):
         usersig.decode(base64.b64encode(zlib.compress(b"[" * 9_999)).decode())
+
+
+def test_a_time_that_the_fleet_shares_is_adopted_when_it_is_newer(wall: Wall) -> None:
+    signer = Signer(lambda: K1, "administrator", 1400000000, now=wall)
+    first = signer.current()
+
+    signer.adopt(first.issued)
+    assert signer.current() == first
+    signer.adopt(first.issued + 5)
+    assert signer.current().issued == first.issued + 5
+
+
+def test_each_signature_is_made_with_the_key_as_it_is_then(wall: Wall) -> None:
+    keys = iter([K1, K2])
+    signer = Signer(lambda: next(keys), "administrator", 1400000000, now=wall)
+    signer.current()
+
+    signer.sign_again()
+
+    document = usersig.decode(signer.current().text)
+    expected = usersig.signature(K2, "administrator", 1400000000, document["TLS.time"], VALIDITY)
+    assert document["TLS.sig"] == expected

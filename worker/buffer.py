@@ -19,7 +19,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import redis
 
@@ -100,10 +100,10 @@ def _outcome(outcome: Outcome) -> list[str | int]:
     match outcome:
         case Acked():
             return ["ack"]
-        case Retried(delay):
-            return ["retry", round(delay * 1000)]
-        case Snoozed(delay):
-            return ["snooze", round(delay * 1000)]
+        case Retried(delay, proven):
+            return ["retry", round(delay * 1000), int(proven)]
+        case Snoozed(delay, suspect):
+            return ["snooze", round(delay * 1000), int(suspect)]
         case DeadLettered(code, message):
             return ["dead_letter", code, message]
 
@@ -131,9 +131,10 @@ class Buffer:
         self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
         self._claim = scripts.load(client, "claim")
         self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
+        self._claim_keys += [k.rate, k.health]
         self._settle = scripts.load(client, "settle")
         self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
-        self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger]
+        self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health]
         self._extend = scripts.load(client, "extend")
         self._reclaim = scripts.load(client, "reclaim")
         self._dispatch = scripts.load(client, "dispatch")
@@ -154,19 +155,26 @@ class Buffer:
         reply = self._add(self._add_keys, (_argument(now_ms), lane, max_pending, packed))
         return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
 
-    def claim(self, ticket: BatchId, size: int, *, now_ms: int | None = None) -> Batch | None:
+    def claim(
+        self, ticket: BatchId, size: int, *, epoch: int | None = None, now_ms: int | None = None
+    ) -> Batch | None:
         """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown.
 
-        None, too, while the line is stopped, unless the ticket is that of its probe.
+        None, too, while the line is stopped, unless the ticket is that of its probe, and when the permit,
+        given by its `epoch`, has lapsed.
         """
-        args = (_argument(now_ms), ticket, size, self._lease_ms)
+        args = (_argument(now_ms), ticket, size, self._lease_ms, _argument(epoch))
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
         # One call of the decoder for all of them: it costs a third of a hundred calls.
-        records = json.loads(b"[%b]" % b",".join(reply[3::2]))
-        users = tuple(map(_claimed, reply[2::2], records))
-        return Batch(ticket, users, claimed_ms=reply[0], probe=bool(reply[1]))
+        now, probe, signed_at, ok_at, calm_at, *pairs = reply
+        records = json.loads(b"[%b]" % b",".join(pairs[1::2]))
+        users = tuple(
+            _claimed(user, record, calm_at, ok_at) for user, record in zip(pairs[::2], records, strict=True)
+        )
+        kind: Any = scripts.text(probe)
+        return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at)
 
     def settle(
         self,
@@ -174,23 +182,31 @@ class Buffer:
         outcomes: Mapping[UserId, Outcome],
         *,
         rest: Outcome | None = None,
+        claimed_ms: int = 0,
         now_ms: int | None = None,
     ) -> int | None:
         """End the claim on the users named, and with `rest` on all others of the batch.
 
+        Users delivered prove that the service works, as of `claimed_ms`, when their batch was claimed.
         Returns the number of users settled, None when the batch is not held any more (its lease was
         reclaimed); nothing has changed then.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
-        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow)
+        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow, claimed_ms)
         settled: int = self._settle(self._settle_keys, args)
         return None if settled < 0 else settled
 
-    def extend(self, batch: BatchId, *, now_ms: int | None = None) -> bool:
-        """Renew the lease; False when the batch is not held any more."""
-        keys = [self._keys.batches, self._keys.leases]
-        return bool(self._extend(keys, (_argument(now_ms), batch, self._lease_ms)))
+    def extend(
+        self, batch: BatchId, *, epoch: int | None = None, now_ms: int | None = None
+    ) -> Literal["held", "must wait", "lost"]:
+        """Renew the lease, when the batch is still held.
+
+        It must wait when the line was stopped, or the permit, given by its `epoch`, has lapsed.
+        """
+        keys = [self._keys.batches, self._keys.leases, self._keys.rate, self._keys.line]
+        held = self._extend(keys, (_argument(now_ms), batch, self._lease_ms, _argument(epoch)))
+        return "held" if held > 0 else "must wait" if held else "lost"
 
     def reclaim(self, *, now_ms: int | None = None) -> BatchId | None:
         """Put the users of one expired lease back; returns the batch's id, None when there is none.
@@ -262,6 +278,8 @@ class Buffer:
         )
 
 
-def _claimed(user: bytes, record: dict[str, Any]) -> Claimed:
+def _claimed(user: bytes, record: dict[str, Any], calm_at: int, ok_at: int) -> Claimed:
     attrs = {name: pair[0] for name, pair in record["a"].items()}
-    return Claimed(user.decode(), attrs, record.get("n", 0), record["t"])
+    # A failure counts when others succeeded after it, unless it belongs to an outage that is over.
+    attempts = record.get("n", 0) + (calm_at < record.get("f", 0) < ok_at)
+    return Claimed(user.decode(), attrs, attempts, record["t"], "s" in record)

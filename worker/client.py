@@ -10,6 +10,7 @@ ones behind them, holds the URL and with it the UserSig. What leaves is the kind
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import io
 import json
@@ -31,8 +32,8 @@ import urllib3.connection
 from worker.models import Attributes, UserId
 from worker.usersig import Signer
 
-#: The two endpoints, by the name that settings use.
-ENDPOINTS = {"chat": "v4/all_member_push/im_set_attr", "push": "v4/timpush/set_attr"}
+#: Where the commands of the two twins are, by the name that settings use.
+PATHS = {"chat": "v4/all_member_push/im_", "push": "v4/timpush/"}
 
 #: Called right before a request is written; see `Client.send`.
 Gate = Callable[[], None]
@@ -137,6 +138,12 @@ class Reply:
     info: str = ""
     errors: Mapping[UserId, UserError] = field(default_factory=dict)
     request_id: str = ""
+    #: The app's attribute names, when they were asked for.
+    names: frozenset[str] = frozenset()
+    #: When the UserSig of the call was made, seconds since 1970.
+    signed_at: int = field(default=0, compare=False)
+    #: The API's own time, as the header has it.
+    date: str = field(default="", compare=False)
 
 
 class Failure(StrEnum):
@@ -173,6 +180,9 @@ def read_reply(body: bytes) -> Reply | NoReply:
     entries = answer.get("ErrorList") or []
     if not isinstance(entries, list):
         return NoReply(Failure.UNREADABLE)
+    names = answer.get("AttrNames") or {}
+    if not isinstance(names, dict):
+        return NoReply(Failure.UNREADABLE)
     code: int = answer["ErrorCode"]
     if code == 0 and answer.get("ActionStatus") != "OK":
         code = UNNUMBERED
@@ -181,6 +191,7 @@ def read_reply(body: bytes) -> Reply | NoReply:
         info=str(answer.get("ErrorInfo") or ""),
         errors=dict(filter(None, map(_user_error, entries))),
         request_id=str(answer.get("RequestId") or ""),
+        names=frozenset(name for name in names.values() if isinstance(name, str)),
     )
 
 
@@ -195,7 +206,7 @@ def _user_error(entry: Any) -> tuple[UserId, UserError] | None:
 
 
 class Client:
-    """Calls `im_set_attr` or its twin. Thread-safe: each thread has a session and a connection."""
+    """Calls `im_set_attr`, its companions, or their twins. Thread-safe: each thread has a connection."""
 
     def __init__(
         self,
@@ -209,7 +220,7 @@ class Client:
         read_timeout: float = 10.0,
     ) -> None:
         """Timeouts in seconds; the API's own is 3 s, so `read_timeout` must be longer."""
-        self._url = f"{base_url.rstrip('/')}/{ENDPOINTS[api]}?"
+        self._url = f"{base_url.rstrip('/')}/{PATHS[api]}"
         self._query = {"sdkappid": sdkappid, "identifier": identifier, "contenttype": "json"}
         self._signer = signer
         self._timeouts = (connect_timeout, read_timeout)
@@ -226,24 +237,42 @@ class Client:
         return _encode({"UserAttrs": [{"To_Account": u, "Attrs": attrs} for u, attrs in users]}).encode()
 
     def sign_again(self) -> None:
-        """Drop the cached UserSig: the API refused it."""
-        self._signer.forget()
+        """Make a new UserSig; the key is read anew for it."""
+        self._signer.sign_again()
+
+    def adopt_signature(self, issued: int) -> None:
+        """Sign as of that time (seconds since 1970) when the present UserSig is older: the fleet found it bad."""
+        self._signer.adopt(issued)
 
     def send(self, body: bytes, gate: Gate) -> Reply | NoReply:
-        """Make one call. Never raises for anything the network or the API does.
+        """Set attributes with one call. Never raises for anything the network or the API does.
 
         `gate` is called once the connection stands and everything is ready, right before the first
         byte is written. It waits until it is time to send, and what it raises passes through.
         """
+        return self._call("set_attr", body, gate)
+
+    def attribute_names(self, gate: Gate) -> Reply | NoReply:
+        """Ask for the app's attribute names (document 1047/37168)."""
+        return self._call("get_attr_name", b"{}", gate)
+
+    def set_attribute_names(self, names: Iterable[str], gate: Gate, *, first: int = 0) -> Reply | NoReply:
+        """Give the app new attribute names, numbered from `first` (document 1047/37167)."""
+        numbered = {str(number): name for number, name in enumerate(names, first)}
+        return self._call("set_attr_name", _encode({"AttrNames": numbered}).encode(), gate)
+
+    def _call(self, command: str, body: bytes, gate: Gate) -> Reply | NoReply:
         session, request = self._session()
         _this_thread.gate, _this_thread.read_timeout = gate, self._timeouts[1]
-        query = {**self._query, "usersig": self._signer.usersig(), "random": random.getrandbits(32)}
+        usersig = self._signer.current()
+        query = {**self._query, "usersig": usersig.text, "random": random.getrandbits(32)}
         request = request.copy()
-        request.url = self._url + urlencode(query)
+        request.url = f"{self._url}{command}?{urlencode(query)}"
         request.body = body
         request.headers["Content-Length"] = str(len(body))
         # What is raised is turned into a value inside, and its traceback ends there with it.
-        return self._exchange(session, request)
+        answer = self._exchange(session, request)
+        return dataclasses.replace(answer, signed_at=usersig.issued) if isinstance(answer, Reply) else answer
 
     def _session(self) -> tuple[requests.Session, requests.PreparedRequest]:
         """This thread's session, and a request to copy: preparing one anew each time costs 0.3 ms."""
@@ -270,7 +299,7 @@ class Client:
                 request, timeout=self._timeouts, allow_redirects=False, stream=True
             ) as response:
                 body = _read(response)
-                status = response.status_code
+                status, date = response.status_code, response.headers.get("Date", "")
         except requests.exceptions.ConnectTimeout:
             return NoReply(Failure.UNREACHABLE, sent=False)
         except (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError):
@@ -282,7 +311,8 @@ class Client:
             return NoReply(Failure.BROKEN)
         if status != 200:
             return NoReply(Failure.HTTP_STATUS, http_status=status)
-        return read_reply(body)
+        reply = read_reply(body)
+        return dataclasses.replace(reply, date=date) if isinstance(reply, Reply) else reply
 
 
 def _never_connected(error: requests.exceptions.ConnectionError) -> bool:

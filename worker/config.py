@@ -165,6 +165,13 @@ class Settings:
     def base_url(self) -> str:
         return self.api_url or REGIONS.get(self.region, "")
 
+    def current_key(self) -> Secret:
+        """The secret key, read anew when it is in a file; as it was, when that cannot be read now."""
+        try:
+            return (self.secret_key_file and _key_in(self.secret_key_file)) or self.secret_key
+        except (OSError, UnicodeDecodeError):
+            return self.secret_key
+
     @property
     def longest_task(self) -> float:
         """Seconds that one deliver task may take: waiting, then sending until its lease is over."""
@@ -227,8 +234,11 @@ def _read_key_file(found: dict[str, Any]) -> list[str]:
     if found.get("secret_key"):
         return ["IMATTR_SECRET_KEY and IMATTR_SECRET_KEY_FILE are both set, choose one"]
     try:
-        key = Path(path).read_text(encoding="utf-8").strip()
+        found["secret_key"] = _key_in(path)
     except (OSError, UnicodeDecodeError) as error:
         return [f"IMATTR_SECRET_KEY_FILE cannot be read ({type(error).__name__})"]
-    found["secret_key"] = Secret(key)
-    return [] if key else ["IMATTR_SECRET_KEY_FILE is empty"]
+    return [] if found["secret_key"] else ["IMATTR_SECRET_KEY_FILE is empty"]
+
+
+def _key_in(path: str) -> Secret:
+    return Secret(Path(path).read_text(encoding="utf-8").strip())

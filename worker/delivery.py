@@ -9,11 +9,20 @@ The story of a batch:
 3. **Send**, if the lease still covers the whole request. A worker that was frozen must not wake up and
    send an old batch.
 4. **Read the answer** (`worker/policy.py`) and **settle** every user exactly once: ack, retry, snooze or
-   dead letter. Where a request is refused as a whole, halve it under the same lease to find the poison;
-   every half takes a permit of its own.
+   dead letter.
 
-Everything between claim and settle may fail or die at any point: the lease then runs out and the users
-are reclaimed. A user is sent again rather than lost; a set is idempotent, and what is sent is the newest.
+Whose fault is a failure? The answer decides, and what happens to others at the same time:
+
+* *the settings'*, the account's: the line stops (`worker/line.py`), nobody pays for it;
+* *the service's*, as long as call after call fails: the line stops, too, and opens by itself;
+* *the rate's*: everybody pauses, and the fleet sends more slowly;
+* *a user's*: the request is halved under the same lease until the culprit is alone. Every half takes a
+  permit of its own, a tenth of all at most while good work waits. Nobody is condemned before some call of
+  the batch has succeeded: what is refused for all is not one user's fault, and stops the line.
+
+Users that are suspected travel apart from the others. Everything between claim and settle may fail or die
+at any point: the lease then runs out and the users are reclaimed. A user is sent again rather than lost; a
+set is idempotent, and what is sent is the newest.
 
 Weakness: a worker frozen between the last look at its lease and the socket, for longer than the lease
 lasts, can still land an old value late. The window is microseconds wide; reading the attributes back
@@ -23,9 +32,9 @@ lasts, can still land an old value late. The window is microseconds wide; readin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import NoReturn, assert_never
 
 import redis
 import structlog
@@ -33,9 +42,23 @@ import structlog
 from worker.buffer import Buffer
 from worker.client import Client, NoReply, Reply
 from worker.clock import Clock
-from worker.line import Line
+from worker.line import DEAD_IN_A_ROW, OUTAGE_AFTER, Kind, Line
 from worker.models import Acked, Batch, BatchId, Claimed, DeadLettered, Outcome, Retried, Snoozed, UserId
-from worker.policy import Action, Again, Deliver, Pause, Policy, Split, Stop, bury, decide, rule_for
+from worker.names import AttributeNames
+from worker.policy import (
+    Action,
+    Again,
+    Deliver,
+    Pause,
+    Policy,
+    Retry,
+    SignAgain,
+    Split,
+    Stop,
+    bury,
+    decide,
+    rule_for,
+)
 from worker.ratelimit import Permit, RateLimiter
 
 log = structlog.get_logger()
@@ -44,6 +67,12 @@ log = structlog.get_logger()
 LEAD = 0.1
 #: Slots that may be missed in a row before the users are handed back.
 MAX_MISSED = 20
+#: Seconds for which suspects wait when there is no slot to isolate them.
+SUSPECTS_WAIT = 3.0
+
+Answer = Reply | NoReply
+
+_ACKED = Acked()
 
 
 @dataclass(slots=True)
@@ -69,19 +98,35 @@ class Fenced(Exception):
     """Raised when the batch is not ours any more: its lease ran out and was reclaimed."""
 
 
-class GiveBack(Exception):
-    """Raised when what is left of the batch must go back now, at no cost: no slot in time, or a shutdown."""
+class HandBack(Exception):
+    """Raised when what is left of the batch must go back now, at no cost, for `delay` seconds."""
+
+    def __init__(self, outcome: str, delay: float = 0.0) -> None:
+        super().__init__(outcome)
+        self.outcome, self.delay = outcome, delay
 
 
 @dataclass(slots=True)
 class _Work:
-    """A claimed batch on its way. `lease_ends` is on this machine's monotonic clock."""
+    """A claimed batch on its way."""
 
     batch: Batch
     summary: Summary
+    #: On this machine's monotonic clock.
     lease_ends: float
-    #: Parts still to be sent; more than one only after a split.
-    parts: list[Sequence[Claimed]] = field(default_factory=list)
+    #: The permit of the next call, then of the last one.
+    permit: Permit
+    #: Parts still to be sent, the last one first.
+    parts: list[Sequence[Claimed]]
+    #: Whether the permit's slot is still to come.
+    permit_fresh: bool = True
+    #: Whether the parts are pieces of a request that was refused.
+    isolating: bool = False
+    #: Whether a call of this batch has succeeded.
+    works: bool = False
+    #: Users refused alone while no call had succeeded.
+    accused: dict[UserId, DeadLettered] = field(default_factory=dict)
+    names_checked: bool = False
 
 
 class Delivery:
@@ -92,18 +137,23 @@ class Delivery:
         buffer: Buffer,
         limiter: RateLimiter,
         line: Line,
+        names: AttributeNames,
         client: Client,
         policy: Policy,
         clock: Clock,
         *,
         batch_size: int,
         lease: float,
+        quota: int,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`lease` in seconds, as the buffer has it; `stopping` turns true when this worker shuts down."""
-        self._buffer, self._limiter, self._line, self._client = buffer, limiter, line, client
-        self._policy, self._clock = policy, clock
-        self._batch_size, self._lease, self._stopping = batch_size, lease, stopping
+        """`lease` in seconds, as the buffer has it; `quota` in calls a second, as the limiter has it.
+
+        `stopping` turns true when this worker shuts down.
+        """
+        self._buffer, self._limiter, self._line, self._names = buffer, limiter, line, names
+        self._client, self._policy, self._clock = client, policy, clock
+        self._batch_size, self._lease, self._quota, self._stopping = batch_size, lease, quota, stopping
 
     def deliver(self, ticket: BatchId) -> Summary:
         """Claim one batch with the ticket and settle all of it. Raises only what Redis raises."""
@@ -115,7 +165,7 @@ class Delivery:
             return summary
         self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
         claimed_at = self._clock.monotonic()
-        batch = self._buffer.claim(ticket, self._batch_size)
+        batch = self._buffer.claim(ticket, self._batch_size, epoch=permit.epoch)
         if batch is None or not batch.users:
             summary.outcome = "spent" if batch is None else "empty"
             return summary
@@ -123,14 +173,22 @@ class Delivery:
         summary.users = len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
         summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
-        work = _Work(batch, summary, claimed_at + self._lease, [batch.users])
+        work = _Work(batch, summary, claimed_at + self._lease, permit, self._apart(batch))
         with self._handing_back(work):
-            self._send_parts(work, permit)
+            self._send_parts(work)
             summary.outcome = summary.outcome or _outcome_of(summary)
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
         # The canonical line: one a batch, with everything one asks about it.
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
         return summary
+
+    def _apart(self, batch: Batch) -> list[Sequence[Claimed]]:
+        """Who goes into one call. A probe is one, whoever is in it."""
+        suspects = [user for user in batch.users if self._policy.suspects(user)]
+        if batch.probe or not suspects:
+            return [batch.users]
+        others = [user for user in batch.users if not self._policy.suspects(user)]
+        return [suspects, others] if others else [suspects]
 
     @contextlib.contextmanager
     def _handing_back(self, work: _Work) -> Iterator[None]:
@@ -140,103 +198,118 @@ class Delivery:
         except Fenced:
             work.summary.outcome = "fenced"
             log.warning("batch_fenced", batch=work.batch.id)
-        except GiveBack:
-            work.summary.outcome = "handed_back"
-            self._snooze_rest(work, 0.0)
+        except HandBack as reason:
+            work.summary.outcome = reason.outcome
+            rest = Snoozed(reason.delay, suspect=work.isolating)
+            work.summary.snoozed += self._buffer.settle(work.batch.id, {}, rest=rest) or 0
         except redis.RedisError:
             raise
         except Exception:
             # A defect of ours. It may have struck after a send, so the users are held.
-            again = Again(hold=True)
-            users = {user.user: self._policy.again(again, user.attempts) for user in work.batch.users}
+            held = self._policy.hold
+            users = {
+                user.user: Retried(held + self._policy.backoff(user.attempts)) for user in work.batch.users
+            }
             with contextlib.suppress(redis.RedisError):
                 self._buffer.settle(work.batch.id, users)
             raise
 
-    def _snooze_rest(self, work: _Work, delay: float) -> None:
-        """Put back all that is left, at no cost."""
-        work.parts.clear()
-        settled = self._buffer.settle(work.batch.id, {}, rest=Snoozed(delay))
-        work.summary.snoozed += settled or 0
+    # Sending: a permit, a look at the lease, the call.
 
-    def _send_parts(self, work: _Work, permit: Permit | None) -> None:
+    def _send_parts(self, work: _Work) -> None:
+        # Somebody may have found the key changed, or be about to: a probe is signed anew.
+        if work.batch.probe:
+            self._client.sign_again()
+        self._client.adopt_signature(work.batch.signed_at)
         while work.parts:
             part = work.parts.pop()
-            answer = self._send(work, part, permit)
-            permit = None
+            answer = self._send(work, part)
             self._act(work, part, decide(answer), answer)
             if work.parts and self._stopping():
-                raise GiveBack
+                raise HandBack("handed_back")
+        self._condemn(work, work.accused)
 
-    def _send(self, work: _Work, part: Sequence[Claimed], permit: Permit | None) -> Reply | NoReply:
+    def _send(self, work: _Work, part: Sequence[Claimed]) -> Answer:
         """Send one part in a slot of its own."""
+        if not work.permit_fresh and (work.isolating or self._policy.suspects(part[0])):
+            self._renew_permit(work, isolating=True)
         body = self._client.encode((user.user, user.attrs) for user in part)
-        return self._client.send(body, lambda: self._pass_gate(work, permit or self._limiter.reserve()))
+        return self._client.send(body, lambda: self._pass_gate(work))
 
-    def _pass_gate(self, work: _Work, permit: Permit | None) -> None:
+    def _renew_permit(self, work: _Work, *, isolating: bool = False) -> None:
+        """Reserve another slot, and look shortly before it whether the batch may still be sent."""
+        permit = self._limiter.reserve_isolating() if isolating else self._limiter.reserve()
+        if permit is None:
+            raise HandBack("handed_back", SUSPECTS_WAIT if isolating else 0.0)
+        self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
+        self._extend(work, permit)
+        work.permit, work.permit_fresh = permit, True
+
+    def _pass_gate(self, work: _Work) -> None:
         """Wait for the slot, or for another one when it is missed. Returning means: send, now."""
         for _ in range(MAX_MISSED):
-            if permit is None:
-                break
-            self._cover(work, permit)
-            if self._limiter.redeem(permit) and self._covered(work, self._clock.monotonic()):
+            if not work.permit_fresh:
+                self._renew_permit(work)
+            work.permit_fresh = False
+            if self._limiter.redeem(work.permit) and self._covered(work):
                 work.summary.calls += 1
                 return
-            permit = self._limiter.reserve()
-        raise GiveBack
+        raise HandBack("handed_back")
 
-    def _covered(self, work: _Work, start: float) -> bool:
-        return start + self._client.longest_call < work.lease_ends
+    def _covered(self, work: _Work) -> bool:
+        """Whether a call that starts now ends before the lease."""
+        return self._clock.monotonic() + self._client.longest_call < work.lease_ends
 
-    def _cover(self, work: _Work, permit: Permit) -> None:
-        """Renew the lease if a call that starts with the permit might outlast it."""
-        if not self._covered(work, permit.due):
-            self._extend(work)
-
-    def _extend(self, work: _Work) -> None:
+    def _extend(self, work: _Work, permit: Permit | None = None) -> None:
+        """Renew the lease; raises when the batch is lost, or may not be sent in the permit's slot."""
         renewed_at = self._clock.monotonic()
-        if not self._buffer.extend(work.batch.id):
-            raise Fenced
-        work.lease_ends = renewed_at + self._lease
+        match self._buffer.extend(work.batch.id, epoch=permit.epoch if permit else None):
+            case "held":
+                work.lease_ends = renewed_at + self._lease
+            case "must wait":
+                raise HandBack("handed_back")
+            case "lost":
+                raise Fenced
 
-    def _act(self, work: _Work, part: Sequence[Claimed], action: Action, answer: Reply | NoReply) -> None:
+    # Acting on the answer.
+
+    def _act(self, work: _Work, part: Sequence[Claimed], action: Action, answer: Answer) -> None:
         """Carry out the action for one part, and settle or split it."""
         summary = work.summary
         if isinstance(answer, NoReply):
             summary.failure = answer.failure.value
-            code, info = 0, f"{answer.failure.value} {answer.http_status or ''}".strip()
+            letter = DeadLettered(0, f"{answer.failure.value} {answer.http_status or ''}".strip())
         else:
-            code, info = answer.code, answer.info
+            letter = bury(answer.code, answer.info)
             # Of several calls, the code of the first that failed.
             summary.code = summary.code or answer.code
-        # Whatever else it said, the API has let us in.
-        let_in = isinstance(action, Deliver | Pause | Split)
-        if work.batch.probe and let_in and self._line.reopen(work.batch.id):
-            log.info("line_reopened", batch=work.batch.id)
+        # A code about the rate or about users shows that the API has let us in.
+        if work.batch.probe in ("error", "outage") and isinstance(action, Deliver | Pause | Split):
+            self._reopen(work, answer)
         match action:
             case Deliver():
                 self._deliver_part(work, part, answer)
             case Again():
-                self._again(work, part, action, bury(code, info) if code else DeadLettered(0, info))
+                self._again(work, part, action, letter)
+            case Retry(most):
+                self._retry(work, part, most, letter)
             case Pause(seconds):
-                summary.outcome = "rate_limited"
-                self._limiter.pause(seconds, rule_for(code).meaning, code)
-                self._snooze_rest(work, seconds)
-            case Stop(seconds, sign):
-                summary.outcome = "stopped"
-                if sign:
-                    self._client.sign_again()
-                reason = rule_for(code).meaning
-                wait = self._line.stop(work.batch.id, code, reason, seconds)
-                if wait is not None:
-                    log.error("line_stopped", code=code, reason=reason, next_probe_s=wait)
-                self._snooze_rest(work, 0.0)
+                self._pause(work, seconds, letter.code)
+            case SignAgain():
+                self._sign_again(work, answer, letter.code)
+            case Stop(seconds):
+                self._stop(work, "error", letter.code, first_wait=seconds)
             case Split():
-                self._split(work, part, bury(code, info))
+                self._split(work, part, action, letter)
             case _:
                 assert_never(action)
 
-    def _deliver_part(self, work: _Work, part: Sequence[Claimed], answer: Reply | NoReply) -> None:
+    def _reopen(self, work: _Work, answer: Answer) -> None:
+        signed_at = answer.signed_at if isinstance(answer, Reply) else 0
+        if self._line.reopen(work.batch.id, quota=self._quota, signed_at=signed_at):
+            log.info("line_reopened", batch=work.batch.id)
+
+    def _deliver_part(self, work: _Work, part: Sequence[Claimed], answer: Answer) -> None:
         errors = answer.errors if isinstance(answer, Reply) else {}
         refused: dict[UserId, Outcome] = {
             user.user: self._policy.decide_user(errors[user.user].code, errors[user.user].info, user.attempts)
@@ -245,51 +318,170 @@ class Delivery:
         }
         if strangers := errors.keys() - {user.user for user in part}:
             log.warning("error_list_names_strangers", batch=work.batch.id, users=len(strangers))
-        self._settle(work, part, refused, Acked())
+        condemned = {user: end for user, end in refused.items() if isinstance(end, DeadLettered)}
+        if len(refused) < len(part):
+            work.works = True
+            if work.batch.probe == "data" and not condemned:
+                self._reopen(work, answer)
+        spared = {user: end for user, end in refused.items() if user not in condemned}
+        acked: dict[UserId, Outcome] = {user.user: _ACKED for user in part if user.user not in refused}
+        self._settle(work, acked | spared)
+        self._accuse(work, condemned)
 
-    def _again(self, work: _Work, part: Sequence[Claimed], action: Again, last: DeadLettered) -> None:
-        """Retry those with attempts left; isolate the others, and give up on one that is alone."""
-        spent = [user for user in part if self._policy.exhausted(user.attempts, action.most)]
-        retried: dict[UserId, Outcome] = {
-            user.user: self._policy.again(action, user.attempts) for user in part if user not in spent
-        }
-        if retried:
-            self._settle(work, part, retried, None)
-        if not spent:
+    def _again(self, work: _Work, part: Sequence[Claimed], action: Again, letter: DeadLettered) -> None:
+        """The service failed, or somebody in the part makes it fail."""
+        # Pieces of one batch fail for one reason: only its first call tells something about the service.
+        in_a_row = self._line.fails() if work.summary.calls <= 1 else self._line.failures()
+        if work.batch.probe or in_a_row >= OUTAGE_AFTER:
+            self._stop(work, "outage", letter.code, letter.message, hold=action.hold)
+        spent = all(self._policy.spent(user.attempts) for user in part)
+        if not self._policy.suspects(part[0]) or in_a_row > 1 or (action.hold and not spent):
+            self._settle(work, {user.user: self._policy.again(action, user.attempts) for user in part})
             return
         if action.hold:
             # Neither these values again nor newer ones may go out while the old call can still land.
             self._extend(work)
             self._clock.sleep(self._policy.hold)
-        if len(part) == 1:
-            self._settle(work, part, {part[0].user: last}, None)
+        if len(part) > 1:
+            self._halve(work, part)
+        elif spent:
+            self._accuse(work, {part[0].user: letter})
         else:
-            work.parts += [spent] if retried else _halves(part)
+            self._settle(work, {part[0].user: self._policy.again(action, part[0].attempts)})
 
-    def _split(self, work: _Work, part: Sequence[Claimed], letter: DeadLettered) -> None:
-        if len(part) == 1:
-            self._settle(work, part, {part[0].user: letter}, None)
+    def _retry(self, work: _Work, part: Sequence[Claimed], most: int, letter: DeadLettered) -> None:
+        """Retry those with attempts left; isolate the others, and give up on one that is alone."""
+        if work.batch.probe:
+            self._stop(work, work.batch.probe, letter.code)
+        spent = [user for user in part if self._policy.exhausted(user.attempts, most)]
+        retried = {user.user: self._policy.retry(user.attempts) for user in part if user not in spent}
+        if retried:
+            self._settle(work, retried)
+            if spent:
+                work.parts.append(spent)
+                work.isolating = True
+        elif len(part) > 1:
+            self._halve(work, part)
         else:
-            work.parts += _halves(part)
+            self._accuse(work, {part[0].user: letter})
 
-    def _settle(
-        self, work: _Work, part: Sequence[Claimed], outcomes: dict[UserId, Outcome], others: Outcome | None
+    def _pause(self, work: _Work, seconds: float, code: int) -> NoReturn:
+        meaning = rule_for(code).meaning
+        if self._limiter.pause(seconds, meaning, code, refused=work.permit):
+            log.warning("rate_refused", code=code, reason=meaning, limit=work.permit.limit)
+        raise HandBack("rate_limited", seconds)
+
+    def _sign_again(self, work: _Work, answer: Answer, code: int) -> None:
+        refused_at = answer.signed_at if isinstance(answer, Reply) else 0
+        if not work.batch.probe and (issued := self._line.resign(refused_at)) is not None:
+            self._client.adopt_signature(issued)
+            log.warning("signed_again", code=code, reason=rule_for(code).meaning)
+            raise HandBack("signed_again")
+        self._stop(work, "error", code)
+
+    def _stop(
+        self,
+        work: _Work,
+        kind: Kind,
+        code: int,
+        reason: str | None = None,
+        *,
+        first_wait: float = 0.0,
+        hold: bool = False,
     ) -> None:
-        """Settle a part: those named in `outcomes`, and with `others` the rest of the part."""
-        # The whole batch at once needs no list of names.
-        whole = len(part) == len(work.batch.users)
-        if others is not None and not whole:
-            outcomes = {user.user: outcomes.get(user.user, others) for user in part}
-        if self._buffer.settle(work.batch.id, outcomes, rest=others if whole else None) is None:
+        """Stop the line and hand the users back; returns only when a person has let the reason pass.
+
+        The reason is the code's meaning unless given; an empty one leaves that of the stop before.
+        """
+        reason = rule_for(code).meaning if reason is None else reason
+        wait = self._line.stop(work.batch.id, kind, code, reason, first_wait=first_wait)
+        if wait is None:
+            return
+        if wait:
+            log.error("line_stopped", kind=kind, code=code or None, reason=reason, next_probe_s=wait)
+        # After an outage's probe others shall try: it may be these users who make the service fail.
+        delay = wait + 1.0 if work.batch.probe == "outage" else 0.0
+        raise HandBack("stopped", max(delay, self._policy.hold if hold else 0.0))
+
+    # Finding the culprit.
+
+    def _split(self, work: _Work, part: Sequence[Claimed], action: Split, letter: DeadLettered) -> None:
+        if action.names and not work.names_checked:
+            work.names_checked = True
+            if unset := self._unset_names(work, part):
+                self._name_unset(work, part, unset, letter.code)
+                return
+        if work.batch.probe == "data":
+            self._stop(work, "data", letter.code, "")
+        if len(part) > 1:
+            self._halve(work, part)
+        else:
+            self._accuse(work, {part[0].user: letter})
+
+    def _halve(self, work: _Work, part: Sequence[Claimed]) -> None:
+        middle = len(part) // 2
+        work.parts += [part[middle:], part[:middle]]
+        work.isolating = True
+
+    def _unset_names(self, work: _Work, part: Sequence[Claimed]) -> set[str]:
+        """The attribute names in the part that the app does not have, as the API itself says."""
+        known = None if work.batch.probe else self._names.known_lately()
+        if known is None:
+            reply = self._client.attribute_names(lambda: self._pass_gate(work))
+            if not isinstance(reply, Reply) or reply.code:
+                return set()
+            known = reply.names
+            self._names.set(known)
+        return {name for user in part for name in user.attrs} - known
+
+    def _name_unset(self, work: _Work, part: Sequence[Claimed], unset: set[str], code: int) -> None:
+        """Stop the line, since nobody with these attributes can be delivered; or condemn those who have them."""
+        words = ", ".join(repr(name) for name in sorted(unset))
+        reason = f"the app has no attribute {words}: see imattr names set, or the console"
+        self._stop(work, "data", code, reason)
+        having = {user.user: DeadLettered(code, reason) for user in part if unset & user.attrs.keys()}
+        self._condemn(work, having)
+        if others := [user for user in part if user.user not in having]:
+            work.parts.append(others)
+
+    def _accuse(self, work: _Work, users: Mapping[UserId, DeadLettered]) -> None:
+        """Condemn users refused for good, unless everybody is: then it is not their fault."""
+        work.accused |= users
+        if work.works:
+            self._condemn(work, work.accused)
+        elif len(work.accused) >= DEAD_IN_A_ROW:
+            code = next(iter(work.accused.values())).code
+            self._stop(work, "data", code, f"every user is refused: {rule_for(code).meaning}")
+            self._condemn(work, work.accused)
+
+    def _condemn(self, work: _Work, users: Mapping[UserId, DeadLettered]) -> None:
+        """Make dead letters, unless that would be one of many with the same code."""
+        letters, work.accused = dict(users), {}
+        if not letters:
+            return
+        code = next(iter(letters.values())).code
+        if work.batch.probe == "data":
+            self._stop(work, "data", code, "")
+        self._settle(work, letters)
+        if self._line.condemns(code, len(letters)):
+            masses = f"dead letters in masses, a bad deployment? {rule_for(code).meaning}"
+            self._stop(work, "data", code, masses)
+
+    def _settle(self, work: _Work, outcomes: Mapping[UserId, Outcome]) -> None:
+        """Settle the users named, each exactly once."""
+        if not outcomes:
+            return
+        # The usual end, all delivered, needs no list of names.
+        all_acked = len(outcomes) == len(work.batch.users) and set(outcomes.values()) == {_ACKED}
+        named, rest = ({}, _ACKED) if all_acked else (outcomes, None)
+        claimed_ms = work.batch.claimed_ms
+        if self._buffer.settle(work.batch.id, named, rest=rest, claimed_ms=claimed_ms) is None:
             raise Fenced
-        summary = work.summary
-        settled = list(outcomes.values())
-        if others is not None and whole:
-            settled += [others] * (len(part) - len(settled))
-        summary.acked += sum(isinstance(outcome, Acked) for outcome in settled)
-        summary.retried += sum(isinstance(outcome, Retried) for outcome in settled)
-        summary.snoozed += sum(isinstance(outcome, Snoozed) for outcome in settled)
-        summary.dead_lettered += sum(isinstance(outcome, DeadLettered) for outcome in settled)
+        summary, ends = work.summary, outcomes.values()
+        summary.acked += sum(isinstance(end, Acked) for end in ends)
+        summary.retried += sum(isinstance(end, Retried) for end in ends)
+        summary.snoozed += sum(isinstance(end, Snoozed) for end in ends)
+        summary.dead_lettered += sum(isinstance(end, DeadLettered) for end in ends)
 
 
 def _outcome_of(summary: Summary) -> str:
@@ -297,8 +489,3 @@ def _outcome_of(summary: Summary) -> str:
     if summary.acked:
         return "delivered" if summary.acked == summary.users else "partly_delivered"
     return "retried" if summary.retried else "dead_lettered" if summary.dead_lettered else "snoozed"
-
-
-def _halves(part: Sequence[Claimed]) -> list[Sequence[Claimed]]:
-    middle = len(part) // 2
-    return [part[middle:], part[:middle]]

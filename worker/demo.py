@@ -38,15 +38,18 @@ CHUNK = 400
 #: Seconds for everything to be delivered after the last event.
 PATIENCE = 120.0
 
-#: What goes wrong on purpose: internal errors, bad gateways, a reset before and one after the write was
-#: applied, a garbled reply, a call refused for its frequency.
+#: What goes wrong on purpose, here and there: internal errors, bad gateways, resets before and after the
+#: write was applied, a garbled reply, a call refused for its frequency.
 FAULTS: list[dict[str, Any]] = [
-    {"kind": "code", "code": 91000, "times": 3},
-    {"kind": "status", "code": 502, "times": 2},
-    {"kind": "reset", "times": 1},
-    {"kind": "reset", "applied": True, "times": 1},
-    {"kind": "truncated", "times": 1},
-    {"kind": "code", "code": 60007, "times": 1},
+    {"chance": 0.15, **fault}
+    for fault in (
+        {"kind": "code", "code": 91000, "times": 3},
+        {"kind": "status", "code": 502, "times": 2},
+        {"kind": "reset", "times": 1},
+        {"kind": "reset", "applied": True, "times": 1},
+        {"kind": "truncated", "times": 1},
+        {"kind": "code", "code": 60007, "times": 1},
+    )
 ]
 
 
@@ -194,10 +197,10 @@ class _Demo:
         # Two accounts that the API does not know: they must become dead letters, alone.
         users = [event[0] for line in self._lines[:50] if (event := _parse(line))]
         self._strangers = frozenset(users[:2])
-        strangers = [
-            {"kind": "user_code", "user": user, "code": 70107, "times": None} for user in self._strangers
-        ]
-        self._simulator("faults", FAULTS + strangers)
+        accounts = {event[0] for line in self._lines if (event := _parse(line))} - self._strangers
+        self._simulator("accounts", sorted(accounts))
+        self._simulator("quirks", {"accounts_must_exist": True})
+        self._simulator("faults", FAULTS)
         AttributeNames(self._redis, self._keys, SystemClock()).set(demo_events.NAMES)
         self._stream()
         drained = self._drain()

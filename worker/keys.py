@@ -5,10 +5,11 @@ every script gets the ones it needs through KEYS; none is built inside a script.
 
 A *record* is what is known about one user and not delivered yet, as JSON::
 
-    {"t": 1700000000000, "n": 2, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
+    {"t": 1700000000000, "n": 2, "f": 1700000060000, "s": 1, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
 
-``t`` first-updated ms, ``n`` attempts used (absent = 0), ``b`` present when only a backfill asked for
-it, ``a`` attribute name -> [value, version]. A version is the event time (ms) the producer gave, else
+``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt
+only if a call claimed later succeeds, ``s`` present when it is suspected to spoil whatever call it is
+in, ``b`` present when only a backfill asked for it, ``a`` attribute name -> [value, version]. A version is the event time (ms) the producer gave, else
 Redis' clock at arrival. Short names because a million pending users hold a million of them.
 
 Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
@@ -97,14 +98,25 @@ class Keys:
 
     @property
     def rate(self) -> str:
-        """hash: "next" free slot us; "paused_until" us with "reason" and "code" of the pause."""
+        """hash: "next" free slot us and "next_isolating"; "paused_at", "paused_until" us with "reason" and
+        "code"; "epoch", raised by each pause; while below the quota also the "limit" in calls a second
+        and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us."""
         return self._key("rate")
 
     @property
     def line(self) -> str:
         """hash, absent = open: "state" stopped or paused, "reason", "code", "since" ms; when stopped also
-        "wait" ms, "next_probe" ms and "probe", the batch id of the one that is out."""
+        "kind" error, outage or data, "wait" ms, "next_probe" ms, "failed" probes, and "probe", the batch
+        id of the one that is out."""
         return self._key("line")
+
+    @property
+    def health(self) -> str:
+        """hash, what the line is judged by: "ok_at" ms at which the last successful call was claimed,
+        "failures" of the service in a row, "calm_at" ms of the end of the last outage; "signed_at" s, before
+        which no signature is good; "dead_code", "dead_row", "dead_seen", "dead_since"
+        ms, "dead_count", "dead_base" of recent dead letters; "let_code", "let_until" ms, what a person let pass."""
+        return self._key("health")
 
     @property
     def tickets(self) -> str:
@@ -120,3 +132,8 @@ class Keys:
     def names(self) -> str:
         """set: the app's attribute names; empty or absent = not known, any name passes."""
         return self._key("names")
+
+    @property
+    def names_read(self) -> str:
+        """string with expiry: present while the names need not be read from the API again."""
+        return self._key("names_read")

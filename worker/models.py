@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple, NewType
+from typing import Literal, NamedTuple, NewType
 
 from worker.errors import InvalidUpdate
 
@@ -45,6 +45,8 @@ class Claimed(NamedTuple):
     attrs: Attributes
     attempts: int
     since_ms: int
+    #: Whether it may spoil the call it is in, so that it must not share one with users who are not.
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,10 @@ class Batch:
     id: BatchId
     users: tuple[Claimed, ...]
     claimed_ms: int
-    #: Whether the line is stopped, and this batch is to find out if it can be opened.
-    probe: bool = False
+    #: When the line is stopped and this batch is to find out if it can be opened: the kind of the stop.
+    probe: Literal["", "error", "outage", "data"] = ""
+    #: No signature older than this (seconds since 1970) is good.
+    signed_at: int = 0
 
 
 # Outcomes: how one user of a batch is settled.
@@ -68,16 +72,21 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """Send again after `delay` seconds; costs an attempt."""
+    """Send again after `delay` seconds; costs an attempt.
+
+    When not `proven`, only once another call, claimed later, has succeeded: it may be the service's fault.
+    """
 
     delay: float
+    proven: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """Send again after `delay` seconds; costs nothing."""
+    """Send again after `delay` seconds; costs nothing. As a `suspect` never again together with others."""
 
     delay: float = 0.0
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)

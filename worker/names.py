@@ -17,6 +17,8 @@ from worker.scripts import text
 
 #: Seconds for which a reader trusts what it read.
 FRESH_FOR = 30.0
+#: Seconds for which nobody in the fleet asks the API for them again.
+READ_EVERY = 60
 
 
 class AttributeNames:
@@ -24,6 +26,7 @@ class AttributeNames:
 
     def __init__(self, client: redis.Redis, keys: Keys, clock: Clock) -> None:
         self._redis, self._key, self._clock = client, keys.names, clock
+        self._read_key = keys.names_read
         self._lock = threading.Lock()
         self._names: frozenset[str] = frozenset()
         self._read_at: float | None = None
@@ -37,13 +40,22 @@ class AttributeNames:
                 self._read_at = now
             return self._names
 
+    def known_lately(self) -> frozenset[str] | None:
+        """The names, when somebody has read them from the API within `READ_EVERY`, else None."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.exists(self._read_key)
+            pipe.smembers(self._key)
+            read, names = pipe.execute()
+        return frozenset(map(text, names)) if read else None
+
     def set(self, names: Iterable[str]) -> None:
-        """Replace what is known; raises `ValueError` for names that no app can have."""
+        """Replace what is known by what the API says; raises `ValueError` for names that no app can have."""
         checked = check_names(names)
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(self._key)
             if checked:
                 pipe.sadd(self._key, *checked)
+            pipe.set(self._read_key, 1, ex=READ_EVERY)
             pipe.execute()
         with self._lock:
             self._read_at = None

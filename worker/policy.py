@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import NamedTuple, assert_never
 
 from worker.client import UNNUMBERED, NoReply, Reply
-from worker.models import DeadLettered, Outcome, Retried, Snoozed
+from worker.models import Claimed, DeadLettered, Outcome, Retried, Snoozed
 
 
 class Verdict(StrEnum):
@@ -163,11 +163,14 @@ _UNLISTED = Rule(Verdict.UNKNOWN, "a code in no document")
 UNKNOWN_ATTEMPTS = 3
 #: Seconds everyone pauses after a rate code: one full window of the API, so that it counts anew.
 RATE_PAUSE = 1.0
-#: Seconds until the first probe after the line was stopped: soon when a new signature may be all it
-#: needs, later when a person has to act. 70050 is caused by trying again too soon.
-SIGN_WAIT = 1.0
+#: Failures that count after which a user is suspected to spoil whatever call it is in.
+SUSPECT_AFTER = 2
+#: Seconds until a user whom the API refused by name, with a code that is about no user, is sent again.
 STOP_WAIT = 30.0
+#: Seconds for which 70050 must be left alone: trying again too soon causes it.
 BLOCKED_WAIT = 60.0
+#: Codes that attribute names which are not set for the app may be behind.
+_NAMES_MAY_BE_UNSET = {60015, 70402, 90033}
 
 
 def rule_for(code: int) -> Rule:
@@ -182,39 +185,48 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Send the same users again, later, at the cost of an attempt.
-
-    `hold` when the API may still apply the call; `most` bounds the attempts, None = the usual bound.
-    """
+    """The service's fault, as it seems: the same users later; `hold` when it may still apply the call."""
 
     hold: bool
-    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Nobody knows whose fault: the same users later, at most so often, at the cost of an attempt each time."""
+
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Nobody in the fleet sends for `seconds`; the users go back at no cost."""
+    """Nobody in the fleet sends for `seconds`, and then more slowly; the users go back at no cost."""
 
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SignAgain:
+    """The signature is bad: make a new one, once for the fleet; if that is bad, too, stop the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing will pass: stop the line, with a first probe after `seconds`; the users go back at no cost.
-
-    `sign` when a new signature may mend it.
-    """
+    """Nothing will pass: stop the line, with a first probe after at least `seconds`; it costs no attempt."""
 
     seconds: float
-    sign: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Something in this request is refused for good: halve it to find out what."""
+    """Something in this request is refused for good: halve it to find out what.
+
+    `names` when attribute names that the app does not have may be the reason.
+    """
+
+    names: bool
 
 
-Action = Deliver | Again | Pause | Stop | Split
+Action = Deliver | Again | Retry | Pause | SignAgain | Stop | Split
 
 
 def decide(answer: Reply | NoReply) -> Action:
@@ -228,15 +240,15 @@ def decide(answer: Reply | NoReply) -> Action:
         case Verdict.TRANSIENT:
             return Again(hold=False)
         case Verdict.UNKNOWN:
-            return Again(hold=False, most=UNKNOWN_ATTEMPTS)
+            return Retry(UNKNOWN_ATTEMPTS)
         case Verdict.RATE:
             return Pause(RATE_PAUSE)
         case Verdict.CREDENTIAL:
-            return Stop(SIGN_WAIT, sign=True)
+            return SignAgain()
         case Verdict.STOP:
-            return Stop(BLOCKED_WAIT if answer.code == 70050 else STOP_WAIT, sign=False)
+            return Stop(BLOCKED_WAIT if answer.code == 70050 else 0.0)
         case Verdict.SHAPE | Verdict.USER:
-            return Split()
+            return Split(names=answer.code in _NAMES_MAY_BE_UNSET)
         case _:
             assert_never(verdict)
 
@@ -258,14 +270,26 @@ class Policy:
         """Whether one more failure uses up the attempts of a user who had `attempts` before."""
         return attempts + 1 >= min(self._max_attempts, most or self._max_attempts)
 
+    def spent(self, attempts: int) -> bool:
+        """Whether so many failures that were not the service's have used up a user's attempts."""
+        return attempts >= self._max_attempts
+
+    def suspects(self, user: Claimed) -> bool:
+        """Whether the user may spoil the call it is in, and must not share one with those who may not."""
+        return user.suspect or user.attempts >= min(SUSPECT_AFTER, self._max_attempts)
+
     def backoff(self, attempts: int) -> float:
         """Seconds until the next attempt: exponential, with full jitter so that users spread out."""
         # The exponent is bounded only so that the power cannot overflow.
         return self._rng.uniform(0, min(self._max, self._base * 2 ** min(attempts, 60)))
 
+    def retry(self, attempts: int) -> Retried:
+        """The outcome of a user who has attempts left."""
+        return Retried(self.backoff(attempts))
+
     def again(self, action: Again, attempts: int) -> Retried:
-        """The outcome of a user who has attempts left. After a hold, the old call can land no more."""
-        return Retried(self.backoff(attempts) + (self.hold if action.hold else 0.0))
+        """The same when it may have been the service's fault. After a hold, the old call can land no more."""
+        return Retried(self.backoff(attempts) + (self.hold if action.hold else 0.0), proven=False)
 
     def decide_user(self, code: int, info: str, attempts: int) -> Outcome:
         """What to do about one user that the API refused by name, in `ErrorList` or in a batch of one."""
@@ -281,7 +305,7 @@ class Policy:
                 most = UNKNOWN_ATTEMPTS if verdict is Verdict.UNKNOWN else None
                 if self.exhausted(attempts, most):
                     return bury(code, info)
-                return Retried(self.backoff(attempts))
+                return self.retry(attempts)
             case _:
                 assert_never(verdict)
 

@@ -9,6 +9,10 @@ holds 98 or 99 slots; for a 101st arrival, one call must be 20 ms later than ano
 was not used within `GRACE` of its slot is given up for a new one, and everything that takes time (the
 claim, the encoding) is done before the slot. `make bench` counts the worst rolling second at the API.
 
+The quota that was configured may not be the one that the API grants. A refusal pauses everyone, lapses all
+permits, and lowers the limit; then it climbs towards the lowest one refused by halving, settles below it,
+and tries the next step ever more rarely. All in the scripts, so the fleet learns it once.
+
 Weakness: between the last look at the clock and the socket a thread can still be suspended. The part
 of `GRACE` that is missing from the 20 ms is the room for that.
 """
@@ -29,6 +33,12 @@ from worker.keys import Keys
 SPACING = 1.02
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.014
+#: Seconds for which a limit is tried before the next one: longer than the API's window.
+DWELL = 1.5
+#: Seconds below a ceiling that was met before the next step is tried: at first, and at most.
+SHORTEST_HOLD, LONGEST_HOLD = 60.0, 960.0
+#: Seconds that a call which isolates bad users may wait for a slot; longer when its slots are rarer.
+ISOLATING_PATIENCE = 0.5
 #: How fast two machines' clocks may drift apart, seconds a second; far above any real one.
 DRIFT = 0.001
 #: A step of Redis' clock below this is taken for measuring error, seconds.
@@ -37,10 +47,14 @@ SMALLEST_JUMP = 0.010
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """The right to send one request at `due` (this machine's monotonic clock), or shortly after."""
+    """The right to send one request at `due` (this machine's monotonic clock), or shortly after.
+
+    Void once the fleet's `epoch` is another one. `limit` is what it was made for, calls a second.
+    """
 
     due: float
     epoch: int
+    limit: int = 0
 
 
 class ClockSync:
@@ -74,46 +88,80 @@ class ClockSync:
 class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
-    def __init__(
-        self, client: redis.Redis, keys: Keys, *, quota: float, patience: float, clock: Clock
-    ) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait a permit is worth."""
-        self._clock = clock
+        self._clock, self._patience = clock, patience
         self._keys = [keys.rate]
         self._reserve = scripts.load(client, "reserve")
         self._pause = scripts.load(client, "pause")
         # Rounded up, so that rounding never adds a permit.
-        self._interval_us = math.ceil(1e6 / quota * SPACING)
-        self._patience_us = round(patience * 1e6)
+        #: What the last permit was made for.
+        self._limit = quota
+        self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
         self._sync = ClockSync()
         self._lock = threading.Lock()
-        self._epoch = 0
 
     def reserve(self, *, now_us: int | None = None) -> Permit | None:
         """Reserve the next slot; None when none is free within the caller's patience."""
-        epoch = self._epoch
+        granted = self._ask(0, now_us)
+        return granted if isinstance(granted, Permit) else None
+
+    def reserve_isolating(self) -> Permit | None:
+        """Reserve a slot for a call that isolates bad users: a tenth of all while good work waits.
+
+        None when there is none in good time: threads that wait here deliver nothing else meanwhile.
+        """
+        give_up_at = self._clock.monotonic() + max(ISOLATING_PATIENCE, 15 / self._limit)
+        while (granted := self._ask(1, None)) is not None and not isinstance(granted, Permit):
+            if self._clock.monotonic() + granted > give_up_at:
+                return None
+            self._clock.sleep(granted)
+        return granted
+
+    def _ask(self, isolating: int, now_us: int | None) -> Permit | float | None:
+        """A permit, or the seconds until asking again is worth while; None when Redis' clock jumped."""
         asked = self._clock.monotonic()
-        args = ("" if now_us is None else now_us, self._interval_us, self._patience_us)
-        granted, wait_us, answered_us = self._reserve(self._keys, args)
+        args = ("" if now_us is None else now_us, *self._slots, isolating, _us(DWELL))
+        granted, wait_us, answered_us, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
         with self._lock:
             steady = self._sync.observe(asked, answered_us / 1e6, heard)
             due = self._sync.local((answered_us + wait_us) / 1e6)
         if not steady:
             # The slots of before and after the jump overlap. All of before pass within one patience.
-            self.pause(self._patience_us / 1e6, "the clock of Redis jumped")
+            self.pause(self._patience, "the clock of Redis jumped")
             return None
-        return Permit(due, epoch) if granted else None
+        if not granted:
+            return max(float(wait_us) / 1e6, 0.001)
+        permit = Permit(due, *made_for)
+        self._limit = permit.limit
+        return permit
 
     def redeem(self, permit: Permit) -> bool:
-        """Wait for the slot; False when it was missed, or a pause began since it was reserved."""
+        """Wait for the slot; False when it was missed."""
         self._clock.sleep(permit.due - self._clock.monotonic())
-        return permit.epoch == self._epoch and self._clock.monotonic() <= permit.due + GRACE
+        return self._clock.monotonic() <= permit.due + GRACE
 
     def pause(
-        self, seconds: float, reason: str, code: int | None = None, *, now_us: int | None = None
-    ) -> None:
-        """Let nobody in the fleet reserve a slot for a while; permits held by this process lapse."""
-        self._epoch += 1
-        args = ("" if now_us is None else now_us, round(seconds * 1e6), reason, "" if code is None else code)
-        self._pause(self._keys, args)
+        self,
+        seconds: float,
+        reason: str,
+        code: int | None = None,
+        *,
+        refused: Permit | None = None,
+        now_us: int | None = None,
+    ) -> bool:
+        """Let nobody in the fleet reserve a slot for a while; all permits lapse. Whether it was news.
+
+        `refused` is the permit of a call that the API refused for its frequency: the limit drops below
+        the one that it was made for.
+        """
+        now, permit_epoch = "" if now_us is None else now_us, "" if refused is None else refused.epoch
+        limit = refused.limit if refused else 0
+        bounds = (_us(DWELL), _us(SHORTEST_HOLD), _us(LONGEST_HOLD))
+        args = (now, _us(seconds), reason, "" if code is None else code, permit_epoch, limit, *bounds)
+        return bool(self._pause(self._keys, args))
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)

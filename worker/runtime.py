@@ -17,6 +17,7 @@ from worker.config import Settings
 from worker.delivery import Delivery
 from worker.keys import Keys
 from worker.line import Line
+from worker.names import AttributeNames
 from worker.policy import Policy
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
@@ -51,23 +52,39 @@ def build_buffer(settings: Settings, client: redis.Redis) -> Buffer:
     )
 
 
-def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
-    clock = SystemClock()
+def build_client(settings: Settings) -> Client:
+    signer = Signer(lambda: _secret_key(settings), settings.admin, settings.sdkappid)
+    return Client(
+        settings.base_url,
+        signer,
+        sdkappid=settings.sdkappid,
+        identifier=settings.admin,
+        api=settings.api,
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+    )
+
+
+def _secret_key(settings: Settings) -> str:
+    """The key as it is now: a key in a file may have been rotated since the start."""
+    key = settings.current_key().reveal()
+    logs.protect(key)
+    return key
+
+
+def build_limiter(settings: Settings, client: redis.Redis) -> RateLimiter:
     keys = Keys(settings.sdkappid)
-    signer = Signer(settings.secret_key.reveal(), settings.admin, settings.sdkappid)
+    return RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=SystemClock())
+
+
+def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
+    clock, keys = SystemClock(), Keys(settings.sdkappid)
     return Delivery(
         build_buffer(settings, client),
-        RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=clock),
+        build_limiter(settings, client),
         Line(client, keys),
-        Client(
-            settings.base_url,
-            signer,
-            sdkappid=settings.sdkappid,
-            identifier=settings.admin,
-            api=settings.api,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-        ),
+        AttributeNames(client, keys, clock),
+        build_client(settings),
         Policy(
             max_attempts=settings.max_attempts,
             backoff_base=settings.backoff_base,
@@ -78,6 +95,7 @@ def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
         clock,
         batch_size=settings.batch_size,
         lease=settings.lease,
+        quota=settings.quota,
         stopping=stopping.is_set,
     )
 

@@ -15,12 +15,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Seconds a signature is valid: the least the documents recommend, so a leaked one soon is worthless.
 VALIDITY = 86_400
 #: The part of its life after which a signature is made anew.
 RENEW_AFTER = 0.8
+#: Seconds by which a time of signing that the fleet shares may be ahead of this machine's clock.
+CLOCK_SKEW = 60
 
 _TO_URL = str.maketrans("+/=", "*-_")
 _FROM_URL = str.maketrans("*-_", "+/=")
@@ -65,30 +67,48 @@ def decode(usersig: str) -> dict[str, Any]:
     return document
 
 
+class UserSig(NamedTuple):
+    """A UserSig and the time at which it was made, seconds since 1970."""
+
+    text: str
+    issued: int
+
+
 class Signer:
     """Keeps one valid UserSig and makes a new one at 80 % of its life. Thread-safe."""
 
     def __init__(
-        self, key: str, identifier: str, sdkappid: int, *, now: Callable[[], float] = time.time
+        self, key: Callable[[], str], identifier: str, sdkappid: int, *, now: Callable[[], float] = time.time
     ) -> None:
-        self._key, self._identifier, self._sdkappid, self._now = (key, identifier, sdkappid, now)
+        """`key` gives the secret key; it is asked anew for each signature, so that a key can be rotated."""
+        self._key, self._identifier, self._sdkappid, self._now = key, identifier, sdkappid, now
         self._lock = threading.Lock()
-        self._usersig, self._issued = "", 0
+        self._current = UserSig("", 0)
 
     def __repr__(self) -> str:
         return f"Signer({self._identifier!r}, {self._sdkappid})"
 
-    def usersig(self) -> str:
+    def current(self) -> UserSig:
         """A UserSig that stays valid for at least a fifth of `VALIDITY`."""
         now = int(self._now())
         with self._lock:
             # A clock that was set back makes the signature one from the future: make it anew, too.
-            if not self._usersig or not 0 <= now - self._issued < VALIDITY * RENEW_AFTER:
-                self._usersig = sign(self._key, self._identifier, self._sdkappid, now)
-                self._issued = now
-            return self._usersig
+            age = now - self._current.issued
+            if not self._current.text or not -CLOCK_SKEW <= age < VALIDITY * RENEW_AFTER:
+                self._sign(now)
+            return self._current
 
-    def forget(self) -> None:
-        """Sign again at the next call."""
+    def sign_again(self) -> None:
+        """Make a new UserSig now."""
         with self._lock:
-            self._usersig = ""
+            self._sign(int(self._now()))
+
+    def adopt(self, issued: int) -> None:
+        """Make the UserSig of that time (seconds since 1970), unless the current one is as new."""
+        with self._lock:
+            if self._current.issued < issued:
+                self._sign(issued)
+
+    def _sign(self, issued: int) -> None:
+        text = sign(self._key(), self._identifier, self._sdkappid, issued)
+        self._current = UserSig(text, issued)

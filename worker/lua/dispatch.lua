@@ -2,8 +2,9 @@
 Stay or become the acting dispatcher, and issue as many tickets as there are batches to send.
 
 Wanted are the full batches, plus one for the rest once its oldest user has lingered or a delayed user
-is due; of those, the tickets still outstanding are subtracted. Nothing is issued during a pause, and
-while the line is stopped only one ticket when a probe is due.
+is due; of those, the tickets still outstanding are subtracted. Nothing is issued during a pause, no more
+than the calls of a second while the rate is below the quota, and while the line is stopped only one
+ticket when a probe is due.
 
 KEYS[1]  string, dispatcher: the acting worker's name
 KEYS[2]  zset, tickets
@@ -34,11 +35,12 @@ if acting and acting ~= me then
 end
 redis.call('SET', KEYS[1], me, 'PX', term)
 
-local rate = redis.call('HMGET', KEYS[6], 'paused_at', 'paused_until')
+local rate = redis.call('HMGET', KEYS[6], 'paused_at', 'paused_until', 'limit')
 local paused_at, paused_until = (tonumber(rate[1]) or 0) / 1000, (tonumber(rate[2]) or 0) / 1000
 if paused_at <= now + 1 and paused_until > now then
   return { 1, 0, math.ceil(paused_until - now) }
 end
+most = math.min(most, math.max(2, tonumber(rate[3]) or most))
 
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ticket_ttl)
 -- A ticket from the future is one from before the clock was set back: it would never grow old.

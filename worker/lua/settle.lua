@@ -5,7 +5,11 @@ Only users that the batch still holds are touched, so a batch whose lease was re
 settled before, changes nothing: the batch id is the fencing token. What comes back from flight is
 merged under anything newer that arrived meanwhile, and keeps the time of its first update.
 
-Outcomes: ["ack"], ["retry", delay ms], ["snooze", delay ms], ["dead_letter", code, message].
+A failure that may be the service's costs an attempt only once a call claimed after it has succeeded, and
+not when it belongs to an outage: until then the record has its time ("f").
+
+Outcomes: ["ack"], ["retry", delay ms, 1 = costs an attempt at once, else 0],
+["snooze", delay ms, 1 = must not share a call with others from now on, else 0], ["dead_letter", code, message].
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -19,16 +23,18 @@ KEYS[9]  zset, dead_at
 KEYS[10] hash, shadow: user -> record last delivered
 KEYS[11] zset, shadow_at
 KEYS[12] hash, ledger
+KEYS[13] hash, health
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id
 ARGV[3]  JSON object: user -> outcome
 ARGV[4]  JSON outcome for the rest, or null to leave them in flight
 ARGV[5]  how long delivered values are remembered, ms; 0 = not at all
 ARGV[6]  how many users are remembered at most
+ARGV[7]  ms at which the batch was claimed, 0 = unknown
 Returns  the number of users settled, or -1 when the batch is not held any more
 ]]
 local now, batch, outcomes, rest = tonumber(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
-local shadow_ttl, shadow_max = tonumber(ARGV[5]), tonumber(ARGV[6])
+local shadow_ttl, shadow_max, claimed = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local time = not now and redis.call('TIME')
 now = now or time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -49,6 +55,8 @@ local flight = redis.call('HMGET', KEYS[5], unpack(users))
 local pending = redis.call('HMGET', KEYS[1], unpack(users))
 local shadow = shadow_ttl > 0 and redis.call('HMGET', KEYS[10], unpack(users)) or {}
 redis.call('HDEL', KEYS[5], unpack(users))
+local health = redis.call('HMGET', KEYS[13], 'ok_at', 'calm_at')
+local ok_at, calm_at = tonumber(health[1]) or 0, tonumber(health[2]) or 0
 local counts = { delivered = 0, coalesced = 0, dead_lettered = 0 }
 
 local function count(counter)
@@ -123,7 +131,13 @@ for i, user in ipairs(users) do
     bury(user, cjson.decode(flight[i]), newer, outcome[2], outcome[3])
   else
     local record = cjson.decode(flight[i])
-    record.n = verb == 'retry' and (record.n or 0) + 1 or record.n
+    if verb == 'retry' then
+      local cost = outcome[3] + (record.f and calm_at < record.f and record.f < ok_at and 1 or 0)
+      record.n = (record.n or cost > 0) and (record.n or 0) + cost or nil
+      record.f = outcome[3] == 0 and now or nil
+    elseif outcome[3] == 1 then
+      record.s = 1
+    end
     put_back(user, record, newer, outcome[2])
     newer = nil
   end
@@ -137,6 +151,9 @@ if #left > 0 then
 else
   redis.call('HDEL', KEYS[6], batch)
   redis.call('ZREM', KEYS[7], batch)
+end
+if counts.delivered > 0 and claimed > 0 then
+  redis.call('HSET', KEYS[13], 'ok_at', claimed, 'failures', 0)
 end
 for counter, number in pairs(counts) do
   if number > 0 then

@@ -1,0 +1,236 @@
+"""A whole fleet in virtual time: real scripts, real dispatcher, real delivery, the API's rules; no waiting.
+
+Only three things are not the product's own: the clock, the network (a call goes straight to the simulator's
+`Api`, and takes as long as the scenario says), and the broker (tickets wait in a list).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import redis
+import requests
+
+from tests.conftest import SECRET_KEY, new_keys
+from tests.virtual import World, scripts_on
+from worker.buffer import Buffer, Snapshot
+from worker.client import Client, Failure, NoReply, Reply, _this_thread, read_reply
+from worker.deadletters import DeadLetters
+from worker.delivery import Delivery, Summary
+from worker.dispatch import Dispatcher
+from worker.line import Line, LineState
+from worker.models import Attributes, BatchId, Update
+from worker.names import AttributeNames
+from worker.policy import Policy
+from worker.ratelimit import RateLimiter
+from worker.simulator import Api, Quirks
+from worker.usersig import Signer
+
+Answer = Reply | NoReply
+
+#: What the network or the service does to a request instead of answering by the rules; None = nothing.
+Trouble = Callable[["Request"], Answer | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call as it arrives."""
+
+    at: float
+    command: str
+    body: dict[str, Any]
+
+    @property
+    def users(self) -> list[str]:
+        return [entry["To_Account"] for entry in self.body.get("UserAttrs", [])]
+
+
+class StraightClient(Client):
+    """The client, with the simulator's rules in place of the network."""
+
+    def __init__(self, fleet: Fleet, key: Callable[[], str]) -> None:
+        sdkappid = fleet.api.sdkappid
+        signer = Signer(key, "administrator", sdkappid, now=fleet.world.wall)
+        super().__init__("http://api", signer, sdkappid=sdkappid, identifier="administrator")
+        self._fleet = fleet
+
+    def _exchange(self, session: requests.Session, request: requests.PreparedRequest) -> Answer:
+        _this_thread.gate()
+        return self._fleet.exchange(str(request.url), request.body or b"")
+
+
+@dataclass
+class Fleet:
+    """Worker processes that share an app, and the API they call."""
+
+    redis: redis.Redis
+    world: World
+    api: Api
+    buffer: Buffer
+    line: Line
+    letters: DeadLetters
+    names: AttributeNames
+    latency: float = 0.05
+    #: The secret key that the workers have; changing it is like changing the file it is in.
+    key: str = SECRET_KEY
+    trouble: Trouble = lambda _: None
+    summaries: list[Summary] = field(default_factory=list)
+    tickets: list[BatchId] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    #: The answers that were errors, by the request they answer.
+    errors: list[tuple[Request, int]] = field(default_factory=list)
+    #: What the line was, each time it became something else.
+    history: list[LineState] = field(default_factory=list)
+
+    def exchange(self, url: str, body: bytes | str) -> Answer:
+        """One call over the network that is not there."""
+        now, parts = self.world.monotonic(), urlsplit(url)
+        request = Request(now, parts.path.rpartition("/")[2], json.loads(body))
+        self.requests.append(request)
+        self.api.arrivals.arrive(now)
+        self.api.counts.requests += 1
+        answer = self.trouble(request)
+        if answer is None:
+            query = dict(parse_qsl(parts.query))
+            reply = self.api.handle(
+                parts.path, query, body if isinstance(body, bytes) else body.encode(), now
+            )
+            answer = read_reply(json.dumps(reply).encode())
+        if isinstance(answer, Reply) and answer.code:
+            self.errors.append((request, answer.code))
+        slow = isinstance(answer, NoReply) and answer.failure is Failure.TIMEOUT
+        self.world.sleep(13.0 if slow else self.latency)
+        return answer
+
+    def start_worker(self, number: int, threads: int, **options: Any) -> None:
+        """One process: a delivery loop for each thread, and a dispatcher."""
+        client = StraightClient(self, lambda: self.key)
+        delivery = self._delivery(client, number, **options)
+        for _ in range(threads):
+            self.world.spawn(lambda: self._deliver_for_ever(delivery))
+        dispatcher = Dispatcher(
+            self.buffer, self._publish, worker=f"w{number}", batch_size=100, linger=0.25, quota=100
+        )
+        self.world.spawn(lambda: self._dispatch_for_ever(dispatcher))
+
+    def _delivery(self, client: Client, number: int, **options: Any) -> Delivery:
+        keys = self.buffer._keys
+        limits = {"max_attempts": 8, "backoff_base": 1, "backoff_max": 300, "hold": 5} | options
+        return Delivery(
+            self.buffer,
+            RateLimiter(self.redis, keys, quota=100, patience=2.0, clock=self.world),
+            self.line,
+            self.names,
+            client,
+            Policy(**limits, rng=random.Random(number)),
+            self.world,
+            batch_size=100,
+            lease=60,
+            quota=100,
+        )
+
+    def _deliver_for_ever(self, delivery: Delivery) -> None:
+        while True:
+            while not self.tickets:
+                self.world.park()
+            self.summaries.append(delivery.deliver(self.tickets.pop(0)))
+            if self.summaries[-1].outcome == "stopped":
+                self.history.append(self.line.read())
+
+    def _dispatch_for_ever(self, dispatcher: Dispatcher) -> None:
+        while True:
+            self.world.sleep(dispatcher.turn())
+
+    def _publish(self, ticket: BatchId) -> None:
+        self.tickets.append(ticket)
+        self.world.unpark()
+
+    # What scenarios do and ask.
+
+    def add(self, users: Iterable[str], attrs: Attributes | None = None) -> None:
+        """Accept one update for each user."""
+        updates = [Update(user, attrs or {"city": "Paris"}) for user in users]
+        for first in range(0, len(updates), 500):
+            self.buffer.add(updates[first : first + 500])
+
+    def wait(self, seconds: float) -> None:
+        self.world.sleep(seconds)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float, *, step: float = 0.05) -> float:
+        """Let time pass until it is so; returns how long it took, and fails after `seconds`."""
+        start = self.world.monotonic()
+        while not condition():
+            assert self.world.monotonic() - start < seconds, "it did not happen in time"
+            self.world.sleep(step)
+        return self.world.monotonic() - start
+
+    def snapshot(self) -> Snapshot:
+        return self.buffer.snapshot()
+
+    def drained(self) -> bool:
+        snapshot = self.snapshot()
+        return not snapshot.pending and not snapshot.in_flight
+
+    def calls(self, command: str = "im_set_attr", since: float = 0.0, until: float = 1e12) -> int:
+        """How many calls arrived in a stretch of time."""
+        return sum(r.command == command and since <= r.at < until for r in self.requests)
+
+    def refusals(self, code: int) -> list[Request]:
+        """The calls answered with this code."""
+        return [request for request, found in self.errors if found == code]
+
+    def stopped_for(self) -> list[str]:
+        """Why the line was stopped, each reason once."""
+        return list(dict.fromkeys(state.reason for state in self.history if state.reason))
+
+    def attempts_used(self) -> int:
+        """Most attempts that any user had used up when it was sent again."""
+        return max((summary.attempt - 1 for summary in self.summaries if summary.users), default=0)
+
+    def dead(self) -> set[str]:
+        return {letter.user for letter in self.letters.find()}
+
+
+@contextmanager
+def fleet(
+    client: redis.Redis,
+    *,
+    seed: int = 1,
+    workers: int = 2,
+    threads: int = 8,
+    names: tuple[str, ...] = ("city",),
+) -> Iterator[Fleet]:
+    """A fleet that runs until the end of the block; afterwards everything it holds must be in order."""
+    world, keys = World(seed), new_keys()
+    with scripts_on(world.us):
+        api = Api(keys.sdkappid, SECRET_KEY, names=names, quirks=Quirks(), wall=world.wall)
+        buffer = Buffer(client, keys, shadow_ttl=10**6)
+        running = Fleet(
+            client,
+            world,
+            api,
+            buffer,
+            Line(client, keys),
+            DeadLetters(client, keys),
+            AttributeNames(client, keys, world),
+        )
+        for number in range(workers):
+            running.start_worker(number, threads)
+        try:
+            yield running
+            check(running)
+        finally:
+            world.end()
+
+
+def check(running: Fleet) -> None:
+    """What holds whatever happens: the ledger balances, the quota is kept, calls are well formed."""
+    assert running.snapshot().balanced
+    assert running.api.arrivals.worst <= 100
+    assert running.api.counts.oversized == running.api.counts.repeated_users == 0
