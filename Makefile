@@ -21,7 +21,8 @@ check: $(STAMP) ## What must be green before a commit: format, lint, types, test
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --cov worker --cov-branch --cov-report=
+	$(BIN)/coverage report --include 'worker/delivery.py,worker/policy.py' --fail-under 95
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format $(SOURCES)
@@ -32,6 +33,9 @@ scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time, and 
 
 bench: $(STAMP) ## Measure what the README claims (about five minutes)
 	$(BIN)/python -m tests.bench
+
+docs: $(STAMP) ## Write the pages of docs/ that are made from the code
+	$(BIN)/python -m tests.docs
 
 lock: ## Choose the newest allowed versions again (needs uv)
 	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
@@ -56,4 +60,4 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	fi
 	@touch $@
 
-.PHONY: help run test setup check format scenarios bench lock clean
+.PHONY: help run test setup check format docs scenarios bench lock clean

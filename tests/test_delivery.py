@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,9 @@ class ScriptedClient(Client):
     def attribute_names(self, gate: Gate) -> Answer:
         gate()
         return self.names
+
+    def remove(self, body: bytes, gate: Gate) -> Answer:
+        return self.send(body, gate)
 
     def send(self, body: bytes, gate: Gate) -> Answer:
         gate()
@@ -749,6 +753,211 @@ def test_even_the_last_attempt_waits_until_the_old_call_can_land_no_more(client:
     assert loop.clock.now - before >= 5
 
 
+def test_an_unknown_code_isolates_only_those_whose_attempts_are_used_up(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(12345) if "user000" in users else OK)
+    loop.deliver(["user000"])
+    loop.make_due()
+    loop.deliver()
+    loop.make_due()
+
+    # Its third and last attempt: with the fresh ones it is in the batch, but not in their call.
+    summary = loop.deliver(some(3))
+
+    assert set(loop.dead()) == {"user000"}
+    assert (summary.acked, summary.dead_lettered) == (2, 1)
+
+
+def test_of_one_call_those_with_attempts_left_are_retried_and_the_others_isolated(
+    client: redis.Redis,
+) -> None:
+    loop = Loop(client, lambda users: Reply(12345), max_attempts=2)
+    loop.deliver(["user000"])
+    loop.make_due()
+    loop.client._api = lambda users: OK if users == ["user000"] else Reply(12345)
+
+    summary = loop.deliver(some(3))
+
+    assert (summary.retried, summary.acked, summary.calls) == (2, 1, 2)
+
+
+def test_a_probe_with_an_unknown_code_leaves_the_line_stopped_and_costs_nothing(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(60020))
+    loop.deliver(["ann"])
+    loop.client._api = lambda users: Reply(12345)
+
+    for _ in range(5):
+        assert loop.probe().outcome == "stopped"
+
+    assert not loop.dead()
+    assert loop.line.read().failed_probes == 5
+
+
+def test_a_probe_of_bad_data_that_is_refused_as_a_whole_leaves_the_line_stopped(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(70107))
+    loop.deliver(some(100))
+    reason = loop.line.read().reason
+
+    summary = loop.probe()
+
+    assert (summary.outcome, summary.calls, summary.snoozed) == ("stopped", 1, 100)
+    assert loop.line.read().reason == reason
+
+
+def test_slots_missed_again_and_again_put_the_batch_back(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: OK)
+    loop.limiter.redeem = lambda permit: False  # type: ignore[method-assign]
+
+    summary = loop.deliver(["ann"])
+
+    assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 1, 0)
+
+
+def lose(loop: Loop) -> None:
+    """Let somebody else take over whatever this worker holds."""
+    loop.clock.now += 3600
+    while loop.buffer.reclaim():
+        pass
+
+
+def test_a_batch_lost_while_the_answer_was_on_its_way_is_not_settled(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: OK)
+
+    def slow(users: list[str]) -> Answer:
+        lose(loop)
+        return OK
+
+    loop.client._api = slow
+
+    assert loop.deliver(["ann"]).outcome == "fenced"
+    assert loop.buffer.snapshot().live == 1
+
+
+def test_a_batch_lost_in_the_middle_of_halving_sends_nothing_more(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: OK)
+
+    def slow(users: list[str]) -> Answer:
+        lose(loop)
+        return Reply(70107)
+
+    loop.client._api = slow
+
+    assert loop.deliver(some(10)).outcome == "fenced"
+    assert len(loop.client.calls) == 1
+
+
+def test_an_error_of_redis_on_the_way_leaves_the_batch_to_its_lease(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(client, lambda users: OK)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(loop.buffer, "settle", unreachable)
+
+    with pytest.raises(redis.ConnectionError):
+        loop.deliver(["ann"])
+    assert loop.buffer.snapshot().in_flight == 1
+
+
+def test_a_second_pause_for_the_same_refusal_is_not_told_again(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: Reply(60007))
+    loop.limiter.pause = lambda *_, **__: False  # type: ignore[method-assign]
+
+    with structlog.testing.capture_logs() as lines:
+        assert loop.deliver(["ann"]).outcome == "rate_limited"
+
+    assert [line["event"] for line in lines] == ["batch_settled"]
+
+
+def removing(client: redis.Redis, api: Api) -> Loop:
+    """A loop in which ann sets and removes, bob only sets, and eve only removes."""
+    loop = Loop(client, api)
+    loop.names.set(["city", "level"])
+    loop.buffer.add(
+        [
+            Update("ann", {"city": "Paris", "level": None}),
+            Update("bob", {"city": "Oslo"}),
+            Update("eve", {"level": None}),
+        ]
+    )
+    return loop
+
+
+def test_what_is_removed_goes_out_after_what_is_set_in_a_call_of_its_own(client: redis.Redis) -> None:
+    loop = removing(client, lambda users: OK)
+
+    summary = loop.deliver()
+
+    assert [body["UserAttrs"] for body in loop.client.bodies] == [
+        [{"To_Account": "ann", "Attrs": {"city": "Paris"}}, {"To_Account": "bob", "Attrs": {"city": "Oslo"}}],
+        [{"To_Account": "ann", "Attrs": ["level"]}, {"To_Account": "eve", "Attrs": ["level"]}],
+    ]
+    assert (summary.outcome, summary.acked, summary.calls) == ("delivered", 3, 2)
+    assert loop.buffer.snapshot().balanced
+
+
+def test_a_removal_repeated_is_unchanged_and_a_new_value_ends_it(client: redis.Redis) -> None:
+    loop = removing(client, lambda users: OK)
+    loop.deliver()
+
+    again = loop.buffer.add([Update("eve", {"level": None}), Update("ann", {"city": "Paris", "level": None})])
+    anew = loop.buffer.add([Update("eve", {"level": "Gold"})])
+
+    assert (again.unchanged, anew.unchanged) == (2, 0)
+    loop.deliver()
+    assert loop.client.bodies[-1]["UserAttrs"] == [{"To_Account": "eve", "Attrs": {"level": "Gold"}}]
+
+
+def test_the_newest_of_set_and_remove_wins(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: OK)
+    loop.buffer.add([Update("ann", {"city": None}), Update("bob", {"city": "Paris"})])
+    loop.buffer.add([Update("ann", {"city": "Oslo"}), Update("bob", {"city": None})])
+
+    loop.deliver()
+
+    sent = [body["UserAttrs"] for body in loop.client.bodies]
+    assert sent == [
+        [{"To_Account": "ann", "Attrs": {"city": "Oslo"}}],
+        [{"To_Account": "bob", "Attrs": ["city"]}],
+    ]
+
+
+def test_who_fails_in_the_first_call_is_not_in_the_second(client: redis.Redis) -> None:
+    calls = iter([Reply(91000), OK])
+    loop = removing(client, lambda users: next(calls))
+
+    summary = loop.deliver()
+
+    assert loop.client.calls == [["ann", "bob"], ["eve"]]
+    assert (summary.retried, summary.acked) == (2, 1)
+
+
+def test_who_fails_in_the_second_call_is_sent_again_as_a_whole(client: redis.Redis) -> None:
+    calls = iter([OK, Reply(91000), OK, OK])
+    loop = removing(client, lambda users: next(calls))
+    assert loop.deliver().acked == 1
+
+    loop.make_due()
+    loop.deliver()
+
+    assert loop.client.calls == [["ann", "bob"], ["ann", "eve"], ["ann"], ["ann", "eve"]]
+    assert loop.buffer.snapshot().ledger["delivered"] == 3
+
+
+@pytest.mark.parametrize("culprit", ["ann", "bob", "eve"])
+def test_a_culprit_is_found_among_those_who_set_and_those_who_remove(
+    client: redis.Redis, culprit: str
+) -> None:
+    loop = removing(client, lambda users: Reply(70107) if culprit in users else OK)
+
+    loop.deliver()
+
+    assert set(loop.dead()) == {culprit}
+    assert loop.buffer.snapshot().ledger["delivered"] == 2
+    assert loop.buffer.snapshot().balanced
+
+
 def nothing_crosses_an_unknown_outcome(history: list[tuple[list[str], float, Answer]]) -> bool:
     """Whether nobody was sent again while a call without an answer could still be applied."""
     unknown: dict[str, float] = {}
@@ -781,11 +990,14 @@ def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
     remaining = iter(script)
     loop = Loop(client, lambda users: next(remaining, OK), max_attempts=max_attempts)
     loop.add(some(size))
+    loop.buffer.add([Update(user, {"city": None}) for user in some(size)[::3]])
+    loop.buffer.add([Update(user, {"level": "Gold"}) for user in some(size)[::6]])
 
     for _ in range(4):
         loop.make_due()
         loop.client.history.clear()
-        summary = loop.deliver()
+        stopped = loop.line.read().state == "stopped"
+        summary = loop.probe() if stopped and loop.buffer.snapshot().pending else loop.deliver()
         assert nothing_crosses_an_unknown_outcome(loop.client.history)
         settled = summary.acked + summary.retried + summary.snoozed + summary.dead_lettered
         assert settled == summary.users

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import docs
 from worker.client import UNNUMBERED, Failure, NoReply, Reply
 from worker.models import Claimed, DeadLettered, Outcome, Retried, Snoozed
 from worker.policy import (
@@ -192,3 +193,7 @@ def test_attempts_are_bounded(attempts: int, most: int | None, spent: bool) -> N
 def test_a_dead_letter_is_in_plain_words_and_bounded() -> None:
     assert bury(90033, "").message.startswith("an attribute is invalid")
     assert len(bury(90033, "x" * 10_000).message) < 400
+
+
+def test_the_page_on_error_codes_is_what_the_table_says() -> None:
+    assert docs.ERROR_CODES.read_text(encoding="utf-8") == docs.error_codes(), "run make docs"

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
+from tests.virtual import EPOCH_US, scripts_on
 from worker import scripts
 from worker.buffer import Buffer
+from worker.embedded import EmbeddedServer
 from worker.keys import Keys
 from worker.models import Update
-from worker.ratelimit import DWELL, GRACE, ClockSync, Permit, RateLimiter
+from worker.ratelimit import DWELL, GRACE, ISOLATING_PATIENCE, ClockSync, Permit, RateLimiter
 
 START = 1_700_000_000_000_000
 INTERVAL = 10_200
@@ -210,3 +212,173 @@ def test_a_jump_is_noticed_at_the_first_answer(
 
     assert not sync.observe(now, now + 0.001 + moved, now + 0.002)
     assert sync.observe(now + 1, now + 1.001 + moved, now + 1.002), "and it is measured anew"
+
+
+class Service:
+    """An API that grants `quota` calls in every rolling second, and greedy callers of it.
+
+    Time is the server's, given to the scripts; a refusal is known a reply's time later.
+    """
+
+    LATENCY = 50_000
+
+    def __init__(self, client: redis.Redis, keys: Keys, quota: int, configured: int = 100) -> None:
+        self.redis, self.quota, self.now = client, quota, START
+        self.reserve, self.key = scripts.load(client, "reserve"), keys.rate
+        self.limiter = RateLimiter(client, keys, quota=configured, patience=2.0, clock=ManualClock())
+        self.slots = (configured, -(-1_020_000 // configured), PATIENCE)
+        self.arrived: list[int] = []
+        self.refused: list[int] = []
+
+    def run(self, seconds: float) -> None:
+        """Let callers take every slot for so long."""
+        until, answers = self.now + round(seconds * 1e6), list[tuple[int, Permit]]()
+        while self.now < until:
+            while answers and answers[0][0] <= self.now:
+                answered, refused = answers.pop(0)
+                self.limiter.pause(1.0, "too many", 60007, refused=refused, now_us=answered)
+            granted, wait, _, *made_for = self.reserve([self.key], (self.now, *self.slots, 0, DWELL_US))
+            if not granted:
+                self.now += max(wait, 1000)
+                continue
+            self.now += wait
+            if made_for[0] != int(self.redis.hget(self.key, "epoch") or 0):
+                continue
+            self.arrived.append(self.now)
+            if sum(self.now - 1_000_000 < at for at in self.arrived[-200:]) > self.quota:
+                self.refused.append(self.now)
+                answers.append((self.now + self.LATENCY, Permit(0.0, *made_for)))
+
+    def rate(self, seconds: float) -> float:
+        """Calls a second lately."""
+        return sum(self.now - seconds * 1e6 < at for at in self.arrived) / seconds
+
+
+@pytest.mark.parametrize("granted", [50, 10, 97, 73])
+def test_the_rate_settles_closely_below_what_is_granted_and_stays(
+    client: redis.Redis, keys: Keys, granted: int
+) -> None:
+    service = Service(client, keys, granted)
+
+    service.run(30)
+    refused = len(service.refused)
+    service.run(30)
+
+    assert 0.95 * granted <= service.rate(20) <= granted
+    assert len(service.refused) - refused <= 5
+
+
+def test_the_rate_climbs_back_when_more_is_granted_again(client: redis.Redis, keys: Keys) -> None:
+    service = Service(client, keys, 30)
+    service.run(30)
+
+    service.quota = 100
+    service.run(150)
+
+    assert service.rate(5) > 97
+    assert client.hget(keys.rate, "limit") is None, "nothing is left of it"
+
+
+def test_a_single_refusal_costs_little(client: redis.Redis, keys: Keys) -> None:
+    service = Service(client, keys, 100)
+    service.run(2)
+    service.quota = 20
+    service.run(0.02)
+    service.quota = 100
+    service.run(12)
+
+    assert service.rate(3) > 95
+
+
+def test_a_limit_that_nobody_uses_up_does_not_climb(client: redis.Redis, keys: Keys) -> None:
+    script, now = scripts.load(client, "reserve"), START
+    client.hset(keys.rate, mapping={"limit": 20, "step": 10, "granted": 0, "climb_at": START})
+
+    for _ in range(15):
+        now += 1_000_000
+        script([keys.rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
+
+    assert client.hget(keys.rate, "limit") == b"20", "a call a second proves nothing about thirty"
+
+
+def test_only_the_first_refusal_of_an_epoch_lowers_the_limit(client: redis.Redis, keys: Keys) -> None:
+    pacing = limiter(client, keys, ManualClock())
+    refused = Permit(0.0, 0, 100)
+
+    news = [pacing.pause(1.0, "too many", 60007, refused=refused, now_us=START + n) for n in range(5)]
+
+    assert news == [True, False, False, False, False]
+    assert client.hget(keys.rate, "limit") == b"75"
+
+
+def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis.Redis, keys: Keys) -> None:
+    script, now = scripts.load(client, "reserve"), START
+    isolating, others = 0, 0
+    while now < START + 10_000_000:
+        # Others keep half a second of slots reserved.
+        while True:
+            granted = script([keys.rate], (now, 100, INTERVAL, 500_000, 0, DWELL_US))[0]
+            if not granted:
+                break
+            others += 1
+        granted, *_ = script([keys.rate], (now, 100, INTERVAL, PATIENCE, 1, DWELL_US))
+        isolating += granted
+        now += 5000
+
+    assert 0.07 <= isolating / (isolating + others) <= 0.1
+
+
+def test_calls_that_isolate_get_every_slot_while_nobody_waits(client: redis.Redis, keys: Keys) -> None:
+    script, now, granted = scripts.load(client, "reserve"), START, 0
+    for _ in range(50):
+        granted += script([keys.rate], (now, 100, INTERVAL, PATIENCE, 1, DWELL_US))[0]
+        now += 2 * INTERVAL
+
+    assert granted == 50
+
+
+def test_waiting_for_a_slot_to_isolate_is_bounded(
+    client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    pacing = limiter(client, keys, clock)
+    # Others are always faster.
+    monkeypatch.setattr(pacing, "_ask", lambda *_: 0.1)
+
+    assert pacing.reserve_isolating() is None
+    assert sum(clock.slept) == pytest.approx(ISOLATING_PATIENCE, abs=0.11)
+
+
+def test_a_slot_to_isolate_is_waited_for(client: redis.Redis, keys: Keys) -> None:
+    clock = ManualClock()
+    with scripts_on(lambda: EPOCH_US + round(clock.now * 1e6)):
+        pacing = limiter(client, keys, clock)
+    for _ in range(30):
+        pacing.reserve()
+
+    first, second = pacing.reserve_isolating(), pacing.reserve_isolating()
+
+    assert first is not None
+    assert second is not None
+    assert sum(clock.slept) > 0
+
+
+def test_a_program_of_ones_own_shares_the_slots(
+    server: EmbeddedServer, client: redis.Redis, keys: Keys
+) -> None:
+    own = RateLimiter.connect(server.url, keys.sdkappid)
+
+    assert own.acquire()
+
+    taken = int(client.hget(keys.rate, "next") or 0)
+    theirs = limiter(client, keys, ManualClock()).reserve(now_us=taken - INTERVAL)
+    assert int(client.hget(keys.rate, "next") or 0) == taken + INTERVAL
+    assert theirs is not None
+
+
+def test_without_a_slot_within_patience_nothing_is_acquired(
+    server: EmbeddedServer, client: redis.Redis, keys: Keys
+) -> None:
+    limiter(client, keys, ManualClock()).pause(60, "too many")
+
+    assert not RateLimiter.connect(server.url, keys.sdkappid).acquire()

@@ -41,6 +41,9 @@ from worker.models import (
 #: Most updates one `add` takes; bounds how long one script keeps Redis from others (about 5 ms).
 MAX_UPDATES_PER_ADD = 500
 
+#: As `max_pending` of `add`: only users who are pending or in flight.
+NOBODY_NEW = -1
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -148,7 +151,10 @@ class Buffer:
         max_pending: int = 0,
         now_ms: int | None = None,
     ) -> Added:
-        """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in their order."""
+        """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in their order.
+
+        `max_pending` is the most users that may be pending: 0 = no limit, or `NOBODY_NEW`.
+        """
         if not updates:
             return Added(0, 0, 0, 0, ())
         packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
@@ -279,7 +285,7 @@ class Buffer:
 
 
 def _claimed(user: bytes, record: dict[str, Any], calm_at: int, ok_at: int) -> Claimed:
-    attrs = {name: pair[0] for name, pair in record["a"].items()}
+    attrs = {name: pair[0] or None for name, pair in record["a"].items()}
     # A failure counts when others succeeded after it, unless it belongs to an outage that is over.
     attempts = record.get("n", 0) + (calm_at < record.get("f", 0) < ok_at)
     return Claimed(user.decode(), attrs, attempts, record["t"], "s" in record)

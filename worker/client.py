@@ -18,7 +18,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -232,8 +232,11 @@ class Client:
         return sum(self._timeouts)
 
     @staticmethod
-    def encode(users: Iterable[tuple[UserId, Attributes]]) -> bytes:
-        """The body of a call; kept apart from `send` so that it can be made before the slot comes."""
+    def encode(users: Iterable[tuple[UserId, Attributes | Sequence[str]]]) -> bytes:
+        """The body of a call; kept apart from `send` so that it can be made before the slot comes.
+
+        To set, each user has attributes; to remove, a list of names.
+        """
         return _encode({"UserAttrs": [{"To_Account": u, "Attrs": attrs} for u, attrs in users]}).encode()
 
     def sign_again(self) -> None:
@@ -251,6 +254,10 @@ class Client:
         byte is written. It waits until it is time to send, and what it raises passes through.
         """
         return self._call("set_attr", body, gate)
+
+    def remove(self, body: bytes, gate: Gate) -> Reply | NoReply:
+        """Remove attributes with one call (document 1047/37171), as `send` sets them."""
+        return self._call("remove_attr", body, gate)
 
     def attribute_names(self, gate: Gate) -> Reply | NoReply:
         """Ask for the app's attribute names (document 1047/37168)."""

@@ -102,7 +102,8 @@ def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         try:
             parts = urlsplit(value)
-            good = parts.scheme in schemes and (parts.scheme == "unix" or bool(parts.netloc))
+            labels = (parts.hostname or "").rstrip(".").split(".")
+            good = parts.scheme in schemes and (parts.scheme == "unix" or all(labels))
             parts.port  # noqa: B018  # a port that is none raises
         except ValueError:
             # Python's own words quote the URL, password and all.

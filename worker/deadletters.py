@@ -25,10 +25,10 @@ PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One dead letter. `values` is name -> (value, version); times are ms since 1970."""
+    """One dead letter. `values` is name -> (value or None, version); times are ms since 1970."""
 
     user: UserId
-    values: Mapping[str, tuple[str, int]]
+    values: Mapping[str, tuple[str | None, int]]
     code: int
     message: str
     attempts: int
@@ -128,7 +128,7 @@ class DeadLetters:
 
 def _letter(user: UserId, packed: bytes | str) -> Letter:
     raw = json.loads(packed)
-    values = {name: (value, version) for name, (value, version) in raw["a"].items()}
+    values = {name: (value or None, version) for name, (value, version) in raw["a"].items()}
     return Letter(user, values, raw["code"], raw["message"], raw["attempts"], raw["t"], raw["at"])
 
 

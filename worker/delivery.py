@@ -20,7 +20,8 @@ Whose fault is a failure? The answer decides, and what happens to others at the 
   permit of its own, a tenth of all at most while good work waits. Nobody is condemned before some call of
   the batch has succeeded: what is refused for all is not one user's fault, and stops the line.
 
-Users that are suspected travel apart from the others. Everything between claim and settle may fail or die
+Users that are suspected travel apart from the others. Attributes to be removed go out in a call of their own,
+after those to be set; a user who has both is delivered after the second. Everything between claim and settle may fail or die
 at any point: the lease then runs out and the users are reclaimed. A user is sent again rather than lost; a
 set is idempotent, and what is sent is the newest.
 
@@ -34,7 +35,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, assert_never
+from typing import NamedTuple, NoReturn, assert_never
 
 import redis
 import structlog
@@ -43,7 +44,18 @@ from worker.buffer import Buffer
 from worker.client import Client, NoReply, Reply
 from worker.clock import Clock
 from worker.line import DEAD_IN_A_ROW, OUTAGE_AFTER, Kind, Line
-from worker.models import Acked, Batch, BatchId, Claimed, DeadLettered, Outcome, Retried, Snoozed, UserId
+from worker.models import (
+    Acked,
+    Attributes,
+    Batch,
+    BatchId,
+    Claimed,
+    DeadLettered,
+    Outcome,
+    Retried,
+    Snoozed,
+    UserId,
+)
 from worker.names import AttributeNames
 from worker.policy import (
     Action,
@@ -106,6 +118,21 @@ class HandBack(Exception):
         self.outcome, self.delay = outcome, delay
 
 
+class _Part(NamedTuple):
+    """What goes into one call: the values of some users, or the names of what is to be removed."""
+
+    users: Sequence[Claimed]
+    removing: bool = False
+
+    def entries(self) -> Iterator[tuple[UserId, Attributes | Sequence[str]]]:
+        wanted = _to_remove if self.removing else _to_set
+        return ((user.user, wanted(user)) for user in self.users)
+
+    def finishes(self, user: Claimed) -> bool:
+        """Whether nothing of the user is left after this call."""
+        return self.removing or not _to_remove(user)
+
+
 @dataclass(slots=True)
 class _Work:
     """A claimed batch on its way."""
@@ -117,13 +144,15 @@ class _Work:
     #: The permit of the next call, then of the last one.
     permit: Permit
     #: Parts still to be sent, the last one first.
-    parts: list[Sequence[Claimed]]
+    parts: list[_Part]
     #: Whether the permit's slot is still to come.
     permit_fresh: bool = True
     #: Whether the parts are pieces of a request that was refused.
     isolating: bool = False
     #: Whether a call of this batch has succeeded.
     works: bool = False
+    #: Users that are done with, where some have a second call to come.
+    settled: set[UserId] = field(default_factory=set)
     #: Users refused alone while no call had succeeded.
     accused: dict[UserId, DeadLettered] = field(default_factory=dict)
     names_checked: bool = False
@@ -173,7 +202,7 @@ class Delivery:
         summary.users = len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
         summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
-        work = _Work(batch, summary, claimed_at + self._lease, permit, self._apart(batch))
+        work = _Work(batch, summary, claimed_at + self._lease, permit, self._parts(batch))
         with self._handing_back(work):
             self._send_parts(work)
             summary.outcome = summary.outcome or _outcome_of(summary)
@@ -182,13 +211,11 @@ class Delivery:
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
         return summary
 
-    def _apart(self, batch: Batch) -> list[Sequence[Claimed]]:
-        """Who goes into one call. A probe is one, whoever is in it."""
-        suspects = [user for user in batch.users if self._policy.suspects(user)]
-        if batch.probe or not suspects:
-            return [batch.users]
-        others = [user for user in batch.users if not self._policy.suspects(user)]
-        return [suspects, others] if others else [suspects]
+    def _parts(self, batch: Batch) -> list[_Part]:
+        """Who goes into one call, the last one first. Suspects are kept apart, except in a probe."""
+        suspects = [] if batch.probe else [user for user in batch.users if self._policy.suspects(user)]
+        others = [user for user in batch.users if user not in suspects] if suspects else batch.users
+        return [*_calls(suspects), *_calls(others)]
 
     @contextlib.contextmanager
     def _handing_back(self, work: _Work) -> Iterator[None]:
@@ -223,18 +250,24 @@ class Delivery:
         self._client.adopt_signature(work.batch.signed_at)
         while work.parts:
             part = work.parts.pop()
+            if work.settled or work.accused:
+                done = work.settled | work.accused.keys()
+                part = part._replace(users=[user for user in part.users if user.user not in done])
+            if not part.users:
+                continue
             answer = self._send(work, part)
             self._act(work, part, decide(answer), answer)
             if work.parts and self._stopping():
                 raise HandBack("handed_back")
         self._condemn(work, work.accused)
 
-    def _send(self, work: _Work, part: Sequence[Claimed]) -> Answer:
+    def _send(self, work: _Work, part: _Part) -> Answer:
         """Send one part in a slot of its own."""
-        if not work.permit_fresh and (work.isolating or self._policy.suspects(part[0])):
+        if not work.permit_fresh and (work.isolating or self._policy.suspects(part.users[0])):
             self._renew_permit(work, isolating=True)
-        body = self._client.encode((user.user, user.attrs) for user in part)
-        return self._client.send(body, lambda: self._pass_gate(work))
+        call = self._client.remove if part.removing else self._client.send
+        body = self._client.encode(part.entries())
+        return call(body, lambda: self._pass_gate(work))
 
     def _renew_permit(self, work: _Work, *, isolating: bool = False) -> None:
         """Reserve another slot, and look shortly before it whether the batch may still be sent."""
@@ -273,7 +306,7 @@ class Delivery:
 
     # Acting on the answer.
 
-    def _act(self, work: _Work, part: Sequence[Claimed], action: Action, answer: Answer) -> None:
+    def _act(self, work: _Work, part: _Part, action: Action, answer: Answer) -> None:
         """Carry out the action for one part, and settle or split it."""
         summary = work.summary
         if isinstance(answer, NoReply):
@@ -309,61 +342,64 @@ class Delivery:
         if self._line.reopen(work.batch.id, quota=self._quota, signed_at=signed_at):
             log.info("line_reopened", batch=work.batch.id)
 
-    def _deliver_part(self, work: _Work, part: Sequence[Claimed], answer: Answer) -> None:
+    def _deliver_part(self, work: _Work, part: _Part, answer: Answer) -> None:
         errors = answer.errors if isinstance(answer, Reply) else {}
         refused: dict[UserId, Outcome] = {
             user.user: self._policy.decide_user(errors[user.user].code, errors[user.user].info, user.attempts)
-            for user in part
+            for user in part.users
             if user.user in errors
         }
-        if strangers := errors.keys() - {user.user for user in part}:
+        if strangers := errors.keys() - {user.user for user in part.users}:
             log.warning("error_list_names_strangers", batch=work.batch.id, users=len(strangers))
         condemned = {user: end for user, end in refused.items() if isinstance(end, DeadLettered)}
-        if len(refused) < len(part):
+        if len(refused) < len(part.users):
             work.works = True
             if work.batch.probe == "data" and not condemned:
                 self._reopen(work, answer)
         spared = {user: end for user, end in refused.items() if user not in condemned}
-        acked: dict[UserId, Outcome] = {user.user: _ACKED for user in part if user.user not in refused}
+        acked: dict[UserId, Outcome] = {
+            user.user: _ACKED for user in part.users if user.user not in refused and part.finishes(user)
+        }
         self._settle(work, acked | spared)
         self._accuse(work, condemned)
 
-    def _again(self, work: _Work, part: Sequence[Claimed], action: Again, letter: DeadLettered) -> None:
+    def _again(self, work: _Work, part: _Part, action: Again, letter: DeadLettered) -> None:
         """The service failed, or somebody in the part makes it fail."""
         # Pieces of one batch fail for one reason: only its first call tells something about the service.
         in_a_row = self._line.fails() if work.summary.calls <= 1 else self._line.failures()
         if work.batch.probe or in_a_row >= OUTAGE_AFTER:
             self._stop(work, "outage", letter.code, letter.message, hold=action.hold)
-        spent = all(self._policy.spent(user.attempts) for user in part)
-        if not self._policy.suspects(part[0]) or in_a_row > 1 or (action.hold and not spent):
-            self._settle(work, {user.user: self._policy.again(action, user.attempts) for user in part})
+        users = part.users
+        spent = all(self._policy.spent(user.attempts) for user in users)
+        if not self._policy.suspects(users[0]) or in_a_row > 1 or (action.hold and not spent):
+            self._settle(work, {user.user: self._policy.again(action, user.attempts) for user in users})
             return
         if action.hold:
             # Neither these values again nor newer ones may go out while the old call can still land.
             self._extend(work)
             self._clock.sleep(self._policy.hold)
-        if len(part) > 1:
+        if len(users) > 1:
             self._halve(work, part)
         elif spent:
-            self._accuse(work, {part[0].user: letter})
+            self._accuse(work, {users[0].user: letter})
         else:
-            self._settle(work, {part[0].user: self._policy.again(action, part[0].attempts)})
+            self._settle(work, {users[0].user: self._policy.again(action, users[0].attempts)})
 
-    def _retry(self, work: _Work, part: Sequence[Claimed], most: int, letter: DeadLettered) -> None:
+    def _retry(self, work: _Work, part: _Part, most: int, letter: DeadLettered) -> None:
         """Retry those with attempts left; isolate the others, and give up on one that is alone."""
         if work.batch.probe:
             self._stop(work, work.batch.probe, letter.code)
-        spent = [user for user in part if self._policy.exhausted(user.attempts, most)]
-        retried = {user.user: self._policy.retry(user.attempts) for user in part if user not in spent}
+        spent = [user for user in part.users if self._policy.exhausted(user.attempts, most)]
+        retried = {user.user: self._policy.retry(user.attempts) for user in part.users if user not in spent}
         if retried:
             self._settle(work, retried)
             if spent:
-                work.parts.append(spent)
+                work.parts.append(part._replace(users=spent))
                 work.isolating = True
-        elif len(part) > 1:
+        elif len(part.users) > 1:
             self._halve(work, part)
         else:
-            self._accuse(work, {part[0].user: letter})
+            self._accuse(work, {part.users[0].user: letter})
 
     def _pause(self, work: _Work, seconds: float, code: int) -> NoReturn:
         meaning = rule_for(code).meaning
@@ -405,7 +441,7 @@ class Delivery:
 
     # Finding the culprit.
 
-    def _split(self, work: _Work, part: Sequence[Claimed], action: Split, letter: DeadLettered) -> None:
+    def _split(self, work: _Work, part: _Part, action: Split, letter: DeadLettered) -> None:
         if action.names and not work.names_checked:
             work.names_checked = True
             if unset := self._unset_names(work, part):
@@ -413,17 +449,18 @@ class Delivery:
                 return
         if work.batch.probe == "data":
             self._stop(work, "data", letter.code, "")
-        if len(part) > 1:
+        if len(part.users) > 1:
             self._halve(work, part)
         else:
-            self._accuse(work, {part[0].user: letter})
+            self._accuse(work, {part.users[0].user: letter})
 
-    def _halve(self, work: _Work, part: Sequence[Claimed]) -> None:
-        middle = len(part) // 2
-        work.parts += [part[middle:], part[:middle]]
+    def _halve(self, work: _Work, part: _Part) -> None:
+        middle = len(part.users) // 2
+        first, second = part.users[:middle], part.users[middle:]
+        work.parts += [part._replace(users=second), part._replace(users=first)]
         work.isolating = True
 
-    def _unset_names(self, work: _Work, part: Sequence[Claimed]) -> set[str]:
+    def _unset_names(self, work: _Work, part: _Part) -> set[str]:
         """The attribute names in the part that the app does not have, as the API itself says."""
         known = None if work.batch.probe else self._names.known_lately()
         if known is None:
@@ -432,17 +469,17 @@ class Delivery:
                 return set()
             known = reply.names
             self._names.set(known)
-        return {name for user in part for name in user.attrs} - known
+        return {name for user in part.users for name in user.attrs} - known
 
-    def _name_unset(self, work: _Work, part: Sequence[Claimed], unset: set[str], code: int) -> None:
+    def _name_unset(self, work: _Work, part: _Part, unset: set[str], code: int) -> None:
         """Stop the line, since nobody with these attributes can be delivered; or condemn those who have them."""
         words = ", ".join(repr(name) for name in sorted(unset))
         reason = f"the app has no attribute {words}: see imattr names set, or the console"
         self._stop(work, "data", code, reason)
-        having = {user.user: DeadLettered(code, reason) for user in part if unset & user.attrs.keys()}
+        having = {user.user: DeadLettered(code, reason) for user in part.users if unset & user.attrs.keys()}
         self._condemn(work, having)
-        if others := [user for user in part if user.user not in having]:
-            work.parts.append(others)
+        if others := [user for user in part.users if user.user not in having]:
+            work.parts.append(part._replace(users=others))
 
     def _accuse(self, work: _Work, users: Mapping[UserId, DeadLettered]) -> None:
         """Condemn users refused for good, unless everybody is: then it is not their fault."""
@@ -477,6 +514,8 @@ class Delivery:
         claimed_ms = work.batch.claimed_ms
         if self._buffer.settle(work.batch.id, named, rest=rest, claimed_ms=claimed_ms) is None:
             raise Fenced
+        if work.parts:
+            work.settled.update(outcomes)
         summary, ends = work.summary, outcomes.values()
         summary.acked += sum(isinstance(end, Acked) for end in ends)
         summary.retried += sum(isinstance(end, Retried) for end in ends)
@@ -489,3 +528,18 @@ def _outcome_of(summary: Summary) -> str:
     if summary.acked:
         return "delivered" if summary.acked == summary.users else "partly_delivered"
     return "retried" if summary.retried else "dead_lettered" if summary.dead_lettered else "snoozed"
+
+
+def _to_set(user: Claimed) -> Attributes:
+    return user.attrs if not _to_remove(user) else {n: v for n, v in user.attrs.items() if v is not None}
+
+
+def _to_remove(user: Claimed) -> Sequence[str]:
+    return [name for name, value in user.attrs.items() if value is None]
+
+
+def _calls(users: Sequence[Claimed]) -> list[_Part]:
+    """The calls that deliver the users, the last one first: what is to be removed goes after what is to be set."""
+    removing = [user for user in users if _to_remove(user)]
+    setting = [user for user in users if len(_to_remove(user)) < len(user.attrs)] if removing else users
+    return [part for part in (_Part(removing, True), _Part(setting)) if part.users]

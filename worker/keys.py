@@ -9,7 +9,8 @@ A *record* is what is known about one user and not delivered yet, as JSON::
 
 ``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt
 only if a call claimed later succeeds, ``s`` present when it is suspected to spoil whatever call it is
-in, ``b`` present when only a backfill asked for it, ``a`` attribute name -> [value, version]. A version is the event time (ms) the producer gave, else
+in, ``b`` present when only a backfill asked for it, ``a`` attribute name -> [value, version], the value
+false when the attribute is to be removed. A version is the event time (ms) the producer gave, else
 Redis' clock at arrival. Short names because a million pending users hold a million of them.
 
 Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
@@ -137,3 +138,20 @@ class Keys:
     def names_read(self) -> str:
         """string with expiry: present while the names need not be read from the API again."""
         return self._key("names_read")
+
+    @property
+    def updates(self) -> str:
+        """stream: updates from programs without Celery, with the consumer group `imattr`; an entry is
+        deleted when it has been accepted or refused. Fields "user", "attrs" JSON, if known "occurred_at"."""
+        return self._key("updates")
+
+    @property
+    def consumer(self) -> str:
+        """string with expiry: name of the worker that consumes `updates`."""
+        return self._key("consumer")
+
+    @property
+    def refused(self) -> str:
+        """stream, capped: updates refused after they had left their sender, "source" celery or stream,
+        "user", "rule" and "payload"."""
+        return self._key("refused")

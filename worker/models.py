@@ -22,8 +22,8 @@ MAX_ATTRIBUTES = 10
 UserId = str
 BatchId = NewType("BatchId", str)
 
-#: Attribute name -> value.
-Attributes = Mapping[str, str]
+#: Attribute name -> value, or None to remove the attribute.
+Attributes = Mapping[str, str | None]
 
 #: Event times outside these bounds (years 2001 and 2286, in ms) are taken for mistakes of unit.
 EARLIEST_MS, LATEST_MS = 1_000_000_000_000, 9_999_999_999_999
@@ -154,7 +154,10 @@ def _check_text(user: UserId, what: str, text: object, limit: int) -> None:
 
 
 def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()) -> Attributes:
-    """Return the attributes, or raise `InvalidUpdate`; `names` are the app's, empty when not known."""
+    """Return the attributes, or raise `InvalidUpdate`; `names` are the app's, empty when not known.
+
+    A value of None removes the attribute.
+    """
     if not isinstance(attrs, Mapping):
         raise InvalidUpdate(user, f"attributes must be a mapping, got {type(attrs).__name__}")
     if not 0 < len(attrs) <= MAX_ATTRIBUTES:
@@ -166,6 +169,8 @@ def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()
         if names and name not in names:
             known = ", ".join(sorted(names))
             raise InvalidUpdate(user, f"attribute {name!r} is not one of the app's ({known})")
+        if value is None:
+            continue
         if not (type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES):
             _check_text(user, f"the value of {name!r}", value, MAX_VALUE_BYTES)
     # JSON knows plain dicts only, and nobody must change what was checked.

@@ -9,6 +9,13 @@ holds 98 or 99 slots; for a 101st arrival, one call must be 20 ms later than ano
 was not used within `GRACE` of its slot is given up for a new one, and everything that takes time (the
 claim, the encoding) is done before the slot. `make bench` counts the worst rolling second at the API.
 
+Other programs that call the API for the same app can draw their permits here, so that all of them together
+keep the quota::
+
+    limiter = RateLimiter.connect("redis://redis:6379/0", sdkappid=1400000000)
+    if limiter.acquire():
+        call_the_api()
+
 The quota that was configured may not be the one that the API grants. A refusal pauses everyone, lapses all
 permits, and lowers the limit; then it climbs towards the lowest one refused by halving, settles below it,
 and tries the next step ever more rarely. All in the scripts, so the fleet learns it once.
@@ -22,11 +29,12 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import Self
 
 import redis
 
 from worker import scripts
-from worker.clock import Clock
+from worker.clock import Clock, SystemClock
 from worker.keys import Keys
 
 #: Slots are this much further apart than 1 / quota.
@@ -100,6 +108,19 @@ class RateLimiter:
         self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
         self._sync = ClockSync()
         self._lock = threading.Lock()
+
+    @classmethod
+    def connect(cls, redis_url: str, sdkappid: int, *, quota: int = 100, patience: float = 2.0) -> Self:
+        """The limiter that an app's workers share, for a program of one's own; `patience` in seconds."""
+        client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
+        return cls(client, Keys(sdkappid), quota=quota, patience=patience, clock=SystemClock())
+
+    def acquire(self) -> bool:
+        """Wait for a slot, and return at its moment; False when none is free within patience."""
+        while permit := self.reserve():
+            if self.redeem(permit):
+                return True
+        return False
 
     def reserve(self, *, now_us: int | None = None) -> Permit | None:
         """Reserve the next slot; None when none is free within the caller's patience."""

@@ -17,8 +17,8 @@ KEYS[8]  hash, dead: user -> dead letter
 KEYS[9]  zset, dead_at
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
-ARGV[3]  most users that may be pending, 0 = no limit
-ARGV[4]  JSON array of [user, {name: value}, event time in ms or 0], at most 500
+ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pending yet
+ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in ms or 0], at most 500
 Returns  {accepted, coalesced, unchanged, stale, index of a refused update from 0, ...}
 ]]
 local now, lane, max_pending, updates = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
@@ -33,7 +33,7 @@ local pending = redis.call('HMGET', KEYS[1], unpack(users))
 local flight = redis.call('HMGET', KEYS[4], unpack(users))
 local shadow = redis.call('HMGET', KEYS[5], unpack(users))
 local dead = redis.call('HMGET', KEYS[8], unpack(users))
-local pending_count = max_pending > 0 and redis.call('HLEN', KEYS[1]) or 0
+local pending_count = max_pending ~= 0 and redis.call('HLEN', KEYS[1]) or 0
 
 -- A user may stand in the array twice: what the first update changed is what the second one finds.
 local records, shadows, letters = {}, {}, {}
@@ -43,7 +43,7 @@ local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
 for i, update in ipairs(updates) do
   local user, attrs, occurred = update[1], update[2], update[3]
   local record = records[user] or (pending[i] and cjson.decode(pending[i]))
-  if max_pending > 0 and not record and not flight[i] and pending_count >= max_pending then
+  if max_pending ~= 0 and not record and not flight[i] and pending_count >= max_pending then
     refused[#refused + 1] = i - 1
   else
     local sent = flight[i] and cjson.decode(flight[i]).a or {}
@@ -51,6 +51,7 @@ for i, update in ipairs(updates) do
     local waiting = record and record.a or {}
     local fresh, any_fresh, any_same = {}, false, false
     for name, value in pairs(attrs) do
+      value = value ~= cjson.null and value
       local delivered = seen and seen.a[name]
       local known = waiting[name] or sent[name] or delivered
       local version = occurred > 0 and occurred or math.max(now, known and known[2] or 0)
