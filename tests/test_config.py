@@ -94,6 +94,7 @@ def test_a_producer_needs_the_app_and_redis_only() -> None:
         ({"REGION": "tokyo"}, "IMATTR_REGION and IMATTR_API_URL are both set"),
         ({"BATCH_SIZE": "101"}, "IMATTR_BATCH_SIZE must be a whole number from 1 to 100"),
         ({"SDKAPPID": "0"}, "IMATTR_SDKAPPID must be a whole number from 1 up"),
+        ({"API_URL": "http://.no-host"}, "IMATTR_API_URL must be a URL that starts with"),
         ({"REDIS_URL": "localhost:6379"}, "IMATTR_REDIS_URL must be a URL that starts with redis://"),
         ({"ADMIN": "管理员"}, "IMATTR_ADMIN must be 1 to 32 bytes of printable ASCII"),
         ({"LINGER": "nan"}, "IMATTR_LINGER must be a number of seconds"),

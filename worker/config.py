@@ -211,7 +211,8 @@ class Settings:
         missing = {"SDKAPPID": self.sdkappid, "REDIS_URL": self.redis_url}
         if role == "worker":
             missing["SECRET_KEY"] = self.secret_key or environ.get(f"{PREFIX}SECRET_KEY_FILE")
-            missing["REGION or IMATTR_API_URL"] = self.base_url
+            given = environ.get(f"{PREFIX}REGION") or environ.get(f"{PREFIX}API_URL")
+            missing["REGION or IMATTR_API_URL"] = self.base_url or given
         found = [
             f"{PREFIX}{name} is not set"
             for name, value in missing.items()

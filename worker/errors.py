@@ -3,7 +3,9 @@
     ImattrError
     ├── ConfigError      settings are missing or wrong; lists every mistake at once
     ├── InvalidUpdate    an update breaks a rule of the API; says which, for which user
-    ├── BufferFull       a new user was refused because too many are pending
+    ├── BufferFull       a new user was refused because too many are pending, or Redis has little memory left
+    ├── CallFailed       a call that a person asked for failed; says what to do
+    ├── CannotImport     a file cannot be imported as it was asked; says why
     └── SandboxError     a server of the sandbox could not be started
 
 Errors of the `redis` library pass through unchanged: a caller who already handles them keeps doing so.
@@ -37,12 +39,34 @@ class InvalidUpdate(ImattrError):
 
 
 class BufferFull(ImattrError):
-    """Raised when an update for a user who is not pending yet exceeds `IMATTR_MAX_PENDING`."""
+    """Raised when there is no room for a user who is not pending yet; later there may be.
 
-    def __init__(self, user: str, limit: int) -> None:
+    `limit` is `IMATTR_MAX_PENDING`, None when it is Redis' memory that is short.
+    """
+
+    def __init__(self, user: str, limit: int | None) -> None:
         self.user = user
-        self.rule = f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
+        if limit is None:
+            self.rule = "the buffer is full, Redis is near its memory limit (maxmemory)"
+        else:
+            self.rule = f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
         super().__init__(f"user {user}: {self.rule}")
+
+
+class CallFailed(ImattrError):
+    """Raised when a call of the API that a person asked for failed.
+
+    `found` says why, `fix` what to do about it; neither has a secret in it.
+    """
+
+    def __init__(self, found: str, fix: str) -> None:
+        self.found = found
+        self.fix = fix
+        super().__init__(f"{found}; {fix}")
+
+
+class CannotImport(ImattrError):
+    """Raised when a file cannot be imported as it was asked; says why, and shows nothing of what is in it."""
 
 
 class SandboxError(ImattrError):
