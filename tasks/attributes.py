@@ -6,6 +6,7 @@ app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -13,11 +14,13 @@ from typing import Any, TypeVar
 
 import redis
 import structlog
+from celery.exceptions import Reject
 
 from worker import runtime
-from worker.celery import app
-from worker.errors import InvalidUpdate
+from worker.celery import UPDATES, app
+from worker.errors import BufferFull, InvalidUpdate
 from worker.models import BatchId
+from worker.producer import NoRoom
 
 log = structlog.get_logger()
 
@@ -39,9 +42,12 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
     def run(*args: Any, **kwargs: Any) -> _Result:
         try:
             return body(*args, **kwargs)
+        except Reject:
+            # For Celery: the message goes back into the queue.
+            raise
         except InvalidUpdate as error:
             failure = error.rule
-            log.warning("update_refused", rule=failure)
+            log.warning("update_refused", source="celery", rule=failure)
         except redis.RedisError as error:
             failure = type(error).__name__
             log.warning("task_failed", error=failure)
@@ -54,24 +60,95 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
     return run
 
 
-@app.task(name="attributes.update")
+def well_called(body: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Refuse, and keep, a message whose arguments do not fit the task."""
+    signature = inspect.signature(body)
+    names = ", ".join(list(signature.parameters)[1:])
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> _Result:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            error = InvalidUpdate("?", f"the arguments of the task are ({names})")
+            _keep(error, {"args": args[1:], "kwargs": kwargs})
+            raise error from None
+        return body(*args, **kwargs)
+
+    return run
+
+
+@app.task(name="attributes.update", bind=True)
 @contained
-def update(user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None) -> str:
+@well_called
+def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None) -> str:
     """Accept one update; fails, alone, when it breaks a rule."""
-    return runtime.producer().set(user_id, attrs, occurred_at)
+    given = _timed(task, [user_id, attrs, occurred_at])
+    try:
+        return runtime.producer().set(*given)
+    except (BufferFull, redis.RedisError):
+        _put_back([given])
+        return "put back"
+    except InvalidUpdate as error:
+        _keep(error, given)
+        raise
 
 
-@app.task(name="attributes.update_many")
+@app.task(name="attributes.update_many", bind=True)
 @contained
-def update_many(updates: list[list[Any]]) -> dict[str, Any]:
+@well_called
+def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
     """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at].
 
-    Returns how many were accepted, coalesced, unchanged, stale and refused; the log has each reason.
+    Returns how many were accepted, coalesced, unchanged, stale, refused and put back into the queue, for
+    want of room; the log has the reason of each that was refused.
     """
-    result = runtime.producer().set_many(updates)
+    if not isinstance(updates, list):
+        error = InvalidUpdate("?", f"the updates must be a list, got {type(updates).__name__}")
+        _keep(error, updates)
+        raise error
+    given = [_timed(task, update) for update in updates]
+    try:
+        result = runtime.producer().set_many(given)
+    except redis.RedisError:
+        _put_back(given)
+        return {"put_back": len(given)}
+    waiting = [given[refusal.index] for refusal in result.refused if isinstance(refusal, NoRoom)]
+    if waiting:
+        _put_back(waiting)
     for refusal in result.refused:
-        log.warning("update_refused", index=refusal.index, rule=refusal.rule)
-    return {**dataclasses.asdict(result), "refused": len(result.refused)}
+        if not isinstance(refusal, NoRoom):
+            log.warning("update_refused", source="celery", index=refusal.index, rule=refusal.rule)
+            error = InvalidUpdate(refusal.user, refusal.rule)
+            _keep(error, given[refusal.index])
+    refused = len(result.refused) - len(waiting)
+    return {**dataclasses.asdict(result), "refused": refused, "put_back": len(waiting)}
+
+
+def _timed(task: Any, update: Any) -> Any:
+    """The update with the event time of its message, unless it has one of its own."""
+    if isinstance(update, list) and len(update) in (2, 3) and (len(update) == 2 or update[2] is None):
+        return [*update[:2], getattr(task.request, "event_ms", None)]
+    return update
+
+
+def _keep(error: InvalidUpdate, update: Any) -> None:
+    try:
+        runtime.refused().keep("celery", error, update)
+    except redis.RedisError as failure:
+        raise Reject(type(failure).__name__, requeue=True) from None
+
+
+def _put_back(updates: list[Any]) -> None:
+    """Send updates again, as a new message that has their event times: their order stays what it was.
+
+    When the broker does not take it, the old message goes back as it is.
+    """
+    try:
+        app.send_task("attributes.update_many", [updates], queue=UPDATES)
+    except Exception as error:
+        raise Reject(type(error).__name__, requeue=True) from None
+    log.debug("updates_put_back", updates=len(updates))
 
 
 @app.task(name="attributes.deliver", bind=True)

@@ -6,6 +6,7 @@ when a claim does not hold here.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from worker.embedded import EmbeddedServer
 from worker.keys import Keys
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
+from worker.refused import Refused
 from worker.sandbox import SDKAPPID, Plan, Sandbox
+from worker.stream import TERM, StreamConsumer
 from worker.usersig import Signer
 
 APP = int(SDKAPPID)
@@ -282,7 +286,103 @@ def instrument(results: Results) -> None:
     )
 
 
-PARTS = {part.__name__: part for part in (enqueue, growth, permits, delivery, idle, instrument)}
+def stream(results: Results) -> None:
+    """Entries of the stream, from other programs, until they are accepted."""
+    count = 100_000
+    rates = []
+    for _ in range(3):
+        with server() as running:
+            client = redis.Redis.from_url(running.url)
+            keys = Keys(APP)
+            producer = Producer(running.url, APP)
+            consumer = StreamConsumer(
+                client, keys, producer, Refused(client, keys), SystemClock(), worker="bench"
+            )
+            consumer.turn()
+            _fill_stream(client, keys, count)
+            start = time.perf_counter()
+            while client.xlen(keys.updates):
+                consumer.turn()
+            rates.append(count / (time.perf_counter() - start))
+            client.close()
+    rate = statistics.median(rates)
+    results.add("stream, entries accepted", f"{rate:,.0f}/s", ">= 15,000", rate >= 15_000)
+
+
+def ingest(results: Results) -> None:
+    """One worker, three rounds: deliveries alone, beside a full stream, beside 50,000 queued updates."""
+    options = ("--latency", "0.05", "--quota", "0", "--no-record")
+    plan = Plan(workers=1, concurrency=16, flower=False, simulator_options=options, names=tuple(ATTRS))
+    rates: dict[str, list[float]] = {"alone": [], "a full stream": [], "50,000 queued updates": []}
+    with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), {}, plan) as sandbox:
+        client, keys = redis.Redis.from_url(sandbox.redis_url), Keys(APP)
+        limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=SystemClock())
+        limiter.pause(300, "filling the backlog")
+        Producer(sandbox.redis_url, APP).set_many(users(800_000))
+        # Somebody else acts, so nobody takes from the stream.
+        client.set(keys.consumer, "nobody")
+        time.sleep(TERM)
+        _fill_stream(client, keys, 200_000)
+        _queue_updates(client, sandbox.redis_url, 50_000)
+        client.rename("updates", "hidden")
+        client.delete(keys.rate)
+
+        def calls() -> int:
+            state = requests.get(f"{sandbox.api_url}/simulator/state", timeout=10).json()
+            return int(state["calls"])
+
+        def measure(what: str) -> None:
+            time.sleep(TERM + 0.5)
+            before, start = calls(), time.monotonic()
+            time.sleep(6)
+            rates[what].append((calls() - before) / (time.monotonic() - start))
+
+        for _ in range(3):
+            measure("alone")
+            client.delete(keys.consumer)
+            measure("a full stream")
+            client.set(keys.consumer, "nobody")
+            client.rename("hidden", "updates")
+            measure("50,000 queued updates")
+            client.rename("updates", "hidden")
+        held = client.zcard(keys.live) and client.xlen(keys.updates) and client.llen("hidden")
+        client.close()
+    alone = statistics.median(rates.pop("alone"))
+    for what, beside in rates.items():
+        rate = statistics.median(beside)
+        results.add(
+            f"deliveries beside {what} against alone",
+            f"{rate / alone:.2f} ({rate:.1f}/s, {alone:.1f}/s)",
+            ">= 0.95, with plenty left",
+            rate >= 0.95 * alone and bool(held),
+        )
+
+
+def _fill_stream(client: redis.Redis, keys: Keys, count: int) -> None:
+    with client.pipeline(transaction=False) as pipe:
+        for user, attrs in users(count):
+            pipe.xadd(keys.updates, {"user": user, "attrs": json.dumps(attrs)})
+        pipe.execute()
+
+
+def _queue_updates(client: redis.Redis, url: str, count: int) -> None:
+    """Messages as a stranger's Celery client makes them, many times faster."""
+    stranger = Celery(broker=url, set_as_current=False)
+    stranger.send_task("attributes.update", ["user0000000", ATTRS], queue="mould")
+    mould = json.loads(client.lrange("mould", 0, 0)[0])
+    mould["properties"]["delivery_info"]["routing_key"] = "updates"
+    with client.pipeline(transaction=False) as pipe:
+        for user, attrs in users(count, 5_000_000):
+            body = json.dumps([[user, attrs], {}, {}]).encode()
+            mould["headers"]["id"] = mould["properties"]["correlation_id"] = str(uuid.uuid4())
+            mould["properties"]["delivery_tag"] = str(uuid.uuid4())
+            pipe.lpush("updates", json.dumps(mould | {"body": base64.b64encode(body).decode()}))
+        pipe.execute()
+
+
+PARTS = {
+    part.__name__: part for part in (enqueue, stream, growth, permits, delivery, ingest, idle, instrument)
+}
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ LUA = sorted((ROOT / "worker" / "lua").glob("*.lua"))
 FLOORS = [
     ["errors", "clock", "keys"],
     ["models"],
-    ["config", "logs", "scripts", "usersig", "demo_events"],
-    ["buffer", "ratelimit", "deadletters", "names", "client", "simulator", "embedded", "health"],
-    ["line", "policy", "dispatch", "producer", "sandbox"],
-    ["delivery", "demo", "status"],
+    ["config", "logs", "scripts", "stamps", "usersig", "demo_events", "records"],
+    ["buffer", "ratelimit", "deadletters", "names", "client", "simulator", "embedded", "health", "refused"],
+    ["line", "policy", "dispatch", "producer", "intake", "sandbox"],
+    ["delivery", "stream", "demo", "status", "appnames", "bulk"],
     ["runtime"],
-    ["celery"],
+    ["celery", "doctor"],
     ["cli"],
 ]
 FLOOR = {f"worker.{name}": number for number, names in enumerate(FLOORS) for name in names}
@@ -29,7 +29,8 @@ FLOOR["tasks.attributes"] = len(FLOORS) - 1
 #: Libraries that only some modules may know.
 BORDERS = {
     "requests": {"worker.client", "worker.demo"},
-    "celery": {"worker.celery"},
+    "celery": {"worker.celery", "tasks.attributes"},
+    "kombu": {"worker.celery", "worker.doctor"},
     "tornado": {"worker.simulator"},
     "click": {"worker.cli"},
     "rich": {"worker.cli"},

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from tests.conftest import SECRET_KEY
+from tests.simulation import Simulation, simulation
 from tests.test_deadletters import Case
 from worker import cli
+from worker.buffer import Added
 from worker.clock import SystemClock
 from worker.embedded import EmbeddedServer, free_port
 from worker.keys import Keys
+from worker.models import Update
+from worker.producer import Producer
 from worker.ratelimit import RateLimiter
 
 
@@ -37,11 +47,13 @@ def imattr(server: EmbeddedServer, keys: Keys, tmp_path: Path, monkeypatch: pyte
 def test_help_shows_examples_and_exit_codes(imattr: Terminal) -> None:
     text = imattr("--help").output
 
-    assert "imattr put u1 city=Paris level=Gold" in text
+    assert "imattr put u1 city=Paris --remove level" in text
     assert "Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused" in text
 
 
-@pytest.mark.parametrize("command", ["put", "status", "pause", "resume", "simulate", "up", "demo"])
+@pytest.mark.parametrize(
+    "command", ["put", "import", "status", "pause", "resume", "doctor", "simulate", "up", "demo"]
+)
 def test_every_command_explains_itself(imattr: Terminal, command: str) -> None:
     result = imattr(command, "--help")
 
@@ -103,15 +115,28 @@ def test_a_full_buffer_has_a_code_of_its_own(imattr: Terminal) -> None:
     assert imattr("put", "bob", "city=Paris", IMATTR_MAX_PENDING="1").exit_code == cli.FULL
 
 
+def test_put_removes_attributes(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    assert imattr("put", "ann", "city=Paris", "--remove", "level").output == "accepted, pending\n"
+
+    [record] = map(json.loads, client.hvals(keys.pending))
+    assert {name: pair[0] for name, pair in record["a"].items()} == {"city": "Paris", "level": False}
+
+
+@pytest.mark.parametrize("arguments", [("ann",), ("ann", "city=Paris", "--remove", "city")])
+def test_put_needs_something_to_do(imattr: Terminal, arguments: tuple[str, ...]) -> None:
+    assert imattr("put", *arguments).exit_code == cli.USAGE
+
+
 def test_status_prints_the_whole_state_as_json(imattr: Terminal) -> None:
     imattr("put", "ann", "city=Paris")
 
     state = json.loads(imattr("status", "--json").output)
 
-    assert state["line"] == {"state": "open", "reason": None, "code": None, "since": None, "next_probe": None}
+    unset = dict.fromkeys(("reason", "code", "since", "next_probe", "kind"))
+    assert state["line"] == {"state": "open", **unset, "failed_probes": 0, "words": "open"}
     assert state["pending"].keys() == {"live", "backfill", "delayed", "waiting", "oldest_age_s"}
     assert (state["pending"]["live"], state["in_flight"], state["dead"]) == (1, 0, 0)
-    assert state["rate"] == {"quota": 100, "current": 98.0}
+    assert state["rate"] == {"quota": 100, "limit": 100, "current": 98.0}
     assert state["ledger"] == {
         "accepted": 1,
         "redriven": 0,
@@ -140,7 +165,7 @@ def test_a_pause_shows_with_its_reason(imattr: Terminal, client: redis.Redis, ke
 
     assert (line["state"], line["reason"], line["code"]) == ("paused", "the plan has expired", 60020)
     assert line["since"] < line["next_probe"]
-    assert "paused: the plan has expired (60020)" in imattr("status").output
+    assert "until in 60 s: the plan has expired (60020)" in imattr("status").output
 
 
 def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
@@ -148,7 +173,7 @@ def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
     assert imattr("pause", "--reason", "maintenance").output == "paused; what is in flight is finished\n"
     line = json.loads(imattr("status", "--json").output)["line"]
     assert (line["state"], line["reason"], line["next_probe"]) == ("paused", "maintenance", None)
-    assert "paused: maintenance, since" in imattr("status").output
+    assert "maintenance. Opened by imattr resume." in imattr("status").output
     assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
     assert imattr("resume").output == "resumed\n"
     assert imattr("resume").output == "the line was open\n"
@@ -200,3 +225,225 @@ def test_epoch_seconds_may_have_a_fraction(imattr: Terminal) -> None:
 
 def test_a_bad_port_is_a_mistake_of_the_settings(imattr: Terminal) -> None:
     assert imattr("status", IMATTR_REDIS_URL="redis://:hun/ter22@h:1/0").exit_code == cli.USAGE
+
+
+@pytest.fixture
+def sim(imattr: Terminal, keys: Keys) -> Iterator[Simulation]:
+    """The API, for the commands that ask it."""
+    with simulation() as running:
+        running.api.sdkappid = keys.sdkappid
+        imattr.environ |= {"IMATTR_SECRET_KEY": SECRET_KEY, "IMATTR_API_URL": running.url}
+        yield running
+
+
+def test_the_doctor_tells_what_is_good_and_how_to_mend_the_rest(imattr: Terminal, sim: Simulation) -> None:
+    result = imattr("doctor")
+
+    lines = [line.rstrip() for line in result.output.splitlines()]
+    assert result.exit_code == 0, "warnings are no errors"
+    assert "✓ redis eviction    noeviction: a full server throws nothing away" in lines
+    place = lines.index("! workers           none is at work: updates are accepted and wait")
+    fix = "                    → start one: celery -A worker worker --pool threads --concurrency 16"
+    assert lines[place + 1] == fix
+    assert lines[-1] == "good: 12, warnings: 2, errors: 0"
+    assert "\x1b" not in result.output
+
+
+def test_the_doctor_ends_with_1_when_something_is_an_error(imattr: Terminal, sim: Simulation) -> None:
+    result = imattr("doctor", IMATTR_SECRET_KEY="of another app")
+
+    assert result.exit_code == cli.FAILED
+    assert "the API refuses with 70009, the UserSig was made with the key of another app" in result.output
+    assert result.output.endswith("errors: 1\n")
+
+
+@pytest.mark.parametrize(("key", "code"), [(SECRET_KEY, 0), ("of another app", cli.FAILED)])
+def test_the_doctor_talks_to_programs_too(imattr: Terminal, sim: Simulation, key: str, code: int) -> None:
+    result = imattr("doctor", "--json", IMATTR_SECRET_KEY=key)
+
+    findings = json.loads(result.output)
+    assert result.exit_code == code
+    assert findings[0] == {
+        "check": "settings",
+        "level": "ok",
+        "found": f"complete, for app {sim.api.sdkappid}",
+        "fix": "",
+    }
+    assert any(finding["level"] == "error" for finding in findings) == bool(code)
+
+
+def test_the_doctor_explains_settings_that_are_no_good(imattr: Terminal) -> None:
+    result = imattr("doctor", IMATTR_QOTA="1")
+
+    assert result.exit_code == cli.FAILED
+    assert "✗ settings          IMATTR_QOTA is no setting, is IMATTR_QUOTA meant?" in result.output
+
+
+def test_the_doctor_shows_no_secret(imattr: Terminal, sim: Simulation) -> None:
+    broker = f"redis://:hunter22@127.0.0.1:{free_port()}/0"
+
+    for arguments in (("doctor",), ("doctor", "--json")):
+        output = imattr(*arguments, IMATTR_BROKER_URL=broker).output
+        assert "Connection refused" in output
+        assert not any(secret in output for secret in ("hunter22", SECRET_KEY, "usersig"))
+
+
+def test_names_are_listed_and_set(imattr: Terminal, sim: Simulation, client: redis.Redis, keys: Keys) -> None:
+    assert imattr("names", "list").output == "city\nlevel\n"
+    assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nthere already: city\n"
+    assert imattr("names", "set", "vip").output == "there already: vip\n"
+    assert json.loads(imattr("names", "list", "--json").output) == ["age", "city", "level", "vip"]
+    assert client.smembers(keys.names) == {b"age", b"city", b"level", b"vip"}
+
+
+def test_an_app_without_names_is_told_how_to_get_some(imattr: Terminal, sim: Simulation) -> None:
+    sim.api.names = []
+
+    assert imattr("names", "list").output == "the app has no attribute names; see imattr names set\n"
+    assert imattr("names", "list", "--json").output == "[]\n"
+
+
+def test_names_that_no_app_can_have_are_wrong_usage(imattr: Terminal, sim: Simulation) -> None:
+    for wanted, words in ((["x" * 51], "must be 1 to 50 bytes"), (list("abcdefghijk"), "at most 10")):
+        result = imattr("names", "set", *wanted)
+        assert result.exit_code == cli.USAGE
+        assert words in result.output
+    assert sim.api.counts.requests == 0
+
+
+def test_what_the_api_refuses_is_told_with_what_to_do(imattr: Terminal, sim: Simulation) -> None:
+    for command in (("names", "list"), ("names", "set", "vip")):
+        result = imattr(*command, IMATTR_ADMIN="nobody")
+        assert result.exit_code == cli.FAILED
+        assert "the API refuses with 90009, the calling account is not an administrator" in result.output
+        assert "make IMATTR_ADMIN an administrator of the app" in result.output
+
+
+def test_a_permit_is_drawn_from_the_rate_that_all_share(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    assert imattr("permit").exit_code == 0
+
+    assert client.hget(keys.rate, "next") is not None
+
+
+def test_no_permit_in_time_has_an_exit_code_of_its_own(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    RateLimiter(client, keys, quota=100, patience=2.0, clock=SystemClock()).pause(60, "too many")
+
+    result = imattr("permit", "--wait", "0.1", "--", "true")
+
+    assert result.exit_code == cli.NO_PERMIT
+    assert "no slot was free within 0.1 s" in result.stderr
+
+
+def test_a_permit_runs_a_command(server: EmbeddedServer, keys: Keys) -> None:
+    environ = {
+        "IMATTR_REDIS_URL": server.url,
+        "IMATTR_SDKAPPID": str(keys.sdkappid),
+        "PATH": os.environ["PATH"],
+    }
+    program = [sys.executable, "-m", "worker.cli", "permit", "--", "echo", "-n", "called"]
+
+    assert subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60).stdout == "called"
+
+
+def test_a_command_that_does_not_exist_is_told(imattr: Terminal) -> None:
+    result = imattr("permit", "--", "no-such-program")
+
+    assert (result.exit_code, "no-such-program" in result.stderr) == (cli.FAILED, True)
+
+
+def test_an_import_says_what_became_of_the_lines(
+    imattr: Terminal, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    (tmp_path / "users.csv").write_text("user,city\nann,Paris\nann,Rome\n,Oslo\n")
+
+    result = imattr("import", "users.csv", "--as-of", "1700000000")
+
+    assert result.exit_code == cli.REFUSED
+    for words in (
+        "lines     3, this run",
+        "accepted  2, of them 1 coalesced, 0 unchanged, 0 stale",
+        "refused   1, listed in users.csv.refused.jsonl",
+        "as of     2023-11-14T22:13:20.000+00:00, where a line does not say",
+    ):
+        assert words in result.stdout
+    assert json.loads(client.hget(keys.pending, "ann") or "")["a"] == {"city": ["Rome", 1_700_000_000_000]}
+    listed = (tmp_path / "users.csv.refused.jsonl").read_text()
+    assert listed == '{"line": 4, "user": "\'\'", "rule": "user id is empty"}\n'
+
+
+def test_an_import_sums_itself_up_as_json(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("user,city\nann,Paris\n")
+
+    result = imattr("import", "users.csv", "--json", "--as-of", "2023-11-14T22:13:20Z")
+
+    assert result.exit_code == 0
+    end = json.loads(result.stdout)
+    assert end.pop("seconds") > 0
+    assert end.pop("lines_per_second") > 0
+    assert end == {
+        "state": "complete",
+        "lines": 1,
+        "accepted": 1,
+        "coalesced": 0,
+        "unchanged": 0,
+        "stale": 0,
+        "refused": 0,
+        "refused_file": None,
+        "as_of": "2023-11-14T22:13:20.000+00:00",
+        "resumed_after": 0,
+    }
+
+
+def test_a_rehearsal_of_an_import_says_what_it_would_take(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("user,city\n,Oslo\n" + "".join(f"u{n},Paris\n" for n in range(150)))
+
+    result = imattr("import", "users.csv", "--dry-run")
+
+    assert result.exit_code == cli.REFUSED
+    for words in ("lines    151", "users    about 150", "line 2: user '': user id is empty", "calls    2"):
+        assert words in result.stdout
+    assert json.loads(imattr("import", "users.csv", "--dry-run", "--json").stdout)["refusals"] == [
+        {"line": 2, "user": "''", "rule": "user id is empty"}
+    ]
+    assert json.loads(imattr("status", "--json").output)["ledger"]["accepted"] == 0
+
+
+def test_what_cannot_be_imported_is_explained(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("id,city\nann,Paris\n")
+
+    for arguments, code, words in (
+        (("users.csv",), cli.FAILED, "no header with a column 'user'"),
+        (("users.csv", "--as-of", "2023-11-14T22:13:20"), cli.USAGE, "--as-of has no time zone"),
+        (("users.csv", "--as-of", "yesterday"), cli.USAGE, "--as-of is not an ISO 8601 time"),
+        (("nothing.csv",), cli.USAGE, "does not exist"),
+    ):
+        result = imattr("import", *arguments)
+        assert (result.exit_code, words in result.stderr) == (code, True)
+
+
+def test_an_import_that_loses_redis_says_how_far_it_came(
+    imattr: Terminal, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users.csv").write_text("user,city\n" + "".join(f"u{n},Paris\n" for n in range(1200)))
+    real, left = Producer.add, iter(range(2))
+
+    def add(self: Producer, updates: list[Update], **options: Any) -> Added:
+        if next(left, None) is None:
+            raise redis.exceptions.ConnectionError("connection refused")
+        return real(self, updates, **options)
+
+    monkeypatch.setattr(Producer, "add", add)
+    result = imattr("import", "users.csv")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+    assert result.exit_code == cli.UNREACHABLE
+    assert (
+        "1,000 lines are accepted, all up to line 1,001; the same command goes on after it" in result.stderr
+    )
+    assert "Redis does not answer: connection refused" in result.stderr
+    assert "going on after line 1,001" in imattr("import", "users.csv").output

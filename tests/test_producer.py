@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import redis
 
 from tests.conftest import ManualClock
+from worker import producer as module
 from worker.buffer import Buffer, new_batch_id
 from worker.embedded import EmbeddedServer, free_port
 from worker.errors import BufferFull, InvalidUpdate
 from worker.keys import Keys
 from worker.models import Acked, BulkResult, Refusal
 from worker.names import FRESH_FOR, AttributeNames
-from worker.producer import Producer
+from worker.producer import MEMORY_EVERY, Memory, NoRoom, Producer
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_a_full_buffer_refuses_new_users_only(server: EmbeddedServer, keys: Keys
     assert producer.set_many([("cid", {"city": "Oslo"}), ("ann", {"city": "Bern"})]) == BulkResult(
         accepted=1,
         coalesced=1,
-        refused=[Refusal(0, "cid", "the buffer is full, 1 users are pending (IMATTR_MAX_PENDING)")],
+        refused=[NoRoom(0, "cid", "the buffer is full, 1 users are pending (IMATTR_MAX_PENDING)")],
     )
 
 
@@ -130,6 +135,101 @@ def test_a_producer_is_made_from_the_environment(server: EmbeddedServer, keys: K
     producer = Producer.from_env(environ)
 
     assert producer.set_many([("ann", {"a": "1"}), ("bob", {"a": "1"})]).accepted == 1
+
+
+@pytest.fixture
+def small_memory(server: EmbeddedServer, client: redis.Redis) -> Iterator[Callable[[float], None]]:
+    """Sets the server's memory limit, as a share of what is in use."""
+
+    def limit(share: float) -> None:
+        client.config_set("maxmemory", round(client.info("memory")["used_memory"] / share))
+
+    yield limit
+    client.config_set("maxmemory", 0)
+
+
+def test_near_the_memory_limit_of_redis_new_users_are_refused(
+    server: EmbeddedServer, keys: Keys, small_memory: Callable[[float], None]
+) -> None:
+    Producer(server.url, keys.sdkappid).set("ann", {"city": "Paris"})
+    small_memory(0.95)
+    producer = Producer(server.url, keys.sdkappid)
+
+    rule = "the buffer is full, Redis is near its memory limit (maxmemory)"
+    with pytest.raises(BufferFull, match=re.escape(f"user bob: {rule}")):
+        producer.set("bob", {"city": "Rome"})
+    assert producer.set("ann", {"city": "Rome"}) == "coalesced"
+    assert producer.set_many([("cid", {"city": "Oslo"})]).refused == [NoRoom(0, "cid", rule)]
+    assert not producer.has_room()
+
+
+def test_with_memory_to_spare_nobody_is_refused(
+    server: EmbeddedServer, keys: Keys, small_memory: Callable[[float], None]
+) -> None:
+    small_memory(0.8)
+
+    assert Producer(server.url, keys.sdkappid).set("bob", {"city": "Rome"}) == "pending"
+
+
+def test_near_the_memory_limit_not_even_a_first_user_is_accepted_but_one_in_flight_is(
+    server: EmbeddedServer, client: redis.Redis, keys: Keys, small_memory: Callable[[float], None]
+) -> None:
+    Producer(server.url, keys.sdkappid).set("ann", {"city": "Paris"})
+    buffer, ticket = Buffer(client, keys), new_batch_id()
+    client.zadd(keys.tickets, {ticket: 1})
+    assert buffer.claim(ticket, 100)
+    small_memory(0.95)
+
+    result = Producer(server.url, keys.sdkappid).set_many([("ann", {"a": "1"}), ("bob", {"a": "1"})])
+
+    assert (result.accepted, [refusal.user for refusal in result.refused]) == (1, ["bob"])
+
+
+def test_the_memory_is_looked_at_once_a_second(
+    client: redis.Redis, clock: ManualClock, small_memory: Callable[[float], None]
+) -> None:
+    memory = Memory(client, clock)
+    assert not memory.is_short()
+    small_memory(0.95)
+
+    assert not memory.is_short()
+    clock.now += MEMORY_EVERY
+    assert memory.is_short()
+
+
+def test_a_service_that_hides_its_memory_counts_as_roomy(client: redis.Redis, clock: ManualClock) -> None:
+    class Hidden:
+        def info(self, section: str) -> None:
+            raise redis.ResponseError("unknown command 'INFO'")
+
+    hidden: Any = Hidden()
+    assert not Memory(hidden, clock).is_short()
+
+
+def test_there_is_room_as_far_as_a_share_of_it_is_asked_for(server: EmbeddedServer, keys: Keys) -> None:
+    assert Producer(server.url, keys.sdkappid).has_room(0.5)
+    producer = Producer(server.url, keys.sdkappid, max_pending=10)
+    producer.set_many((f"user{number}", {"a": "1"}) for number in range(9))
+
+    assert (producer.has_room(), producer.has_room(0.2)) == (True, False)
+    producer.set("last", {"a": "1"})
+    assert not producer.has_room()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_redis_that_never_answers_is_an_error_soon(monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    assert (module.CONNECT_TIMEOUT, module.ANSWER_TIMEOUT) == (3.0, 5.0)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        producer = Producer(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", 1)
+        give = (
+            partial(producer.set_many, [("ann", {"a": "1"})])
+            if many
+            else partial(producer.set, "ann", {"a": "1"})
+        )
+
+        with pytest.raises(redis.exceptions.TimeoutError):
+            give()
 
 
 def test_errors_of_redis_pass_through_unchanged() -> None:

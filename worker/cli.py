@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -21,17 +23,25 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from worker import simulator, status
+from worker import bulk, doctor, runtime, simulator, status
+from worker.appnames import AppNames
 from worker.config import PREFIX, Settings
 from worker.deadletters import PAGE, DeadLetters, Filter, Letter, Redriven, as_updates
-from worker.errors import BufferFull, ConfigError, InvalidUpdate, SandboxError
+from worker.doctor import Finding
+from worker.errors import BufferFull, CallFailed, CannotImport, ConfigError, InvalidUpdate, SandboxError
 from worker.keys import Keys
 from worker.line import Line
+from worker.models import check_names, check_occurred_at
 from worker.producer import Producer
+from worker.ratelimit import RateLimiter
+from worker.records import event_time
+from worker.refused import Kept, Refused
 from worker.sandbox import Plan, Sandbox
 
 #: Exit codes; 2 is click's own for wrong usage.
-FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX = 1, 2, 3, 4, 5, 6
+FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT = 1, 2, 3, 4, 5, 6, 7
+#: As shells have it for Ctrl-C.
+STOPPED = 130
 
 SANDBOX = Path(".imattr")
 SETTINGS_FILE = "settings.env"
@@ -44,12 +54,14 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused,
-4 Redis not reachable, 5 buffer full, 6 a sandbox part failed to start.
+4 Redis not reachable, 5 buffer full, 6 a sandbox part failed to start,
+7 no permit came in time, 130 stopped by Ctrl-C.
 
 \b
 Examples:
   imattr up                                    everything, on this machine
-  imattr put u1 city=Paris level=Gold          one update
+  imattr put u1 city=Paris --remove level      one update
+  imattr import users.csv                      a whole file
   imattr status --watch                        what is going on
 """
 
@@ -73,13 +85,17 @@ def _explained(command: Callable[P, None]) -> Callable[P, None]:
             _fail(REFUSED, f"refused, {error}")
         except BufferFull as error:
             _fail(FULL, str(error))
+        except CallFailed as error:
+            _fail(FAILED, f"{error.found}\n  {error.fix}")
+        except CannotImport as error:
+            _fail(FAILED, str(error))
         except SandboxError as error:
             _fail(NO_SANDBOX, str(error))
         except redis.RedisError as error:
             # Its text names the host and never the password.
             _fail(UNREACHABLE, f"Redis does not answer: {error}")
         except KeyboardInterrupt:
-            sys.exit(130)
+            sys.exit(STOPPED)
 
     return run
 
@@ -103,15 +119,19 @@ def main() -> None:
 
 @main.command()
 @click.argument("user")
-@click.argument("attributes", nargs=-1, required=True, metavar="NAME=VALUE...")
+@click.argument("attributes", nargs=-1, metavar="[NAME=VALUE...]")
+@click.option("--remove", "removed", multiple=True, metavar="NAME", help="An attribute to remove.")
 @click.option("--occurred-at", metavar="TIME", help="When it happened: ISO 8601 with a time zone, or epoch.")
 @_explained
-def put(user: str, attributes: tuple[str, ...], occurred_at: str | None) -> None:
+def put(user: str, attributes: tuple[str, ...], removed: tuple[str, ...], occurred_at: str | None) -> None:
     """Accept one update of USER's attributes."""
-    attrs = _pairs(attributes)
-    moment: object = occurred_at
-    if occurred_at and occurred_at.replace(".", "", 1).isdecimal():
-        moment = float(occurred_at)
+    attrs: dict[str, str | None] = {**_pairs(attributes)}
+    if twice := attrs.keys() & removed:
+        raise click.UsageError(f"attribute {min(twice)!r} is both set and removed")
+    attrs |= dict.fromkeys(removed)
+    if not attrs:
+        raise click.UsageError("nothing to set and nothing to remove")
+    moment = event_time(occurred_at) if occurred_at else None
     outcome = Producer.from_env(_environ()).set(user, attrs, moment)
     out.print(f"accepted, {outcome}")
 
@@ -126,6 +146,198 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
             raise click.UsageError(f"attribute {name!r} is given twice")
         attrs[name] = value
     return attrs
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Instead of finding it out.")
+@click.option("--user-column", default="user", show_default=True, help="CSV: the column of the user ids.")
+@click.option(
+    "--as-of",
+    metavar="TIME",
+    help="How old the file is: ISO 8601 with a time zone, or epoch. [default: when the import was begun]",
+)
+@click.option("--lane", type=click.Choice(["backfill", "live"]), default="backfill", show_default=True)
+@click.option(
+    "--refused",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where refused lines go, replaced if it is there. [default: FILE.refused.jsonl]",
+)
+@click.option("--restart", is_flag=True, help="Do not go on where an earlier run stopped.")
+@click.option("--dry-run", is_flag=True, help="Check all of it and say what it would take; accept nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@_explained
+def import_file(
+    file: Path,
+    format: Any,
+    user_column: str,
+    as_of: str | None,
+    lane: Any,
+    refused: Path | None,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Accept the updates in FILE, or - for stdin: JSON lines, or CSV with a header; also packed with gzip.
+
+    \b
+    {"user": "u1", "attrs": {"city": "Paris"}}        and "occurred_at", if known
+    user,city,level                                   an empty cell says nothing
+
+    They take the spare seats: live updates go first. A line without an event time counts as of the moment
+    when the import was begun, or --as-of: it never replaces what has happened since.
+
+    Refused lines stop nothing; they are listed with line, user and rule. While the buffer is full, it waits.
+    Interrupted (Ctrl-C, a kill, a failure), the same command goes on after the last line accepted; only
+    after a kill up to 500 lines may be offered twice, which changes nothing.
+
+    Ends with 3 if lines were refused, with 130 if it was stopped.
+    """
+    job = bulk.Job(
+        path=None if str(file) == "-" else file,
+        format=format,
+        user_column=user_column,
+        lane=lane,
+        as_of_ms=_as_of(as_of),
+        refused=refused,
+        restart=restart,
+    )
+    settings = Settings.from_env(_environ(), "producer")
+    with _until_stopped() as stopped, _import_shown(settings, job, err if as_json else out) as show:
+        importer = bulk.Importer(settings, job, stopped=stopped, show=show)
+        done = importer.rehearse() if dry_run else importer.run()
+    if isinstance(done, bulk.Estimate):
+        _print_estimate(done, settings, as_json)
+        refused_lines = done.refused
+    else:
+        _print_import(done, job, as_json)
+        refused_lines = done.progress.refused
+    sys.exit(STOPPED if done.state == "stopped" else REFUSED if refused_lines else 0)
+
+
+def _as_of(text: str | None) -> int | None:
+    try:
+        return None if text is None else check_occurred_at("", event_time(text))
+    except InvalidUpdate as error:
+        raise click.UsageError(error.rule.replace("occurred_at", "--as-of")) from None
+
+
+class _ImportScreen:
+    """Shows an import as it goes: asks ten times a second how far it is, once a second what is pending."""
+
+    def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
+        self._settings, self._console, self._line = settings, console, line
+        url = settings.redis_url.reveal()
+        self._redis = redis.Redis.from_url(url, socket_connect_timeout=3, socket_timeout=5)
+        self._line_at = self._eta_at = 0.0
+        self._eta: float | None = None
+        self.last: bulk.View | None = None
+
+    def __call__(self, view: bulk.View) -> None:
+        if self.last is None and view.resumed_after:
+            self._console.print(f"going on after line {view.resumed_after:,}, where an earlier run ended")
+        self.last = view
+        if view.state != "checking" and view.seconds >= self._eta_at:
+            self._eta_at = view.seconds + 1
+            self._eta = status.read(self._redis, self._settings)["eta_s"]
+        if view.seconds >= self._line_at:
+            self._line_at = view.seconds + 0.1
+            self._line(_import_line(view, self._eta))
+
+
+@contextmanager
+def _import_shown(settings: Settings, job: bulk.Job, console: Console) -> Iterator[_ImportScreen]:
+    """Shows an import, and how far it came when it fails."""
+    with _progress(console, every=5) as line:
+        screen = _ImportScreen(settings, console, line)
+        try:
+            yield screen
+        except (redis.RedisError, CannotImport):
+            if screen.last:
+                err.print(_how_far(screen.last, job))
+            raise
+
+
+def _how_far(view: bulk.View, job: bulk.Job) -> str:
+    progress = view.progress
+    done = f"{progress.accepted:,} lines are accepted, all up to line {progress.line:,}"
+    return f"{done}; the same command goes on after it" if job.resumable else done
+
+
+def _import_line(view: bulk.View, delivery: float | None) -> Text:
+    bar = "" if view.share is None else f"{'━' * round(20 * view.share):<20} "
+    refused = f"  refused {view.progress.refused:,}" if view.progress.refused else ""
+    waiting = "  waits for room" if view.state == "waiting for room" else ""
+    done = "checked" if view.state == "checking" else "accepted"
+    end = "" if view.eta is None else f"  {done} in {_duration(view.eta)}"
+    delivered = "" if delivery is None else f"  delivered in {_duration(delivery)}"
+    return Text.assemble(
+        (bar, "green"),
+        f"{view.progress.lines:,} lines  {view.lines_per_second:,.0f}/s",
+        (refused + waiting, "yellow"),
+        end + delivered,
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _print_import(view: bulk.View, job: bulk.Job, as_json: bool) -> None:
+    progress = view.progress
+    refused_file = str(job.refused_path) if progress.refused else None
+    facts = {
+        "state": view.state,
+        "lines": progress.lines,
+        "accepted": progress.accepted,
+        "coalesced": progress.coalesced,
+        "unchanged": progress.unchanged,
+        "stale": progress.stale,
+        "refused": progress.refused,
+        "refused_file": refused_file,
+        "as_of": status.iso(progress.as_of_ms / 1000),
+        "resumed_after": view.resumed_after,
+        "seconds": round(view.seconds, 3),
+        "lines_per_second": round(view.lines_per_second),
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        parts = ", ".join(f"{facts[name]:,} {name}" for name in ("coalesced", "unchanged", "stale"))
+        _print_rows(
+            (
+                "lines",
+                f"{progress.lines:,}, this run {view.lines_per_second:,.0f}/s for {view.seconds:.1f} s",
+            ),
+            ("accepted", f"{progress.accepted:,}, of them {parts}"),
+            ("refused", f"{progress.refused:,}" + (f", listed in {refused_file}" if refused_file else "")),
+            ("as of", f"{facts['as_of']}, where a line does not say"),
+        )
+    if view.state == "stopped":
+        err.print(f"stopped: {_how_far(view, job)}")
+
+
+def _print_estimate(estimate: bulk.Estimate, settings: Settings, as_json: bool) -> None:
+    if as_json:
+        refusals = [refusal._asdict() for refusal in estimate.refusals]
+        click.echo(json.dumps(estimate._asdict() | {"refusals": refusals}, ensure_ascii=False))
+        return
+    _print_rows(
+        ("lines", f"{estimate.lines:,}" + (", then stopped" if estimate.state == "stopped" else "")),
+        ("users", f"about {estimate.users:,}"),
+        ("refused", f"{estimate.refused:,}"),
+        *(("", f"line {line:,}: user {user}: {rule}") for line, user, rule in estimate.refusals),
+        ("calls", f"{estimate.calls:,}"),
+        ("time", f"{_duration(estimate.seconds)} at {settings.quota} calls/s, if nothing else is sent"),
+    )
+
+
+def _print_rows(*rows: tuple[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows:
+        table.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
+    out.print(table)
 
 
 @main.command("status")
@@ -161,13 +373,7 @@ def _status_table(state: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    if line["state"] == "open":
-        table.add_row("line", Text("open", style="green"))
-    else:
-        code = f" ({line['code']})" if line["code"] else ""
-        probe = f", next call {line['next_probe']}" if line["next_probe"] else ""
-        reason = f"{line['state']}: {line['reason']}{code}, since {line['since']}{probe}"
-        table.add_row("line", Text(reason, style="bold red"))
+    table.add_row("line", Text(line["words"], style="green" if line["state"] == "open" else "bold red"))
     waiting = pending["live"] + pending["backfill"] + pending["delayed"] + pending["waiting"]
     age = pending["oldest_age_s"]
     parts = ", ".join(f"{lane} {pending[lane]:,}" for lane in ("live", "backfill", "delayed", "waiting"))
@@ -176,8 +382,8 @@ def _status_table(state: dict[str, Any]) -> Table:
     )
     table.add_row("in flight", f"{state['in_flight']:,} users")
     table.add_row("dead letters", Text(f"{state['dead']:,}", style="yellow" if state["dead"] else ""))
-    eta = "-" if state["eta_s"] is None else f"{state['eta_s']:.1f} s"
-    table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, all delivered in {eta}")
+    eta = "nothing is sent now" if state["eta_s"] is None else f"all delivered in {state['eta_s']:.1f} s"
+    table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, {eta}")
     counters = ", ".join(
         f"{name.replace('_', ' ')} {ledger[name]:,}" for name in ledger if name != "balanced"
     )
@@ -325,6 +531,75 @@ def _pages(letters: DeadLetters, wanted: Filter) -> Iterator[list[str]]:
         yield page
 
 
+@main.group("refused")
+def refused_updates() -> None:
+    """Look at updates refused after they had left their sender: Celery messages and stream entries."""
+
+
+@contextmanager
+def _refused() -> Iterator[Refused]:
+    settings = Settings.from_env(_environ(), "producer")
+    with redis.Redis.from_url(settings.redis_url.reveal(), socket_connect_timeout=3) as client:
+        yield Refused(client, Keys(settings.sdkappid))
+
+
+def _refused_facts(kept: Kept) -> dict[str, str | None]:
+    return {
+        "id": kept.id,
+        "refused_at": status.iso(kept.at_ms / 1000),
+        "source": kept.source,
+        "user": kept.user,
+        "rule": kept.rule,
+    }
+
+
+@refused_updates.command("list")
+@click.option(
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most this many, newest first."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+@_explained
+def list_refused(limit: int, as_json: bool) -> None:
+    """List refused updates, without what was in them."""
+    with _refused() as refused:
+        facts = [_refused_facts(kept) for kept in refused.newest(limit)]
+        count = refused.count()
+    if as_json:
+        for fact in facts:
+            click.echo(json.dumps(fact, ensure_ascii=False))
+        return
+    table = Table("id", "refused at", "source", "user", "rule", box=None, header_style="bold")
+    for fact in facts:
+        table.add_row(*(Text(value or "") for value in fact.values()))
+    out.print(table if facts else "no refused updates")
+    if len(facts) == limit < count:
+        out.print(f"[dim]... of {count:,} in all; see --limit[/dim]")
+
+
+@refused_updates.command("show")
+@click.argument("id")
+@_explained
+def show_refused(id: str) -> None:
+    """Show the refused update ID with what was in it, as JSON."""
+    with _refused() as refused:
+        kept = refused.find(id)
+    if kept is None:
+        _fail(FAILED, f"no refused update has the id {id}")
+    click.echo(json.dumps(_refused_facts(kept) | {"payload": kept.payload}, ensure_ascii=False, indent=2))
+
+
+@refused_updates.command("purge")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_explained
+def purge_refused(yes: bool) -> None:
+    """Throw all refused updates away for good."""
+    with _refused() as refused:
+        count = refused.count()
+        if count and not yes:
+            click.confirm(f"Throw {count:,} refused updates away for good?", abort=True)
+        out.print(f"{refused.purge():,} thrown away")
+
+
 @main.command()
 @click.option("--reason", required=True, help="Shown to everyone who asks for the status.")
 @_explained
@@ -343,11 +618,116 @@ def resume() -> None:
         out.print("resumed" if line.resume() else "the line was open")
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--wait", default=2.0, show_default=True, help="Seconds to wait for a slot at most.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+@_explained
+def permit(wait: float, command: tuple[str, ...]) -> None:
+    """Wait for a slot of the shared rate, then run COMMAND, or just end.
+
+    For scripts that call the API themselves: one permit, one call. Ends with 7 when no slot is free in time.
+    """
+    settings = Settings.from_env(_environ(), "producer")
+    limiter = RateLimiter.connect(
+        settings.redis_url.reveal(), settings.sdkappid, quota=settings.quota, patience=wait
+    )
+    if not limiter.acquire():
+        _fail(NO_PERMIT, f"no slot was free within {wait:g} s")
+    if command:
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            _fail(FAILED, f"{command[0]}: {error.strerror}")
+
+
 @contextmanager
 def _line() -> Iterator[Line]:
     settings = Settings.from_env(_environ(), "producer")
     with redis.Redis.from_url(settings.redis_url.reveal(), socket_connect_timeout=3) as client:
         yield Line(client, Keys(settings.sdkappid))
+
+
+@main.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of {check, level, found, fix}.")
+@_explained
+def show_findings(as_json: bool) -> None:
+    """Look at settings, Redis, broker, workers, line and API, and say what is wrong and how to mend it.
+
+    Makes one call of the API, which changes nothing there, in a slot of the shared rate.
+
+    Ends with 0 if nothing is an error (warnings allowed), else with 1.
+    """
+    findings = []
+    for finding in doctor.examine(_environ()):
+        findings.append(finding)
+        if not as_json:
+            out.print(_finding_row(finding))
+    count = Counter(finding.level for finding in findings)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False))
+    else:
+        out.print(f"\ngood: {count['ok']}, warnings: {count['warning']}, errors: {count['error']}")
+    sys.exit(FAILED if count["error"] else 0)
+
+
+_MARKS = {"ok": Text("✓", "green"), "warning": Text("!", "bold yellow"), "error": Text("✗", "bold red")}
+
+
+def _finding_row(finding: Finding) -> Table:
+    """One finding, shown as soon as it is there; the columns of all have one width."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=1)
+    table.add_column(width=17, style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(_MARKS[finding.level], finding.check, Text(finding.found))
+    if finding.fix:
+        table.add_row("", "", Text(f"→ {finding.fix}", "dim"))
+    return table
+
+
+@main.group()
+def names() -> None:
+    """Look at the app's attribute names at the API, or add some."""
+
+
+@contextmanager
+def _app_names() -> Iterator[AppNames]:
+    settings = Settings.from_env(_environ())
+    with runtime.connect(settings) as client:
+        yield runtime.build_app_names(settings, client)
+
+
+@names.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@_explained
+def list_names(as_json: bool) -> None:
+    """Ask the API for the app's attribute names, and let the local door know them."""
+    with _app_names() as app:
+        found = sorted(app.read())
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        out.print(Text("\n".join(found) or "the app has no attribute names; see imattr names set"))
+
+
+@names.command("set")
+@click.argument("wanted", nargs=-1, required=True, metavar="NAME...")
+@_explained
+def set_names(wanted: tuple[str, ...]) -> None:
+    """Give the app the attribute names that it does not have yet.
+
+    An app has at most 10, of 1 to 50 bytes each.
+    """
+    try:
+        check_names(wanted)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with _app_names() as app:
+        added = app.add(wanted)
+    there = [name for name in dict.fromkeys(wanted) if name not in added]
+    for what, some in (("added", added), ("there already", there)):
+        if some:
+            out.print(Text(f"{what}: {', '.join(some)}"))
 
 
 @main.command()
@@ -501,18 +881,18 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Text], None]]:
-    """A line that is rewritten on a terminal, and printed every two seconds elsewhere."""
-    if out.is_terminal:
-        with Live(console=out, auto_refresh=False, transient=True) as live:
+def _progress(console: Console = out, every: float = 2) -> Iterator[Callable[[Text], None]]:
+    """A line that is rewritten on a terminal, and printed every so many seconds elsewhere."""
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
             yield lambda text: live.update(text, refresh=True)
         return
     shown = [time.monotonic()]
 
     def show(text: Text) -> None:
-        if time.monotonic() - shown[0] >= 2:
+        if time.monotonic() - shown[0] >= every:
             shown[0] = time.monotonic()
-            out.print(text)
+            console.print(text)
 
     yield show
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.buffer import MAX_UPDATES_PER_ADD, Buffer
-from worker.clock import SystemClock
+from worker.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
+from worker.clock import Clock, SystemClock
 from worker.config import Settings
 from worker.errors import BufferFull, InvalidUpdate
 from worker.keys import Keys
@@ -33,10 +34,46 @@ Accepted = Literal["pending", "coalesced", "unchanged", "stale"]
 
 Lane = Literal["live", "backfill"]
 
+#: Seconds that connecting to Redis, and one answer, may take: then the caller gets an error.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
+
+#: The part of Redis' memory beyond which new users are refused, and seconds between two looks at it.
+MEMORY_SHARE, MEMORY_EVERY = 0.9, 1.0
 
 #: A connection that the server has dropped since the last call is made anew. Adding an update twice,
 #: when only the answer was lost, changes nothing.
 _ONCE = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom(Refusal):
+    """A new user refused for want of room: the update is good, and may be given again later."""
+
+
+class Memory:
+    """Whether Redis is near its memory limit. Thread-safe: at worst two threads look at once."""
+
+    def __init__(self, client: redis.Redis, clock: Clock) -> None:
+        self._redis, self._clock = client, clock
+        self._look_at = clock.monotonic()
+        self._short = False
+
+    def is_short(self) -> bool:
+        """As of the last look, at most `MEMORY_EVERY` seconds ago."""
+        now = self._clock.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + MEMORY_EVERY
+            self._short = self._look()
+        return self._short
+
+    def _look(self) -> bool:
+        try:
+            memory = self._redis.info("memory")
+        except redis.ResponseError:
+            # Some services do not let anybody see it.
+            return False
+        limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
+        return 0 < MEMORY_SHARE * limit < used
 
 
 class Producer:
@@ -45,7 +82,9 @@ class Producer:
     def __init__(self, redis_url: str, sdkappid: int, *, max_pending: int = 0) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit."""
         self._redis_url, self._keys = redis_url, Keys(sdkappid)
-        self._names = AttributeNames(redis.Redis.from_url(redis_url), self._keys, SystemClock())
+        self._client = self._connect()
+        self._names = AttributeNames(self._client, self._keys, SystemClock())
+        self._memory = Memory(self._client, SystemClock())
         self._max_pending = max_pending
         self._local = threading.local()
 
@@ -57,10 +96,14 @@ class Producer:
         still belongs to the parent, so the child makes another.
         """
         if getattr(self._local, "pid", None) != os.getpid():
-            client = redis.Redis.from_url(self._redis_url, single_connection_client=True, retry=_ONCE)
+            client = self._connect(single_connection_client=True)
             self._local.buffer, self._local.pid = Buffer(client, self._keys), os.getpid()
         buffer: Buffer = self._local.buffer
         return buffer
+
+    def _connect(self, **options: Any) -> redis.Redis:
+        options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": ANSWER_TIMEOUT}
+        return redis.Redis.from_url(self._redis_url, retry=_ONCE, **options)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -77,9 +120,9 @@ class Producer:
         Raises `InvalidUpdate`, `BufferFull`, or what `redis` raises: then it was not accepted.
         """
         update = check_update(user_id, attrs, occurred_at, self._names.get())
-        added = self._buffer.add([update], max_pending=self._max_pending)
+        added = self.add([update])
         if added.full:
-            raise BufferFull(user_id, self._max_pending)
+            raise self._full(user_id)
         if added.coalesced:
             return "coalesced"
         if added.unchanged:
@@ -90,7 +133,7 @@ class Producer:
         """Accept many updates, each (user id, attributes) or (user id, attributes, occurred_at).
 
         An invalid one is refused alone and returned with its reason; so is a new user when the buffer
-        is full. When Redis fails midway the error passes through, and some may have been accepted:
+        is full, as `NoRoom`. When Redis fails midway the error passes through, and some may have been accepted:
         giving them all again is harmless.
         """
         result = BulkResult()
@@ -99,6 +142,30 @@ class Producer:
         while chunk := list(islice(numbered, MAX_UPDATES_PER_ADD)):
             self._add(chunk, lane, names, result)
         return result
+
+    def add(self, updates: Sequence[Update], *, lane: Lane = "live") -> Added:
+        """Accept up to `MAX_UPDATES_PER_ADD` updates that are checked; `full` has those without room."""
+        limit = NOBODY_NEW if self._memory.is_short() else self._max_pending
+        return self._buffer.add(updates, lane=lane, max_pending=limit)
+
+    def has_room(self, share: float = 0.0) -> bool:
+        """Whether new users are accepted now; with a `share`, whether that part of the room is free."""
+        if self._memory.is_short():
+            return False
+        pending: int = self._client.hlen(self._keys.pending)
+        return not self._max_pending or pending < self._max_pending * (1 - share)
+
+    def _full(self, user: UserId) -> BufferFull:
+        return BufferFull(user, None if self._memory.is_short() else self._max_pending or None)
+
+    def names(self) -> frozenset[str]:
+        """The app's attribute names to check against; empty when they are not known."""
+        return self._names.get()
+
+    def now_ms(self) -> int:
+        """Redis' clock, ms since 1970."""
+        seconds, micros = self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def _add(
         self, chunk: list[tuple[int, object]], lane: Lane, names: frozenset[str], result: BulkResult
@@ -111,10 +178,10 @@ class Producer:
                 places.append(index)
             except InvalidUpdate as error:
                 result.refused.append(Refusal(index, error.user, error.rule))
-        added = self._buffer.add(valid, lane=lane, max_pending=self._max_pending)
+        added = self.add(valid, lane=lane)
         for place in added.full:
-            full = BufferFull(valid[place].user, self._max_pending)
-            result.refused.append(Refusal(places[place], full.user, full.rule))
+            full = self._full(valid[place].user)
+            result.refused.append(NoRoom(places[place], full.user, full.rule))
         result.accepted += added.accepted
         result.coalesced += added.coalesced
         result.unchanged += added.unchanged

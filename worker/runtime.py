@@ -10,6 +10,7 @@ import threading
 import redis
 
 from worker import logs
+from worker.appnames import AppNames
 from worker.buffer import Buffer
 from worker.client import Client
 from worker.clock import SystemClock
@@ -21,6 +22,8 @@ from worker.names import AttributeNames
 from worker.policy import Policy
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
+from worker.refused import Refused
+from worker.stream import StreamConsumer
 from worker.usersig import Signer
 
 #: Set when this process shuts down: what is in flight is finished, nothing new begins.
@@ -77,6 +80,12 @@ def build_limiter(settings: Settings, client: redis.Redis) -> RateLimiter:
     return RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=SystemClock())
 
 
+def build_app_names(settings: Settings, client: redis.Redis) -> AppNames:
+    clock = SystemClock()
+    known = AttributeNames(client, Keys(settings.sdkappid), clock)
+    return AppNames(build_client(settings), build_limiter(settings, client), known, clock)
+
+
 def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
     clock, keys = SystemClock(), Keys(settings.sdkappid)
     return Delivery(
@@ -100,6 +109,12 @@ def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
     )
 
 
+def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
+    """A consumer with connections to itself: its reads block."""
+    client, keys = connect(settings), Keys(settings.sdkappid)
+    return StreamConsumer(client, keys, producer(), Refused(client, keys), SystemClock(), worker=worker)
+
+
 # One of each a process, made at first use: with prefork that is after the fork, so that processes
 # never share a connection.
 
@@ -115,6 +130,12 @@ def _producer(_pid: int) -> Producer:
     return Producer(found.redis_url.reveal(), found.sdkappid, max_pending=found.max_pending)
 
 
+@functools.cache
+def _refused(_pid: int) -> Refused:
+    found = settings()
+    return Refused(connect(found), Keys(found.sdkappid))
+
+
 def delivery() -> Delivery:
     """This process' delivery loop."""
     return _delivery(os.getpid())
@@ -123,3 +144,8 @@ def delivery() -> Delivery:
 def producer() -> Producer:
     """This process' producer."""
     return _producer(os.getpid())
+
+
+def refused() -> Refused:
+    """Where this process keeps refused updates."""
+    return _refused(os.getpid())

@@ -33,7 +33,7 @@ local pending = redis.call('HMGET', KEYS[1], unpack(users))
 local flight = redis.call('HMGET', KEYS[4], unpack(users))
 local shadow = redis.call('HMGET', KEYS[5], unpack(users))
 local dead = redis.call('HMGET', KEYS[8], unpack(users))
-local pending_count = max_pending ~= 0 and redis.call('HLEN', KEYS[1]) or 0
+local pending_count = max_pending > 0 and redis.call('HLEN', KEYS[1]) or 0
 
 -- A user may stand in the array twice: what the first update changed is what the second one finds.
 local records, shadows, letters = {}, {}, {}

@@ -1,0 +1,54 @@
+"""When an update that came as a Celery message happened, if it does not say so itself.
+
+Pools run messages side by side, so two for one user may overtake each other between the broker and the
+buffer. Each therefore gets a time in the order of the queue, before it gets to a pool. Celery puts no
+time of publishing into a message; the best that is there is taken:
+
+1. the header that our own app adds when it publishes,
+2. the header `timestamp_in_ms` that RabbitMQ adds where it is told to stamp messages,
+3. AMQP's property `timestamp`, in whole seconds,
+4. the moment at which this worker took the message from the queue.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from worker.errors import InvalidUpdate
+from worker.models import check_occurred_at
+
+#: Header with the time of publishing, in ms.
+PUBLISHED = "imattr_published_ms"
+
+
+class Stamps:
+    """Milliseconds since 1970, each later than the one before. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def next(self) -> int:
+        with self._lock:
+            self._last = max(self._last + 1, time.time_ns() // 1_000_000)
+            return self._last
+
+
+def event_ms(headers: Mapping[str, Any], properties: Mapping[str, Any], taken_ms: int) -> int:
+    """The event time of a message that was taken from the queue at `taken_ms`."""
+    published = _ms(headers.get(PUBLISHED)) or _ms(headers.get("timestamp_in_ms"))
+    if not published and (second := _ms(properties.get("timestamp"))):
+        # Somewhere within that second: the end of it keeps the order of those that were taken later.
+        published = second + 999
+    # Nothing is published after it was taken: a clock that is ahead must not win for ever.
+    return min(published or taken_ms, taken_ms)
+
+
+def _ms(moment: object) -> int:
+    try:
+        return check_occurred_at("?", moment)
+    except InvalidUpdate:
+        return 0
