@@ -116,11 +116,12 @@ class Sandbox:
         self._server.stop()
         self._server = EmbeddedServer(self._server.directory, port=self._server.port)
 
-    def start_worker(self, number: int) -> Callable[[], None]:
-        """Start one worker process; the result waits until it is ready."""
+    def start_worker(self, number: int, *, include: str = "") -> Callable[[], None]:
+        """Start one worker process; the result waits until it is ready. `include` names a module of tasks."""
         name = f"worker-{number}"
         pool = ["--pool", self.plan.pool, "--concurrency", str(self.plan.concurrency)]
         options = [*pool, "--without-gossip", "--without-mingle", "--hostname", f"{name}@%h"]
+        options += ["--include", include] if include else []
         process = self._spawn(name, ["-m", "celery", "--app", "worker", "worker", *options])
         return lambda: self._wait(name, lambda: b" ready." in process.log.read_bytes())
 

@@ -1,0 +1,31 @@
+"""Runs the parts named on the command line, or all."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.bench import Results, console, ways_in, ways_out
+
+_IN = (ways_in.enqueue, ways_in.consume, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.shadow)
+_OUT = (
+    ways_out.growth,
+    ways_out.permits,
+    ways_out.delivery,
+    ways_in.backfill,
+    ways_out.idle,
+    ways_out.instrument,
+)
+PARTS = {part.__name__: part for part in _IN + _OUT}
+
+
+def main() -> None:
+    results = Results()
+    for name in sys.argv[1:] or PARTS:
+        console.print(f"[bold]{name}[/]: {PARTS[name].__doc__}")
+        PARTS[name](results)
+    console.print(results.table)
+    sys.exit(0 if results.held else 1)
+
+
+if __name__ == "__main__":
+    main()
