@@ -870,6 +870,27 @@ def test_a_second_pause_for_the_same_refusal_is_not_told_again(client: redis.Red
     assert [line["event"] for line in lines] == ["batch_settled"]
 
 
+def test_a_line_stopped_by_others_does_not_cut_the_hold_short(client: redis.Redis) -> None:
+    loop = Loop(client, lambda users: NoReply(Failure.TIMEOUT))
+    loop.add(["ann"])
+    for _ in range(4):
+        loop.make_due()
+        loop.deliver()
+        loop.others_succeed()
+    loop.make_due()
+
+    def stopped_meanwhile(users: list[str]) -> Answer:
+        loop.line.pause("maintenance")
+        return NoReply(Failure.TIMEOUT)
+
+    loop.client._api = stopped_meanwhile
+    before = loop.clock.now
+    loop.deliver()
+
+    due = client.zscore(loop.keys.delayed, "ann") or 0
+    assert loop.clock.now - before >= 5 or float(due) * 1000 - loop.us() >= 5e6
+
+
 def removing(client: redis.Redis, api: Api) -> Loop:
     """A loop in which ann sets and removes, bob only sets, and eve only removes."""
     loop = Loop(client, api)
@@ -983,20 +1004,34 @@ answers = st.one_of(
 )
 
 
-@given(script=st.lists(answers, max_size=25), size=st.integers(1, 12), max_attempts=st.integers(1, 4))
+@given(
+    script=st.lists(st.tuples(answers, st.sampled_from([False, False, True])), max_size=25),
+    patient=st.lists(st.booleans(), min_size=6, max_size=6),
+    size=st.integers(1, 12),
+    max_attempts=st.integers(1, 4),
+)
 def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
-    client: redis.Redis, script: list[Answer], size: int, max_attempts: int
+    client: redis.Redis, script: list[tuple[Answer, bool]], patient: list[bool], size: int, max_attempts: int
 ) -> None:
     remaining = iter(script)
-    loop = Loop(client, lambda users: next(remaining, OK), max_attempts=max_attempts)
+
+    def api(users: list[str]) -> Answer:
+        answer, others_stop_the_line = next(remaining, (OK, False))
+        if others_stop_the_line:
+            loop.line.pause("maintenance")
+        return answer
+
+    loop = Loop(client, api, max_attempts=max_attempts)
     loop.add(some(size))
     loop.buffer.add([Update(user, {"city": None}) for user in some(size)[::3]])
     loop.buffer.add([Update(user, {"level": "Gold"}) for user in some(size)[::6]])
 
-    for _ in range(4):
-        loop.make_due()
-        loop.client.history.clear()
-        stopped = loop.line.read().state == "stopped"
+    for waits in patient:
+        if waits:
+            loop.make_due()
+        if loop.line.read().state == "paused":
+            loop.line.resume()
+        stopped = waits and loop.line.read().state == "stopped"
         summary = loop.probe() if stopped and loop.buffer.snapshot().pending else loop.deliver()
         assert nothing_crosses_an_unknown_outcome(loop.client.history)
         settled = summary.acked + summary.retried + summary.snoozed + summary.dead_lettered

@@ -294,15 +294,18 @@ class Delivery:
         return self._clock.monotonic() + self._client.longest_call < work.lease_ends
 
     def _extend(self, work: _Work, permit: Permit | None = None) -> None:
-        """Renew the lease; raises when the batch is lost, or may not be sent in the permit's slot."""
+        """Renew the lease; raises when the batch is lost, or may not be sent in the permit's slot.
+
+        Without a permit nothing is to be sent yet, and a line that others stopped is no matter.
+        """
         renewed_at = self._clock.monotonic()
         match self._buffer.extend(work.batch.id, epoch=permit.epoch if permit else None):
-            case "held":
-                work.lease_ends = renewed_at + self._lease
-            case "must wait":
-                raise HandBack("handed_back")
             case "lost":
                 raise Fenced
+            case "must wait" if permit:
+                raise HandBack("handed_back")
+            case _:
+                work.lease_ends = renewed_at + self._lease
 
     # Acting on the answer.
 
