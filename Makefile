@@ -21,8 +21,8 @@ check: $(STAMP) ## What must be green before a commit: format, lint, types, test
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/pytest --cov worker --cov-branch --cov-report=
-	$(BIN)/coverage report --include 'worker/delivery.py,worker/policy.py' --fail-under 95
+	$(BIN)/pytest
+	$(BIN)/pytest --cov worker.delivery --cov worker.policy --cov-branch --cov-fail-under 95 tests/test_delivery.py tests/test_policy.py
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format $(SOURCES)
