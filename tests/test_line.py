@@ -267,3 +267,18 @@ def test_what_is_in_flight_at_a_pause_is_still_settled(line: Line, buffer: Buffe
 
     assert buffer.settle(batch.id, {}, rest=Acked()) == 100
     assert buffer.snapshot().balanced
+
+
+@pytest.mark.parametrize("kind", ["error", "outage", "data"])
+def test_after_a_person_has_mended_the_settings_nobody_uses_a_signature_of_before(
+    line: Line, buffer: Buffer, kind: Kind
+) -> None:
+    """The key may have been rotated: with the old signature the first call would stop the line again."""
+    stop(line, kind=kind)
+
+    line.resume(now_ms=NOW)
+
+    [ticket, *_] = turn(buffer, NOW).tickets
+    batch = buffer.claim(ticket, 100, now_ms=NOW)
+    assert batch
+    assert batch.signed_at == (NOW // 1000 + 1 if kind == "error" else 0)
