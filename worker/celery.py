@@ -89,6 +89,9 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "worker_prefetch_multiplier": 1,
         # True ends the worker with the threads pool.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # After a reconnect, Celery would set the prefetch count from the pool's threads: with RabbitMQ they then read
+        # each other's answers from the one connection, and wait for ever.
+        "worker_enable_prefetch_count_reduction": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "worker_send_task_events": True,
@@ -101,7 +104,8 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 def _transport(settings: Settings) -> dict[str, Any]:
     if settings.broker_url.reveal().partition("+")[0].startswith(("amqp", "pyamqp")):
-        return {"confirm_publish": True}
+        # Without timeouts a half-open connection stops the dispatcher for good.
+        return {"confirm_publish": True, "connect_timeout": 3, "read_timeout": 10, "write_timeout": 10}
     return {
         "global_keyprefix": settings.broker_prefix,
         # A message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other
