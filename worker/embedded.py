@@ -13,8 +13,9 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import redis
 
@@ -61,7 +62,16 @@ class EmbeddedServer:
     `directory` keeps its log and, with `persistent`, its append-only file from one start to the next.
     """
 
-    def __init__(self, directory: Path, *, persistent: bool = True, port: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        persistent: bool = True,
+        port: int | None = None,
+        appendfsync: Literal["always", "everysec"] = "everysec",
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environ` is the server process' environment; None = ours."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = port or free_port()
@@ -72,7 +82,7 @@ class EmbeddedServer:
             "dir": str(directory.resolve()),
             "save": "",
             "appendonly": "yes" if persistent else "no",
-            "appendfsync": "everysec",
+            "appendfsync": appendfsync,
             "maxmemory-policy": "noeviction",
             "logfile": "server.log",
             "daemonize": "no",
@@ -81,6 +91,7 @@ class EmbeddedServer:
         # Its own session: Ctrl-C in the terminal must reach us, not the server, which stops last.
         self._process = subprocess.Popen(
             [find_server(), *arguments],
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
@@ -105,6 +116,11 @@ class EmbeddedServer:
                 time.sleep(0.02)
         self.stop()
         raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
+
+    def kill(self) -> None:
+        """End the server like a crash: it gets no chance to do anything more."""
+        self._process.kill()
+        self._process.wait()
 
     def stop(self) -> None:
         """Stop the server and wait for it; its data stays in the directory."""

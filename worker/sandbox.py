@@ -116,13 +116,16 @@ class Sandbox:
         self._server.stop()
         self._server = EmbeddedServer(self._server.directory, port=self._server.port)
 
-    def start_worker(self, number: int, *, include: str = "") -> Callable[[], None]:
-        """Start one worker process; the result waits until it is ready. `include` names a module of tasks."""
+    def start_worker(self, number: int, *, include: str = "", code: Path | None = None) -> Callable[[], None]:
+        """Start one worker process; the result waits until it is ready.
+
+        `include` names a module of tasks, `code` a directory with another version of the product.
+        """
         name = f"worker-{number}"
         pool = ["--pool", self.plan.pool, "--concurrency", str(self.plan.concurrency)]
         options = [*pool, "--without-gossip", "--without-mingle", "--hostname", f"{name}@%h"]
         options += ["--include", include] if include else []
-        process = self._spawn(name, ["-m", "celery", "--app", "worker", "worker", *options])
+        process = self._spawn(name, ["-m", "celery", "--app", "worker", "worker", *options], cwd=code)
         return lambda: self._wait(name, lambda: b" ready." in process.log.read_bytes())
 
     def _start_flower(self) -> Callable[[], None]:
@@ -132,12 +135,13 @@ class Sandbox:
         self._spawn("flower", ["-m", "celery", "--app", "worker", "flower", *options])
         return lambda: self._wait("flower", lambda: _answers(f"{self.flower_url}/healthcheck"))
 
-    def _spawn(self, name: str, arguments: Sequence[str]) -> _Process:
+    def _spawn(self, name: str, arguments: Sequence[str], *, cwd: Path | None = None) -> _Process:
         log = self.directory / f"{name}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 [sys.executable, *arguments],
                 env=_environment(self.environ),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

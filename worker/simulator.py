@@ -576,7 +576,7 @@ class Faults:
         return None
 
 
-class _TimedStream(tornado.iostream.IOStream):
+class TimedStream(tornado.iostream.IOStream):
     """A connection that knows when its last bytes reached this machine.
 
     The kernel notes that time (Linux). Ours would be the time at which this process got round to look,
@@ -607,7 +607,7 @@ class _Server(tornado.httpserver.HTTPServer):
     """Reads every connection with its arrival times."""
 
     def handle_stream(self, stream: tornado.iostream.IOStream, address: tuple[str, int]) -> None:
-        super().handle_stream(_TimedStream(stream.socket), address)
+        super().handle_stream(TimedStream(stream.socket), address)
 
 
 class _ApiHandler(tornado.web.RequestHandler):

@@ -1,0 +1,348 @@
+"""What goes wrong, one function a kind. Each strikes, and returns how it is mended and after how long.
+
+The name of a function is the name in the report; the first line of its docstring says what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.chaos.system import LEASE, System
+from tests.chaos.writers import NAMES
+
+
+class Struck(NamedTuple):
+    """A fault that struck: seconds until it is mended, how, and how many things it hit."""
+
+    seconds: float = 0.0
+    mend: Callable[[], object] = lambda: None
+    hits: int = 1
+
+
+NOTHING = Struck(hits=0)
+
+
+# Processes.
+
+
+def worker_killed(system: System) -> Struck:
+    """kill -9 of a worker; another one comes up"""
+    return Struck(hits=system.end_worker(signal.SIGKILL))
+
+
+def worker_terminated(system: System) -> Struck:
+    """SIGTERM to a worker: a warm shutdown; another comes up"""
+    return Struck(hits=system.end_worker(signal.SIGTERM))
+
+
+def worker_frozen(system: System) -> Struck:
+    """SIGSTOP for a moment"""
+    return _freeze(system, system.rng.uniform(0.2, 3.0))
+
+
+def worker_frozen_beyond_its_lease(system: System) -> Struck:
+    """SIGSTOP until its leases have ended and others have its users"""
+    return _freeze(system, LEASE + system.rng.uniform(1.0, 4.0))
+
+
+def _freeze(system: System, seconds: float) -> Struck:
+    if not (found := system.some_worker()):
+        return NOTHING
+    _, pid = found
+    system.frozen.add(pid)
+    os.kill(pid, signal.SIGSTOP)
+
+    def thaw() -> None:
+        os.kill(pid, signal.SIGCONT)
+        system.frozen.discard(pid)
+
+    return Struck(seconds, thaw)
+
+
+def writer_killed(system: System) -> Struck:
+    """kill -9 of a program that offers updates"""
+    system.kill_writer()
+    return Struck()
+
+
+def import_killed(system: System) -> Struck:
+    """kill -9 of an import, which is begun again"""
+    running = [one for one in system.imports if one.process.poll() is None]
+    for one in running:
+        one.process.kill()
+    return Struck(hits=len(running))
+
+
+# Redis and the broker.
+
+
+def redis_killed(system: System) -> Struck:
+    """kill -9 of the Redis that holds the state; restarted from its file"""
+    system.kill_redis()
+    return Struck()
+
+
+def redis_lost_its_last_second(system: System) -> Struck:
+    """a power failure: what was not on its disk is gone (everysec only)"""
+    if system.appendfsync == "always":
+        return NOTHING
+    system.lose_power()
+    return Struck()
+
+
+def redis_stalled(system: System) -> Struck:
+    """SIGSTOP of Redis, also for longer than its clients wait"""
+    pid = system.server.pid
+    os.kill(pid, signal.SIGSTOP)
+    return Struck(system.rng.choice((0.1, 0.5, 2.0, 7.0)), lambda: os.kill(pid, signal.SIGCONT))
+
+
+def scripts_flushed(system: System) -> Struck:
+    """SCRIPT FLUSH"""
+    system.redis.script_flush()
+    return Struck()
+
+
+def broker_killed(system: System) -> Struck:
+    """kill -9 of the broker, which comes back"""
+    system.broker.kill()
+    return Struck(system.rng.uniform(0.0, 3.0), system.broker.start)
+
+
+def clock_jumped(system: System) -> Struck:
+    """Redis' clock is set forward or back, and right again (libfaketime)"""
+    if not system.server_environ:
+        return NOTHING
+    stamp = Path(system.server_environ["FAKETIME_TIMESTAMP_FILE"])
+    # A jump forward of more than a lease ends leases early, as documented: those are not for this test.
+    stamp.write_text(f"{system.rng.choice((-3600, -60, -5, -1, 1, 5)):+d}\n")
+    return Struck(system.rng.uniform(2.0, 5.0), lambda: stamp.write_text("+0\n"))
+
+
+# Connections.
+
+
+def redis_connections_cut(system: System) -> Struck:
+    """all connections to Redis are reset, with what is on its way"""
+    return Struck(hits=system.redis_proxy.tell("cut"))
+
+
+def redis_unreachable(system: System) -> Struck:
+    """no connection to Redis can be made"""
+    proxy = system.redis_proxy
+    return Struck(system.rng.uniform(0.5, 4.0), lambda: proxy.tell("pass"), proxy.tell("refuse"))
+
+
+def redis_slow(system: System) -> Struck:
+    """answers of Redis come late"""
+    proxy, delay = system.redis_proxy, system.rng.choice((0.005, 0.05, 0.3))
+    return Struck(system.rng.uniform(1.0, 3.0), lambda: proxy.tell("pass"), proxy.tell(f"delay {delay}"))
+
+
+def redis_answers_lost(system: System) -> Struck:
+    """scripts run, and their answers are lost with the connections"""
+    proxy = system.redis_proxy
+    proxy.tell("delay 0.5")
+    return Struck(0.3, lambda: (proxy.tell("cut"), proxy.tell("pass")))
+
+
+def redis_black_hole(system: System) -> Struck:
+    """packets to and from Redis vanish"""
+    proxy = system.redis_proxy
+    return Struck(system.rng.uniform(1.0, 7.0), lambda: proxy.tell("pass"), proxy.tell("swallow"))
+
+
+def broker_connections_cut(system: System) -> Struck:
+    """all connections to the broker are reset"""
+    return Struck(hits=system.broker_proxy.tell("cut"))
+
+
+def broker_black_hole(system: System) -> Struck:
+    """packets to and from the broker vanish"""
+    proxy = system.broker_proxy
+    return Struck(system.rng.uniform(1.0, 4.0), lambda: proxy.tell("pass"), proxy.tell("swallow"))
+
+
+def api_connections_cut(system: System) -> Struck:
+    """all connections to the API are reset, with what is on its way"""
+    return Struck(hits=system.api_proxy.tell("cut"))
+
+
+def api_slow(system: System) -> Struck:
+    """answers of the API come late, also after its clients gave up"""
+    proxy, delay = system.api_proxy, system.rng.choice((0.2, 1.0, 3.5))
+    return Struck(system.rng.uniform(1.0, 4.0), lambda: proxy.tell("pass"), proxy.tell(f"delay {delay}"))
+
+
+def api_black_hole(system: System) -> Struck:
+    """packets to and from the API vanish"""
+    proxy = system.api_proxy
+    return Struck(system.rng.uniform(1.0, 4.0), lambda: proxy.tell("pass"), proxy.tell("swallow"))
+
+
+# The API.
+
+
+def _faults(system: System, seconds: float, *faults: dict[str, Any]) -> Struck:
+    """Let calls go wrong for a while. The simulator counts them itself: these are no hits of ours."""
+    system.api("faults", [{"times": None, "chance": 0.3} | fault for fault in faults])
+    return Struck(seconds, lambda: system.api("faults", []), hits=0)
+
+
+def api_fails(system: System) -> Struck:
+    """502 and resets before and after applying, replies cut short, 91000"""
+    return _faults(
+        system,
+        system.rng.uniform(3.0, 6.0),
+        {"kind": "status", "code": 502, "chance": 0.05},
+        {"kind": "status", "code": 502, "chance": 0.05, "applied": True},
+        {"kind": "reset", "chance": 0.05},
+        {"kind": "reset", "chance": 0.05, "applied": True},
+        {"kind": "truncated", "chance": 0.05},
+        {"kind": "extra_fields", "chance": 0.1},
+        {"kind": "code", "code": 91000, "chance": 0.05},
+    )
+
+
+def api_applies_late(system: System) -> Struck:
+    """connections end, and the call is applied up to 3 s later"""
+    return _faults(
+        system, system.rng.uniform(2.0, 4.0), {"kind": "late_write", "delay": system.rng.uniform(0.1, 3.0)}
+    )
+
+
+def api_replies_late(system: System) -> Struck:
+    """calls are applied, the reply comes after the client gave up"""
+    return _faults(system, system.rng.uniform(2.0, 4.0), {"kind": "slow", "delay": 3.5, "chance": 0.1})
+
+
+def api_out(system: System) -> Struck:
+    """an outage: every call fails"""
+    outage = system.rng.choice(
+        ({"kind": "status", "code": 502}, {"kind": "code", "code": 91000}, {"kind": "reset"})
+    )
+    return _faults(system, system.rng.uniform(3.0, 8.0), outage | {"chance": 1.0})
+
+
+def api_refuses(system: System) -> Struck:
+    """a code of every class: rate, service, settings, signature, unknown"""
+    code = system.rng.choice(
+        (60007, 60018, 60008, 91000, 90009, 60020, 70001, 70003, 70020, 90001, 93000, 12345)
+    )
+    return _faults(system, system.rng.uniform(0.5, 2.0), {"kind": "code", "code": code})
+
+
+def api_refuses_users(system: System) -> Struck:
+    """some users are refused, and become dead letters"""
+    users = [writer.user(system.rng) for writer in system.writing.values() for _ in range(2)]
+    system.api("quirks", {"bad_user": system.rng.choice(("batch", "list"))})
+    code = system.rng.choice((70107, 90033, 90048))
+    faults = [{"kind": "user_code", "user": user, "code": code, "chance": 1.0} for user in users]
+    return _faults(system, system.rng.uniform(3.0, 6.0), *faults)
+
+
+def quota_lowered(system: System) -> Struck:
+    """the API grants fewer calls a second than configured"""
+    system.api("quirks", {"quota": system.rng.choice((20, 50, 80))})
+    return Struck(system.rng.uniform(2.0, 4.0), lambda: system.api("quirks", {"quota": 100}))
+
+
+def signatures_expired(system: System) -> Struck:
+    """all signatures made so far have expired"""
+    system.api("quirks", {"signatures_from": int(time.time())})
+    return Struck()
+
+
+def key_rotated(system: System) -> Struck:
+    """the secret key is another one, in the key file as well"""
+    system.rotate_key()
+    return Struck()
+
+
+def administrator_removed(system: System) -> Struck:
+    """the account is no administrator for a while"""
+    system.api("administrators", ["somebody"])
+    return Struck(system.rng.uniform(1.0, 3.0), lambda: system.api("administrators", ["administrator"]))
+
+
+def name_removed(system: System) -> Struck:
+    """the app loses one of its attribute names for a while"""
+    system.api("names", NAMES[:1])
+    return Struck(system.rng.uniform(1.0, 3.0), lambda: system.api("names", list(NAMES)))
+
+
+# People.
+
+
+def paused(system: System) -> Struck:
+    """somebody pauses the line, and resumes it later"""
+    system.line.pause("chaos")
+    return Struck(system.rng.uniform(0.5, 3.0), system.line.resume)
+
+
+def resumed(system: System) -> Struck:
+    """somebody resumes a line that may be stopped for a reason"""
+    system.line.resume()
+    return Struck()
+
+
+def redriven(system: System) -> Struck:
+    """all dead letters are put back, whatever is going on"""
+    users = [letter.user for letter in system.letters.find()]
+    return Struck(hits=system.letters.redrive(users).redriven if users else 0)
+
+
+Fault = Callable[[System], Struck]
+
+FAULTS: list[Fault] = [
+    worker_killed,
+    worker_terminated,
+    worker_frozen,
+    worker_frozen_beyond_its_lease,
+    writer_killed,
+    import_killed,
+    redis_killed,
+    redis_lost_its_last_second,
+    redis_stalled,
+    scripts_flushed,
+    broker_killed,
+    clock_jumped,
+    redis_connections_cut,
+    redis_unreachable,
+    redis_slow,
+    redis_answers_lost,
+    redis_black_hole,
+    broker_connections_cut,
+    broker_black_hole,
+    api_connections_cut,
+    api_slow,
+    api_black_hole,
+    api_fails,
+    api_applies_late,
+    api_replies_late,
+    api_out,
+    api_refuses,
+    api_refuses_users,
+    quota_lowered,
+    signatures_expired,
+    key_rotated,
+    administrator_removed,
+    name_removed,
+    paused,
+    resumed,
+    redriven,
+]
+#: Only one of these at a time: they turn the same knob, or one would hide the other.
+GROUPS: list[set[Fault]] = [
+    {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped},
+    {redis_connections_cut, redis_unreachable, redis_slow, redis_answers_lost, redis_black_hole},
+    {api_connections_cut, api_slow, api_black_hole},
+    {api_fails, api_applies_late, api_replies_late, api_out, api_refuses, api_refuses_users},
+    {broker_killed, broker_connections_cut, broker_black_hole},
+    {paused, resumed},
+]

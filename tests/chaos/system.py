@@ -1,0 +1,374 @@
+"""The system under test: servers, simulator, proxies, workers, writers, imports; every part a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import redis
+import requests
+
+from tests.chaos import writers
+from tests.chaos.brokers import Broker, RabbitMQ, RedisBroker
+from tests.chaos.proxy import Proxy
+from tests.history import Answer, Offer
+from worker.buffer import Buffer, Snapshot
+from worker.clock import SystemClock
+from worker.deadletters import DeadLetters
+from worker.embedded import EmbeddedServer, free_port
+from worker.keys import Keys
+from worker.line import Line
+from worker.names import AttributeNames
+from worker.refused import Refused
+from worker.sandbox import SDKAPPID, Plan, Sandbox
+
+#: Updates a second, by way.
+RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}
+#: Lines of one import.
+LINES = 400
+#: Seconds a lease lasts; a call takes 4.1 s at most.
+LEASE = 9
+#: Seconds a worker may take to end after SIGTERM, what orchestrators give it before they kill.
+SHUTDOWN = 30.0
+#: Settings of the workers: small batches, so that many are on their way at once.
+SETTINGS = {
+    "IMATTR_BATCH_SIZE": "10",
+    "IMATTR_LINGER": "0.05",
+    "IMATTR_CONNECT_TIMEOUT": "1",
+    "IMATTR_READ_TIMEOUT": "3.1",
+    "IMATTR_LEASE": str(LEASE),
+    "IMATTR_BACKOFF_MAX": "5",
+    "IMATTR_LOG_FORMAT": "json",
+}
+
+
+@dataclass(slots=True)
+class Import:
+    """A file that is imported, begun again until all of it is accepted."""
+
+    path: Path
+    began: float
+    process: subprocess.Popen[bytes]
+    ended: float = float("inf")
+
+
+@dataclass(slots=True)
+class Writer:
+    """A writer's process. The `number` is part of its users' names: no two have the same users."""
+
+    way: str
+    number: int
+    process: subprocess.Popen[bytes]
+
+    def user(self, rng: random.Random) -> str:
+        """One of its users."""
+        return f"{self.way}{self.number}-{rng.randrange(writers.USERS):03}"
+
+
+@dataclass
+class System:
+    """Everything that runs, and what the faults do to it."""
+
+    directory: Path
+    rng: random.Random
+    sandbox: Sandbox
+    server: EmbeddedServer
+    broker: Broker
+    redis_proxy: Proxy
+    broker_proxy: Proxy
+    api_proxy: Proxy
+    key_file: Path
+    appendfsync: Literal["always", "everysec"]
+    server_environ: dict[str, str] | None = None
+    #: A directory with the previous version, if there is one.
+    previous: Path | None = None
+    frozen: set[int] = field(default_factory=set)
+    writing: dict[str, Writer] = field(default_factory=dict)
+    imports: list[Import] = field(default_factory=list)
+    ledgers: list[dict[str, int]] = field(default_factory=list)
+    #: What the server had on its disk, and when: seconds, file, bytes.
+    on_disk: list[tuple[float, Path, int]] = field(default_factory=list)
+    #: From when to when what was accepted may be lost.
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    #: How many workers did not end in time after SIGTERM.
+    hung: int = 0
+    _incarnations: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(int(SDKAPPID))
+        self.redis = redis.Redis.from_url(self.server.url, socket_timeout=5)
+        self.buffer = Buffer(self.redis, self.keys)
+        self.line = Line(self.redis, self.keys)
+        self.letters = DeadLetters(self.redis, self.keys)
+
+    # The API.
+
+    def api(self, what: str, given: object = None) -> Any:
+        """Ask the simulator for something, or tell it."""
+        url = f"{self.sandbox.api_url}/simulator/{what}"
+        if given is not None:
+            return requests.post(url, json=given, timeout=30)
+        reply = requests.get(url, timeout=120)
+        return [json.loads(line) for line in reply.text.splitlines()] if what == "record" else reply.json()
+
+    def rotate_key(self) -> None:
+        key = secrets.token_hex(32)
+        self.key_file.write_text(key)
+        self.api("key", key)
+
+    # Workers.
+
+    def workers(self) -> dict[str, int]:
+        """Process ids of the workers that are not frozen, by name."""
+        pids = {name: pid for name, pid in self.sandbox.pids().items() if name.startswith("worker")}
+        return {name: pid for name, pid in pids.items() if pid not in self.frozen}
+
+    def some_worker(self) -> tuple[str, int] | None:
+        return self.rng.choice(sorted(found.items())) if (found := self.workers()) else None
+
+    def end_worker(self, how: signal.Signals) -> bool:
+        """Kill or stop one worker and start another in its place; the new one comes up by itself."""
+        if not (found := self.some_worker()):
+            return False
+        name, pid = found
+        os.kill(pid, how)
+        deadline = time.monotonic() + SHUTDOWN
+        while not _ended(pid):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                # The previous version may hang, with RabbitMQ: that was mended in this one.
+                self.hung += not (self.previous and name == "worker-0")
+                break
+            time.sleep(0.02)
+        self.sandbox.forget(name)
+        self._incarnations += 1
+        log = self.directory / f"{name}.log"
+        log.rename(log.with_suffix(f".{self._incarnations}.log"))
+        self.start_worker(int(name.rpartition("-")[2]))
+        return True
+
+    def start_worker(self, number: int) -> Callable[[], None]:
+        # The last one is of the previous version.
+        old = self.previous if number == 0 else None
+        return self.sandbox.start_worker(number, code=old)
+
+    # Redis.
+
+    def kill_redis(self) -> None:
+        """Kill the server that holds the state, as a crash of the process does, and start it again."""
+        self.server.kill()
+        self._start_redis()
+
+    def lose_power(self) -> None:
+        """Kill it like a crash of the machine: what was written in its last second is not on the disk."""
+        self.server.kill()
+        killed = time.monotonic()
+        sampled = [
+            (at, path, size) for at, path, size in self.on_disk if at <= killed - 1.0 and path.exists()
+        ]
+        if sampled:
+            at, path, size = sampled[-1]
+            os.truncate(path, size)
+            self.losses.append((at, killed))
+        self._start_redis()
+
+    def _start_redis(self) -> None:
+        self.server = EmbeddedServer(
+            self.server.directory,
+            port=self.server.port,
+            appendfsync=self.appendfsync,
+            environ=self.server_environ,
+        )
+
+    # Writers and imports.
+
+    def start_writer(self, way: str) -> None:
+        """Start the writer of a way, in place of the one that there was."""
+        self._incarnations += 1
+        notes = self.directory / "notes" / f"{way}-{self._incarnations}.jsonl"
+        notes.parent.mkdir(exist_ok=True)
+        arguments = [way, str(self._incarnations), str(RATES[way]), str(notes)]
+        process = self._run("tests.chaos.writers", arguments, f"writer-{way}.log")
+        self.writing[way] = Writer(way, self._incarnations, process)
+
+    def kill_writer(self) -> None:
+        way = self.rng.choice(sorted(self.writing))
+        self.end_writer(way)
+        self.start_writer(way)
+
+    def end_writer(self, way: str) -> None:
+        self.writing[way].process.kill()
+        self.writing[way].process.wait()
+
+    def import_next(self) -> None:
+        """Begin the next import, or go on with one that was interrupted."""
+        last = self.imports[-1] if self.imports else None
+        if last and last.ended == float("inf"):
+            if last.process.poll() is None:
+                return
+            if last.process.returncode == 0:
+                last.ended = time.monotonic()
+            else:
+                last.process = self._import(last.path)
+            return
+        path = self.directory / f"import-{len(self.imports)}.jsonl"
+        lines = [{"user": f"i{len(self.imports)}-{n:04}", "attrs": {"city": f"i{n}"}} for n in range(LINES)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.imports.append(Import(path, time.monotonic(), self._import(path)))
+
+    def _import(self, path: Path) -> subprocess.Popen[bytes]:
+        return self._run("worker.cli", ["import", str(path), "--json"], "import.log")
+
+    def _run(self, module: str, arguments: list[str], log: str) -> subprocess.Popen[bytes]:
+        with (self.directory / log).open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=os.environ | self.sandbox.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def offers(self) -> Iterator[Offer]:
+        """Everything that was offered, as its writers saw it."""
+        refused = self._refused()
+        for notes in sorted((self.directory / "notes").glob("*.jsonl")):
+            for offer in writers.read(notes):
+                known = self._with_losses(offer)
+                # Nobody could tell the sender of a message. It may have been taken all the same, the second time.
+                told_late = (offer.user, offer.name, offer.value) in refused
+                yield replace(known, answer=Answer.DOUBT) if told_late else known
+        for done in self.imports:
+            answer = Answer.DOUBT if done.ended == float("inf") else Answer.ACCEPTED
+            for line in map(json.loads, done.path.read_text().splitlines()):
+                for name, value in line["attrs"].items():
+                    yield self._with_losses(Offer(line["user"], name, value, done.began, done.ended, answer))
+
+    def _with_losses(self, offer: Offer) -> Offer:
+        lost = any(since <= offer.ended and offer.began <= killed for since, killed in self.losses)
+        if not lost or offer.answer is not Answer.ACCEPTED:
+            return offer
+        return replace(offer, answer=Answer.LOSABLE)
+
+    def _refused(self) -> set[tuple[str, str, str | None]]:
+        """What was refused on its way and is kept: messages of Celery and entries of the stream."""
+        found: set[tuple[str, str, str | None]] = set()
+        for kept in Refused(self.redis, self.keys).newest(100_000):
+            payload = json.loads(kept.payload)
+            user, attrs = (
+                payload[:2] if isinstance(payload, list) else (payload["user"], json.loads(payload["attrs"]))
+            )
+            found |= {(user, name, value) for name, value in attrs.items()}
+        return found
+
+    # Looking on.
+
+    def look(self) -> Snapshot | None:
+        """Note the ledger; None when Redis does not answer."""
+        try:
+            snapshot = self.buffer.snapshot()
+        except redis.RedisError:
+            return None
+        self.ledgers.append({**snapshot.ledger, "pending": snapshot.pending, "in_flight": snapshot.in_flight})
+        return snapshot
+
+    def watch(self) -> None:
+        """Look on until `end`: at the ledger, and at what Redis has written."""
+        while not self._ended.wait(0.1):
+            files = sorted((self.server.directory / "appendonlydir").glob("*.incr.aof"))
+            with suppress(OSError):
+                self.on_disk.append((time.monotonic(), files[-1], files[-1].stat().st_size))
+            del self.on_disk[:-100]
+            if random.random() < 0.3:
+                self.look()
+
+    def end(self) -> None:
+        """No more writers, no more looks; whoever is frozen can be asked to stop."""
+        self._ended.set()
+        for pid in self.frozen:
+            os.kill(pid, signal.SIGCONT)
+        for way in self.writing:
+            self.end_writer(way)
+
+
+def _ended(pid: int) -> bool:
+    """Whether the process has ended; nobody has asked for its status yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@contextmanager
+def running(
+    directory: Path,
+    seed: int,
+    *,
+    workers: int,
+    appendfsync: Literal["always", "everysec"],
+    rabbitmq: bool,
+    previous: Path | None,
+    server_environ: dict[str, str] | None = None,
+) -> Iterator[System]:
+    """A system at work until the end of the block."""
+    with ExitStack() as stack:
+        server = EmbeddedServer(directory / "redis", appendfsync=appendfsync, environ=server_environ)
+        broker: Broker = RabbitMQ(directory / "rabbitmq") if rabbitmq else RedisBroker(directory / "broker")
+        stack.callback(broker.stop)
+        key_file = directory / "key"
+        key_file.write_text(secrets.token_hex(32))
+        proxies = {}
+        environ = {
+            **SETTINGS,
+            "IMATTR_SDKAPPID": SDKAPPID,
+            "IMATTR_SECRET_KEY_FILE": str(key_file),
+            "IMATTR_REDIS_URL": server.url,
+        }
+        # The simulator is started by the sandbox, workers are not: they see the proxies.
+        options = ("--latency", "0.03")
+        plan = Plan(workers=0, concurrency=8, flower=False, names=writers.NAMES, simulator_options=options)
+        sandbox = stack.enter_context(Sandbox(directory, environ, plan))
+        for name, url in (("REDIS", server.url), ("BROKER", broker.url), ("API", sandbox.api_url)):
+            port = int(url.rpartition(":")[2].partition("/")[0])
+            proxy = stack.enter_context(Proxy(free_port(), port))
+            proxies[name] = proxy
+            sandbox.environ[f"IMATTR_{name}_URL"] = url.replace(f":{port}", f":{proxy.port}")
+        system = System(
+            directory,
+            random.Random(seed),
+            sandbox,
+            server,
+            broker,
+            proxies["REDIS"],
+            proxies["BROKER"],
+            proxies["API"],
+            key_file,
+            appendfsync,
+            server_environ,
+            previous,
+        )
+        stack.callback(lambda: system.server.stop())
+        AttributeNames(system.redis, system.keys, SystemClock()).set(writers.NAMES)
+        ready = [system.start_worker(number) for number in range(0 if previous else 1, workers + 1)]
+        for wait in ready:
+            wait()
+        stack.callback(system.end)
+        watcher = threading.Thread(target=system.watch, daemon=True)
+        watcher.start()
+        for way in RATES:
+            system.start_writer(way)
+        yield system
