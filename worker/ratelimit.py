@@ -40,7 +40,7 @@ from worker.keys import Keys
 #: Slots are this much further apart than 1 / quota.
 SPACING = 1.02
 #: Seconds after its slot at which a permit lapses.
-GRACE = 0.014
+GRACE = 0.010
 #: Seconds for which a limit is tried before the next one: longer than the API's window.
 DWELL = 1.5
 #: Seconds below a ceiling that was met before the next step is tried: at first, and at most.
