@@ -15,7 +15,6 @@ import redis
 import requests
 
 from tests.bench import APP, ATTRS, Results, console, cpu, server, users
-from worker.buffer import Buffer, new_batch_id
 from worker.client import Client, Reply
 from worker.clock import SystemClock
 from worker.keys import Keys
@@ -23,41 +22,6 @@ from worker.producer import Producer
 from worker.ratelimit import RateLimiter
 from worker.sandbox import Plan, Sandbox
 from worker.usersig import Signer
-
-
-def growth(results: Results) -> None:
-    """Memory of a pending user, and what a claim costs with a hundred times more of them."""
-    with server(persistent=False) as running:
-        client = redis.Redis.from_url(running.url)
-        keys = Keys(APP)
-        buffer = Buffer(client, keys)
-        producer = Producer(running.url, APP)
-
-        def claim_time() -> float:
-            times = []
-            for _ in range(60):
-                ticket = new_batch_id()
-                client.zadd(keys.tickets, {ticket: 1})
-                start = time.perf_counter()
-                buffer.claim(ticket, 100)
-                times.append(time.perf_counter() - start)
-            return statistics.median(times)
-
-        producer.set_many(users(10_000))
-        few = claim_time()
-        client.delete(*(getattr(keys, name) for name in ("pending", "live", "flight", "batches", "leases")))
-        before = client.info("memory")["used_memory"]
-        producer.set_many(users(1_000_000))
-        each = (client.info("memory")["used_memory"] - before) / 1_000_000
-        many = claim_time()
-        client.close()
-    results.add("memory a pending user", f"{each:.0f} bytes", "<= 320", each <= 320)
-    results.add(
-        "claim of 100: 1,000,000 pending against 10,000",
-        f"{many / few:.2f} x ({many * 1000:.2f} ms)",
-        "<= 1.5 x",
-        many <= 1.5 * few,
-    )
 
 
 def _greedy(url: str, until: float, queue: Any) -> None:
