@@ -72,9 +72,7 @@ class Chaos:
             if now >= next_fault:
                 self._strike(now)
                 next_fault = now + self.rng.uniform(*EVERY)
-            self.system.import_next()
-            if not self.system.frozen:
-                self.system.sandbox.check()
+            self.system.turn()
             time.sleep(0.05)
         self._mend(float("inf"))
 
@@ -136,8 +134,8 @@ def _settle(system: System) -> bool:
                 resumed = time.monotonic()
                 system.line.resume()
             last = system.imports[-1]
-            if last.ended == float("inf"):
-                system.import_next()
+            if last.ended == float("inf") or system.ending:
+                system.turn()
             snapshot = system.look()
             left = snapshot.pending + snapshot.in_flight if snapshot else -1
             entries = system.redis.xlen(system.keys.updates)
@@ -151,6 +149,7 @@ def _settle(system: System) -> bool:
 
 
 def _judge(system: System) -> tuple[history.History, list[history.Violation]]:
+    system.look_at_refused()
     record = system.api("record")
     seen = history.History(
         offers=list(system.offers()),

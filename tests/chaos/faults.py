@@ -273,7 +273,12 @@ def administrator_removed(system: System) -> Struck:
 def name_removed(system: System) -> Struck:
     """the app loses one of its attribute names for a while"""
     system.api("names", NAMES[:1])
-    return Struck(system.rng.uniform(1.0, 3.0), lambda: system.api("names", list(NAMES)))
+
+    def give_back() -> None:
+        system.api("names", list(NAMES))
+        system.names.set(NAMES)
+
+    return Struck(system.rng.uniform(1.0, 3.0), give_back)
 
 
 # People.

@@ -40,8 +40,10 @@ RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}
 LINES = 400
 #: Seconds a lease lasts; a call takes 4.1 s at most.
 LEASE = 9
-#: Seconds a worker may take to end after SIGTERM, what orchestrators give it before they kill.
-SHUTDOWN = 30.0
+#: Seconds a worker may take to end after SIGTERM, with Redis out of reach for a part of them.
+SHUTDOWN = 60.0
+#: Seconds that a message may wait in the broker's queue.
+QUEUED_FOR = 30.0
 #: Settings of the workers: small batches, so that many are on their way at once.
 SETTINGS = {
     "IMATTR_BATCH_SIZE": "10",
@@ -95,9 +97,13 @@ class System:
     #: A directory with the previous version, if there is one.
     previous: Path | None = None
     frozen: set[int] = field(default_factory=set)
+    #: Workers that were told to end: process id, and until when they may take.
+    ending: dict[str, tuple[int, float]] = field(default_factory=dict)
     writing: dict[str, Writer] = field(default_factory=dict)
     imports: list[Import] = field(default_factory=list)
     ledgers: list[dict[str, int]] = field(default_factory=list)
+    #: What was refused on its way, by its id.
+    refused: dict[str, str] = field(default_factory=dict)
     #: What the server had on its disk, and when: seconds, file, bytes.
     on_disk: list[tuple[float, Path, int]] = field(default_factory=list)
     #: From when to when what was accepted may be lost.
@@ -113,6 +119,7 @@ class System:
         self.buffer = Buffer(self.redis, self.keys)
         self.line = Line(self.redis, self.keys)
         self.letters = DeadLetters(self.redis, self.keys)
+        self.names = AttributeNames(self.redis, self.keys, SystemClock())
 
     # The API.
 
@@ -132,33 +139,41 @@ class System:
     # Workers.
 
     def workers(self) -> dict[str, int]:
-        """Process ids of the workers that are not frozen, by name."""
+        """Process ids of the workers that are well, by name."""
         pids = {name: pid for name, pid in self.sandbox.pids().items() if name.startswith("worker")}
-        return {name: pid for name, pid in pids.items() if pid not in self.frozen}
+        ill = self.frozen | {pid for pid, _ in self.ending.values()}
+        return {name: pid for name, pid in pids.items() if pid not in ill}
 
     def some_worker(self) -> tuple[str, int] | None:
         return self.rng.choice(sorted(found.items())) if (found := self.workers()) else None
 
     def end_worker(self, how: signal.Signals) -> bool:
-        """Kill or stop one worker and start another in its place; the new one comes up by itself."""
+        """Kill or stop some worker; another one comes in its place, at the turn after it has ended."""
         if not (found := self.some_worker()):
             return False
         name, pid = found
         os.kill(pid, how)
-        deadline = time.monotonic() + SHUTDOWN
-        while not _ended(pid):
-            if time.monotonic() > deadline:
+        self.ending[name] = (pid, time.monotonic() + SHUTDOWN)
+        return True
+
+    def turn(self) -> None:
+        """Replace the workers that have ended, and go on with the imports."""
+        for name, (pid, deadline) in list(self.ending.items()):
+            if not _ended(pid):
+                if time.monotonic() < deadline:
+                    continue
                 os.kill(pid, signal.SIGKILL)
                 # The previous version may hang, with RabbitMQ: that was mended in this one.
                 self.hung += not (self.previous and name == "worker-0")
-                break
-            time.sleep(0.02)
-        self.sandbox.forget(name)
-        self._incarnations += 1
-        log = self.directory / f"{name}.log"
-        log.rename(log.with_suffix(f".{self._incarnations}.log"))
-        self.start_worker(int(name.rpartition("-")[2]))
-        return True
+            self.sandbox.forget(name)
+            del self.ending[name]
+            self._incarnations += 1
+            log = self.directory / f"{name}.log"
+            log.rename(log.with_suffix(f".{self._incarnations}.log"))
+            self.start_worker(int(name.rpartition("-")[2]))
+        if not self.ending and not self.frozen:
+            self.sandbox.check()
+        self.import_next()
 
     def start_worker(self, number: int) -> Callable[[], None]:
         # The last one is of the previous version.
@@ -259,16 +274,15 @@ class System:
                     yield self._with_losses(Offer(line["user"], name, value, done.began, done.ended, answer))
 
     def _with_losses(self, offer: Offer) -> Offer:
-        lost = any(since <= offer.ended and offer.began <= killed for since, killed in self.losses)
-        if not lost or offer.answer is not Answer.ACCEPTED:
-            return offer
-        return replace(offer, answer=Answer.LOSABLE)
+        """What Redis confirmed in a second that it lost. A message is accepted when it is consumed, which is later."""
+        late = QUEUED_FOR if offer.user.startswith("tasks") else 0.0
+        lost = any(since <= offer.ended + late and offer.began <= killed for since, killed in self.losses)
+        return replace(offer, answer=Answer.LOSABLE) if lost and offer.answer is not Answer.REFUSED else offer
 
     def _refused(self) -> set[tuple[str, str, str | None]]:
         """What was refused on its way and is kept: messages of Celery and entries of the stream."""
         found: set[tuple[str, str, str | None]] = set()
-        for kept in Refused(self.redis, self.keys).newest(100_000):
-            payload = json.loads(kept.payload)
+        for payload in map(json.loads, self.refused.values()):
             user, attrs = (
                 payload[:2] if isinstance(payload, list) else (payload["user"], json.loads(payload["attrs"]))
             )
@@ -288,13 +302,23 @@ class System:
 
     def watch(self) -> None:
         """Look on until `end`: at the ledger, and at what Redis has written."""
+        turn = 0
         while not self._ended.wait(0.1):
             files = sorted((self.server.directory / "appendonlydir").glob("*.incr.aof"))
             with suppress(OSError):
                 self.on_disk.append((time.monotonic(), files[-1], files[-1].stat().st_size))
             del self.on_disk[:-100]
-            if random.random() < 0.3:
+            turn += 1
+            if turn % 3 == 0:
                 self.look()
+            if turn % 10 == 0:
+                self.look_at_refused()
+
+    def look_at_refused(self) -> None:
+        """Note what was refused on its way: Redis keeps the newest only."""
+        with suppress(redis.RedisError):
+            kept = Refused(self.redis, self.keys).newest(3000)
+            self.refused |= {one.id: one.payload for one in kept}
 
     def end(self) -> None:
         """No more writers, no more looks; whoever is frozen can be asked to stop."""
@@ -362,7 +386,7 @@ def running(
             previous,
         )
         stack.callback(lambda: system.server.stop())
-        AttributeNames(system.redis, system.keys, SystemClock()).set(writers.NAMES)
+        system.names.set(writers.NAMES)
         ready = [system.start_worker(number) for number in range(0 if previous else 1, workers + 1)]
         for wait in ready:
             wait()
