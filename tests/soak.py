@@ -143,6 +143,8 @@ class Writer:
         self._celery = Celery(broker=url, set_as_current=False)
         self._new_users, self._stop = POPULATION / pass_after, stop
         self._began = time.monotonic()
+        #: Errors of Redis, by name.
+        self.failures: Counter[str] = Counter()
         #: Who gets the seats that keep the buffer filled.
         self.lane: Lane = "live"
 
@@ -150,16 +152,23 @@ class Writer:
         for turn in itertools.count():
             if self._stop.wait(TURN):
                 return
-            missing = BACKLOG - int(self._redis.hlen(self._keys.pending))
-            if missing > 0:
-                self._producer.set_many(self._updates(missing), lane=self.lane)
-            self._add_to_stream(10)
-            if turn % 2:
-                self._celery.send_task("attributes.update_many", [list(self._updates(50))], queue="updates")
-            if turn % 4 == 0:
-                self._celery.send_task("attributes.update", next(self._updates(1)), queue="updates")
-            if turn % 40 == 0:
-                self._producer.set(self._rng.choice(list(POISON)), {"city": self._city()})
+            try:
+                self._turn(turn)
+            except redis.RedisError as error:
+                # As a program does that has to go on; a machine may stand still for longer than a client waits.
+                self.failures[type(error).__name__] += 1
+
+    def _turn(self, turn: int) -> None:
+        missing = BACKLOG - int(self._redis.hlen(self._keys.pending))
+        if missing > 0:
+            self._producer.set_many(self._updates(missing), lane=self.lane)
+        self._add_to_stream(10)
+        if turn % 2:
+            self._celery.send_task("attributes.update_many", [list(self._updates(50))], queue="updates")
+        if turn % 4 == 0:
+            self._celery.send_task("attributes.update", next(self._updates(1)), queue="updates")
+        if turn % 40 == 0:
+            self._producer.set(self._rng.choice(list(POISON)), {"city": self._city()})
 
     def _updates(self, count: int) -> Iterator[list[Any]]:
         passed = int((time.monotonic() - self._began) * self._new_users)
@@ -297,7 +306,7 @@ def soak(seconds: float, seed: int) -> Seen:
     with (
         tempfile.TemporaryDirectory() as directory,
         Sandbox(Path(directory), environ, plan) as sandbox,
-        redis.Redis.from_url(sandbox.redis_url) as client,
+        redis.Redis.from_url(sandbox.redis_url, socket_timeout=30) as client,
         ThreadPoolExecutor(1) as pool,
     ):
         writer = Writer(sandbox.redis_url, seed, pass_after=turnover, stop=stop)
@@ -310,6 +319,7 @@ def soak(seconds: float, seed: int) -> Seen:
         writing.result()
         logs = sorted(Path(directory).glob("worker-*.log"))
         found = sum((unexpected(log.read_text(errors="replace").splitlines()) for log in logs), Counter())
+    found += Counter({f"{name} at a writer": count for name, count in writer.failures.items()})
     return Seen(samples, rates, state["worst_rolling_second"], state["refused"].get("60007", 0), found)
 
 
