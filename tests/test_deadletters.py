@@ -10,7 +10,7 @@ import redis
 from worker.buffer import Buffer, new_batch_id
 from worker.deadletters import PAGE, DeadLetters, Filter, Redriven, as_updates
 from worker.keys import Keys
-from worker.models import Acked, DeadLettered, Outcome, Update
+from worker.models import Acked, DeadLettered, Outcome, Update, UserId
 
 NOW = 1_700_000_000_000
 
@@ -140,3 +140,24 @@ def test_an_exported_letter_keeps_the_time_of_each_value(case: Case) -> None:
         {"user": "ann", "attrs": {"level": "Gold"}, "occurred_at": NOW - 5},
         {"user": "ann", "attrs": {"city": "Rome"}, "occurred_at": NOW - 3},
     ]
+
+
+def test_an_update_after_the_clock_was_set_back_is_newer_than_the_dead_letter(
+    client: redis.Redis, keys: Keys
+) -> None:
+    """Nothing else remembers the version that was given up: no shadow, nothing pending."""
+    buffer, letters = Buffer(client, keys, shadow_ttl=0), DeadLetters(client, keys)
+    buffer.add([Update("ann", {"city": "Rome", "level": "Gold"})], now_ms=NOW)
+    ticket = new_batch_id()
+    client.zadd(keys.tickets, {ticket: 1})
+    buffer.claim(ticket, 100, now_ms=NOW)
+    buffer.settle(ticket, {UserId("ann"): DeadLettered(70107, "")}, now_ms=NOW)
+
+    buffer.add([Update("ann", {"city": "Oslo"})], now_ms=NOW - 60_000)
+    letters.redrive([UserId("ann")])
+
+    ticket = new_batch_id()
+    client.zadd(keys.tickets, {ticket: 1})
+    batch = buffer.claim(ticket, 100, now_ms=NOW)
+    assert batch
+    assert [user.attrs for user in batch.users] == [{"city": "Oslo", "level": "Gold"}]

@@ -99,7 +99,8 @@ class Model:
             delivered = self.shadow.get(user, {}).get(name)
             known = (record and record.values.get(name)) or (sent and sent.values.get(name))
             floor = known or delivered
-            version = update.occurred_ms or max(now, floor[1] if floor else 0)
+            given_up = self.dead.get(user, {}).get(name)
+            version = update.occurred_ms or max(now, *(found[1] for found in (floor, given_up) if found), 0)
             if floor and version < floor[1]:
                 continue
             if not known and delivered and delivered[0] == value:

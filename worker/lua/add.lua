@@ -4,7 +4,8 @@ Merge updates into what is pending; of each attribute the newest version wins.
 An update without an event time is newer than everything known: order of arrival rules. The known
 version of an attribute is that of the pending value, else of the value in flight, else of the shadow:
 each was checked against the next when it was accepted, so the first one found is the highest. A newer value
-takes the old one out of the user's dead letter: redriving it could only be wrong.
+takes the old one out of the user's dead letter: redriving it could only be wrong. Where nothing else is remembered,
+and the clock was set back, the letter alone knows how new an update without an event time must be.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -49,12 +50,15 @@ for i, update in ipairs(updates) do
     local sent = flight[i] and cjson.decode(flight[i]).a or {}
     local seen = shadows[user] or (shadow[i] and cjson.decode(shadow[i]))
     local waiting = record and record.a or {}
+    local letter = letters[user] or (dead[i] and cjson.decode(dead[i]))
+    local given_up = letter and letter.a or {}
     local fresh, any_fresh, any_same = {}, false, false
     for name, value in pairs(attrs) do
       value = value ~= cjson.null and value
       local delivered = seen and seen.a[name]
       local known = waiting[name] or sent[name] or delivered
-      local version = occurred > 0 and occurred or math.max(now, known and known[2] or 0)
+      local floor = math.max(known and known[2] or 0, given_up[name] and given_up[name][2] or 0)
+      local version = occurred > 0 and occurred or math.max(now, floor)
       if not known or version >= known[2] then
         if known and known == delivered and known[1] == value then
           any_same, delivered[2], shadows[user] = true, version, seen
@@ -77,7 +81,6 @@ for i, update in ipairs(updates) do
           entries[#entries + 1] = user
         end
       end
-      local letter = letters[user] or (dead[i] and cjson.decode(dead[i]))
       for name, pair in pairs(fresh) do
         record.a[name] = pair
         if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
