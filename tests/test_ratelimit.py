@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import redis
@@ -18,7 +19,8 @@ from worker.buffer import Buffer
 from worker.embedded import EmbeddedServer
 from worker.keys import Keys
 from worker.models import Update
-from worker.ratelimit import DWELL, GRACE, ISOLATING_PATIENCE, ClockSync, Permit, RateLimiter
+from worker.ratelimit import DWELL, EXACT_ENOUGH, GRACE, ISOLATING_PATIENCE, ClockSync, Permit, RateLimiter
+from worker.scripts import Argument
 
 START = 1_700_000_000_000_000
 INTERVAL = 10_200
@@ -141,6 +143,34 @@ def test_a_permit_from_before_a_pause_claims_nothing(
 
     assert buffer.claim(tickets[0], 100, epoch=permit.epoch) is None
     assert buffer.snapshot().live == 1
+
+
+@pytest.mark.parametrize(("delays", "asked"), [([0.435, 0.001, 0.001], [2, 1]), ([0.3] * 9, [4, 1])])
+def test_a_slot_is_not_used_while_the_servers_clock_is_hardly_known(
+    client: redis.Redis, keys: Keys, clock: ManualClock, delays: list[float], asked: list[int]
+) -> None:
+    """After a late first answer a slot may be anywhere within that time. Where all are late, it is used all the same."""
+    pacing, began, times = limiter(client, keys, clock), clock.now, list(delays)
+    script, calls = pacing._reserve, 0
+
+    def late(keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        nonlocal calls
+        calls += 1
+        answer = script(keys, (START + round((clock.now - began) * 1e6), *args[1:]))
+        clock.now += times.pop(0)
+        return answer
+
+    pacing._reserve = late
+    seen = []
+    for _ in asked:
+        calls = 0
+        permit = pacing.reserve()
+        seen.append(calls)
+        assert permit
+        slot = int(client.hget(keys.rate, "next") or 0) - 10_200
+        due = began + (slot - START) / 1e6
+        assert abs(permit.due - due) <= (EXACT_ENOUGH if delays[-1] < EXACT_ENOUGH else 0.151)
+    assert seen == asked
 
 
 def test_a_clock_that_jumps_ahead_pauses_the_line_for_one_patience(

@@ -49,6 +49,9 @@ SHORTEST_HOLD, LONGEST_HOLD = 60.0, 960.0
 ISOLATING_PATIENCE = 0.5
 #: How fast two machines' clocks may drift apart, seconds a second; far above any real one.
 DRIFT = 0.001
+#: A slot is not used while Redis' clock is known less exactly than this, seconds; but no more than so many in a row are
+#: given up for that: where every answer takes long, there is nothing better to wait for.
+EXACT_ENOUGH, MOST_UNSURE = 0.010, 3
 #: A step of Redis' clock below this is taken for measuring error, seconds.
 SMALLEST_JUMP = 0.010
 
@@ -88,6 +91,11 @@ class ClockSync:
         self._high = max(min(high, heard - redis_time), self._low)
         return True
 
+    @property
+    def uncertainty(self) -> float:
+        """Between the earliest and the latest time that `local` may mean, seconds."""
+        return self._high - self._low
+
     def local(self, redis_time: float) -> float:
         """A time of Redis' clock, on this machine's monotonic clock."""
         return redis_time + (self._low + self._high) / 2
@@ -106,7 +114,7 @@ class RateLimiter:
         #: What the last permit was made for.
         self._limit = quota
         self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
-        self._sync = ClockSync()
+        self._sync, self._unsure = ClockSync(), 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -148,12 +156,17 @@ class RateLimiter:
         with self._lock:
             steady = self._sync.observe(asked, answered_us / 1e6, heard)
             due = self._sync.local((answered_us + wait_us) / 1e6)
+            self._unsure = self._unsure + 1 if self._sync.uncertainty > EXACT_ENOUGH else 0
+            unsure = 0 < self._unsure <= MOST_UNSURE
         if not steady:
             # The slots of before and after the jump overlap. All of before pass within one patience.
             self.pause(self._patience, "the clock of Redis jumped")
             return None
         if not granted:
             return max(float(wait_us) / 1e6, 0.001)
+        if unsure:
+            # A first answer that comes late: our slot may be anywhere in that time, in a second that is full.
+            return self._ask(isolating, now_us)
         permit = Permit(due, *made_for)
         self._limit = permit.limit
         return permit
