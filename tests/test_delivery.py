@@ -918,6 +918,43 @@ def test_what_is_removed_goes_out_after_what_is_set_in_a_call_of_its_own(client:
     assert loop.buffer.snapshot().balanced
 
 
+def test_the_second_call_waits_for_its_slot_instead_of_beginning_anew(client: redis.Redis) -> None:
+    """With more threads than slots within patience, a batch handed back after each first call would never end."""
+    loop = removing(client, lambda users: OK)
+    first, *refused, second = [True, *[False] * 5, True]
+    turns = iter([first, *refused, second])
+    give = loop.limiter.reserve
+    loop.limiter.reserve = lambda **_: give() if next(turns) else None  # type: ignore[method-assign]
+
+    summary = loop.deliver()
+
+    assert (summary.outcome, summary.acked, summary.calls) == ("delivered", 3, 2)
+
+
+@pytest.mark.parametrize("shutting_down", [False, True])
+def test_the_wait_for_another_slot_ends_with_the_lease_or_the_worker(
+    client: redis.Redis, shutting_down: bool
+) -> None:
+    loop = removing(client, lambda users: OK)
+    began, turns = loop.clock.now, iter([True])
+    give = loop.limiter.reserve
+
+    def reserve(**_: Any) -> Permit | None:
+        if next(turns, False):
+            return give()
+        loop.stopping = shutting_down
+        return None
+
+    loop.limiter.reserve = reserve  # type: ignore[method-assign]
+
+    summary = loop.deliver()
+
+    assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 2, 1)
+    assert (loop.clock.now - began < 1) is shutting_down
+    assert loop.clock.now - began < 60
+    assert loop.buffer.snapshot().balanced
+
+
 def test_a_removal_repeated_is_unchanged_and_a_new_value_ends_it(client: redis.Redis) -> None:
     loop = removing(client, lambda users: OK)
     loop.deliver()

@@ -79,6 +79,8 @@ log = structlog.get_logger()
 LEAD = 0.1
 #: Slots that may be missed in a row before the users are handed back.
 MAX_MISSED = 20
+#: Seconds between two tries to get a slot for the rest of a batch.
+TRY_AGAIN = 0.1
 #: Seconds for which suspects wait when there is no slot to isolate them.
 SUSPECTS_WAIT = 3.0
 
@@ -271,12 +273,23 @@ class Delivery:
 
     def _renew_permit(self, work: _Work, *, isolating: bool = False) -> None:
         """Reserve another slot, and look shortly before it whether the batch may still be sent."""
-        permit = self._limiter.reserve_isolating() if isolating else self._limiter.reserve()
+        permit = self._limiter.reserve_isolating() if isolating else self._reserve_more(work)
         if permit is None:
             raise HandBack("handed_back", SUSPECTS_WAIT if isolating else 0.0)
         self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
         self._extend(work, permit)
         work.permit, work.permit_fresh = permit, True
+
+    def _reserve_more(self, work: _Work) -> Permit | None:
+        """Another slot, however long the line for it is: handed back, the users would begin with the first call again.
+
+        None when the lease does not allow to wait, or this worker shuts down.
+        """
+        while not (permit := self._limiter.reserve()):
+            if self._stopping() or not self._covered(work):
+                return None
+            self._clock.sleep(TRY_AGAIN)
+        return permit
 
     def _pass_gate(self, work: _Work) -> None:
         """Wait for the slot, or for another one when it is missed. Returning means: send, now."""
