@@ -20,7 +20,8 @@ import requests
 from tests.conftest import SECRET_KEY, new_keys
 from tests.virtual import World, scripts_on
 from worker.buffer import Buffer, Snapshot
-from worker.client import Client, Failure, NoReply, Reply, _this_thread, read_reply
+from worker.client import Client, Failure, Gate, NoReply, Reply, _this_thread, read_reply
+from worker.clock import Clock
 from worker.deadletters import DeadLetters
 from worker.delivery import Delivery, Summary
 from worker.dispatch import Dispatcher
@@ -45,24 +46,59 @@ class Request:
     at: float
     command: str
     body: dict[str, Any]
+    url: str
+    raw: bytes
 
     @property
     def users(self) -> list[str]:
         return [entry["To_Account"] for entry in self.body.get("UserAttrs", [])]
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The settings that matter here, with their defaults, as `worker/config.py` has them."""
+
+    quota: int = 100
+    batch_size: int = 100
+    linger: float = 0.25
+    patience: float = 2.0
+    lease: float = 60.0
+    hold: float = 5.0
+    connect_timeout: float = 3.05
+    read_timeout: float = 10.0
+    max_attempts: int = 8
+    backoff_base: float = 1.0
+    backoff_max: float = 300.0
+    shadow_ttl: float = 10**6
+    shadow_max_users: int = 1_000_000
+
+
+#: All threads can copy the same: it is never sent.
+_NO_SESSION = requests.Session()
+_REQUEST = _NO_SESSION.prepare_request(requests.Request("POST", "http://api", data=b"{}"))
+
+
 class StraightClient(Client):
     """The client, with the simulator's rules in place of the network."""
 
-    def __init__(self, fleet: Fleet, key: Callable[[], str]) -> None:
-        sdkappid = fleet.api.sdkappid
-        signer = Signer(key, "administrator", sdkappid, now=fleet.world.wall)
-        super().__init__("http://api", signer, sdkappid=sdkappid, identifier="administrator")
+    def __init__(self, fleet: Fleet) -> None:
+        sdkappid, limits = fleet.api.sdkappid, fleet.limits
+        signer = Signer(lambda: fleet.key, "administrator", sdkappid, now=fleet.world.wall)
+        super().__init__(
+            "http://api",
+            signer,
+            sdkappid=sdkappid,
+            identifier="administrator",
+            connect_timeout=limits.connect_timeout,
+            read_timeout=limits.read_timeout,
+        )
         self._fleet = fleet
 
+    def _session(self) -> tuple[requests.Session, requests.PreparedRequest]:
+        return _NO_SESSION, _REQUEST
+
     def _exchange(self, session: requests.Session, request: requests.PreparedRequest) -> Answer:
-        _this_thread.gate()
-        return self._fleet.exchange(str(request.url), request.body or b"")
+        return self._fleet.exchange(str(request.url), request.body or b"", _this_thread.gate)
 
 
 @dataclass
@@ -76,6 +112,7 @@ class Fleet:
     line: Line
     letters: DeadLetters
     names: AttributeNames
+    limits: Limits = Limits()
     latency: float = 0.05
     #: The secret key that the workers have; changing it is like changing the file it is in.
     key: str = SECRET_KEY
@@ -88,51 +125,78 @@ class Fleet:
     #: What the line was, each time it became something else.
     history: list[LineState] = field(default_factory=list)
 
-    def exchange(self, url: str, body: bytes | str) -> Answer:
+    def exchange(self, url: str, body: bytes | str, gate: Gate) -> Answer:
         """One call over the network that is not there."""
-        now, parts = self.world.monotonic(), urlsplit(url)
-        request = Request(now, parts.path.rpartition("/")[2], json.loads(body))
-        self.requests.append(request)
-        self.api.arrivals.arrive(now)
-        self.api.counts.requests += 1
+        gate()
+        request = self.arrive(url, body)
         answer = self.trouble(request)
         if answer is None:
-            query = dict(parse_qsl(parts.query))
-            reply = self.api.handle(
-                parts.path, query, body if isinstance(body, bytes) else body.encode(), now
-            )
-            answer = read_reply(json.dumps(reply).encode())
+            answer = self.answer(request)
         if isinstance(answer, Reply) and answer.code:
             self.errors.append((request, answer.code))
         slow = isinstance(answer, NoReply) and answer.failure is Failure.TIMEOUT
         self.world.sleep(13.0 if slow else self.latency)
         return answer
 
-    def start_worker(self, number: int, threads: int, **options: Any) -> None:
+    def arrive(self, url: str, body: bytes | str) -> Request:
+        """A request reaches the API, whatever becomes of it."""
+        now = self.world.monotonic()
+        raw = body if isinstance(body, bytes) else body.encode()
+        request = Request(now, urlsplit(url).path.rpartition("/")[2], json.loads(raw), url, raw)
+        self.requests.append(request)
+        self.api.arrivals.arrive(now)
+        self.api.counts.requests += 1
+        return request
+
+    def answer(self, request: Request, **how: Any) -> Answer:
+        """What the API says by its rules; `how` as in `Api.handle`."""
+        parts = urlsplit(request.url)
+        reply = self.api.handle(parts.path, dict(parse_qsl(parts.query)), request.raw, request.at, **how)
+        return read_reply(json.dumps(reply).encode())
+
+    def start_worker(self, number: int, threads: int) -> None:
         """One process: a delivery loop for each thread, and a dispatcher."""
-        client = StraightClient(self, lambda: self.key)
-        delivery = self._delivery(client, number, **options)
+        delivery = self.new_delivery(self.world, random.Random(number))
         for _ in range(threads):
             self.world.spawn(lambda: self._deliver_for_ever(delivery))
-        dispatcher = Dispatcher(
-            self.buffer, self._publish, worker=f"w{number}", batch_size=100, linger=0.25, quota=100
-        )
+        dispatcher = self.new_dispatcher(f"w{number}")
         self.world.spawn(lambda: self._dispatch_for_ever(dispatcher))
 
-    def _delivery(self, client: Client, number: int, **options: Any) -> Delivery:
-        keys = self.buffer._keys
-        limits = {"max_attempts": 8, "backoff_base": 1, "backoff_max": 300, "hold": 5} | options
+    def new_delivery(
+        self, clock: Clock, rng: random.Random, stopping: Callable[[], bool] = lambda: False
+    ) -> Delivery:
+        """The delivery loop of one process."""
+        limits, keys = self.limits, self.buffer._keys
         return Delivery(
             self.buffer,
-            RateLimiter(self.redis, keys, quota=100, patience=2.0, clock=self.world),
+            RateLimiter(self.redis, keys, quota=limits.quota, patience=limits.patience, clock=clock),
             self.line,
             self.names,
-            client,
-            Policy(**limits, rng=random.Random(number)),
-            self.world,
-            batch_size=100,
-            lease=60,
-            quota=100,
+            StraightClient(self),
+            Policy(
+                max_attempts=limits.max_attempts,
+                backoff_base=limits.backoff_base,
+                backoff_max=limits.backoff_max,
+                hold=limits.hold,
+                rng=rng,
+            ),
+            clock,
+            batch_size=limits.batch_size,
+            lease=limits.lease,
+            quota=limits.quota,
+            stopping=stopping,
+        )
+
+    def new_dispatcher(self, worker: str) -> Dispatcher:
+        """The dispatcher of one process."""
+        limits = self.limits
+        return Dispatcher(
+            self.buffer,
+            self._publish,
+            worker=worker,
+            batch_size=limits.batch_size,
+            linger=limits.linger,
+            quota=limits.quota,
         )
 
     def _deliver_for_ever(self, delivery: Delivery) -> None:

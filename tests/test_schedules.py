@@ -1,0 +1,146 @@
+"""The deterministic simulation: schedules pass, replay exactly, and fail when there is something to find."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.schedules.plan import FAULTS
+from tests.schedules.pool import wire
+from tests.schedules.run import run
+from tests.schedules.wire import Wire
+from worker import scripts
+from worker.delivery import Delivery
+from worker.models import Retried
+from worker.policy import Again, Policy
+
+
+@pytest.fixture(scope="module")
+def connected() -> Iterator[Wire]:
+    with wire() as found:
+        yield found
+
+
+def test_every_promise_is_kept_whatever_strikes(connected: Wire) -> None:
+    struck = Counter[str]()
+    for seed in range(1, 101):
+        result = run(seed, connected)
+        struck += result.faults
+        assert not result.violations, f"python -m tests.schedules --seed {seed}\n{result.violations[0]}"
+
+    missing = {f"{where}: {kind}" for where, kinds in FAULTS.items() for kind in kinds} - struck.keys()
+    assert len(missing) < 8, missing
+
+
+def test_a_seed_replays_step_by_step_also_in_another_process_on_another_server(connected: Wire) -> None:
+    code = (
+        "from tests.schedules.pool import wire\n"
+        "from tests.schedules.run import run\n"
+        "with wire() as connected:\n"
+        "    print(*(run(seed, connected).digest for seed in range(1, 9)))\n"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    digests = [run(seed, connected).digest for seed in range(1, 9)]
+
+    assert len(set(digests)) == 8
+    assert other.stdout.split() == digests
+    told = run(1, connected, telling=True)
+    assert told.digest == digests[0]
+    assert len(told.trace) > told.scripts
+
+
+#: Schedules in which each of the bugs below must be found.
+SEEDS = 300
+
+#: Bugs, each put into a script on purpose: what it would do, the script, its text, the wrong text.
+SCRIPT_BUGS = {
+    "a reclaimed batch can still be settled": (
+        "reclaim",
+        "redis.call('HDEL', KEYS[1], expired)",
+        "local _ = 0",
+    ),
+    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', KEYS[1], batch) == 0", "false"),
+    "a ticket is good for two claims": ("claim", "redis.call('ZREM', KEYS[8], batch) == 0", "false"),
+    "a batch that comes back overwrites what is newer": (
+        "settle",
+        "      record.a[name] = pair\n",
+        "      record.a[name] = record.a[name] or pair\n",
+    ),
+    "an event from the past wins": ("add", "version >= known[2]", "version >= 0"),
+    "a clock set back makes new values old": ("add", "math.max(now, known and known[2] or 0)", "now"),
+    "what arrived during the flight is forgotten": (
+        "settle",
+        "  if newer then\n    enter_lane",
+        "  if false then\n    enter_lane",
+    ),
+    "a claimed user stays in its lane": (
+        "claim",
+        "  redis.call('ZREM', KEYS[2], unpack(users))",
+        "  local _ = 0",
+    ),
+    "two slots for one": ("reserve", "slot + width))", "slot + math.floor(width / 2)))"),
+    "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
+    "a redrive is not counted": ("redrive", "redriven = redriven + 1", "local _ = 0"),
+    "a lease that ended is not reclaimed": ("reclaim", "'(' .. now", "'(' .. 0"),
+    "nobody probes": ("dispatch", "next_probe <= now", "false"),
+}
+
+
+def found(connected: Wire) -> set[str]:
+    """The rules that the first broken schedule breaks."""
+    for seed in range(1, SEEDS + 1):
+        if violations := run(seed, connected).violations:
+            return {violation.rule for violation in violations}
+    return set()
+
+
+@pytest.mark.parametrize("bug", SCRIPT_BUGS)
+def test_a_bug_in_a_script_is_found(bug: str, connected: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, right, wrong = SCRIPT_BUGS[bug]
+    source = scripts.source
+    assert right in source(script)
+
+    def spoiled(name: str) -> str:
+        return source(name).replace(right, wrong) if name == script else source(name)
+
+    monkeypatch.setattr(scripts, "source", spoiled)
+
+    assert found(connected)
+
+
+def test_users_sent_again_while_the_old_call_can_still_land_are_found(
+    connected: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_hold(self: Policy, action: Again, attempts: int) -> Retried:
+        return Retried(self.backoff(attempts), proven=False)
+
+    monkeypatch.setattr(Policy, "again", without_hold)
+
+    assert "stale" in found(connected)
+
+
+def test_a_stop_of_the_line_that_forgets_the_hold_is_found(
+    connected: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop: Any = Delivery._stop
+
+    def without_hold(*args: Any, hold: bool = False, **options: Any) -> None:
+        stop(*args, **options)
+
+    monkeypatch.setattr(Delivery, "_stop", without_hold)
+
+    assert "stale" in found(connected)
+
+
+def test_a_slot_that_was_missed_and_used_all_the_same_is_found(
+    connected: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.ratelimit.GRACE", 1.0)
+
+    assert "quota" in found(connected)
