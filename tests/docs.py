@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.bench.rivals import page
 from worker.policy import TABLE, UNKNOWN_ATTEMPTS, Verdict
 
 ERROR_CODES = Path(__file__).parent.parent / "docs" / "error-codes.md"
@@ -55,3 +56,4 @@ def error_codes() -> str:
 
 if __name__ == "__main__":
     ERROR_CODES.write_text(error_codes(), encoding="utf-8")
+    page.write()

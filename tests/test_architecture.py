@@ -113,7 +113,7 @@ def test_each_script_is_loaded_once() -> None:
     assert sorted(re.findall(r'scripts\.load\(\w+, "(\w+)"\)', source)) == sorted(f.stem for f in LUA)
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"])
 def test_a_lock_pins_hashes_and_names_no_host(lock: str) -> None:
     text = (ROOT / lock).read_text()
     packages = re.findall(r"^[a-z0-9._-]+==", text, re.MULTILINE)
@@ -125,11 +125,19 @@ def test_a_lock_pins_hashes_and_names_no_host(lock: str) -> None:
         assert "--hash=sha256:" in block, block.splitlines()[0]
 
 
-def test_the_two_locks_agree() -> None:
+def test_the_lock_of_the_node_project_names_no_registry() -> None:
+    text = (ROOT / "tests" / "bench" / "rivals" / "bullmq" / "package-lock.json").read_text()
+
+    assert '"integrity": "sha512-' in text
+    assert '"resolved"' not in text
+
+
+def test_the_locks_agree() -> None:
     def pins(lock: str) -> set[str]:
         return set(re.findall(r"^[a-z0-9._-]+==\S+", (ROOT / lock).read_text(), re.MULTILINE))
 
     assert pins("requirements.lock") <= pins("requirements-dev.lock")
+    assert pins("requirements.lock") <= pins("requirements-bench.lock")
 
 
 def test_fast_tests_do_not_sleep() -> None:

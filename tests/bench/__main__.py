@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import Results, console, ways_in, ways_out
+from tests.bench import Results, console, growth, ways_in, ways_out
+from tests.bench.rivals.page import rivals
 
 _IN = (ways_in.enqueue, ways_in.consume, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.shadow)
-_OUT = (
-    ways_out.growth,
-    ways_out.permits,
-    ways_out.delivery,
-    ways_in.backfill,
-    ways_out.idle,
-    ways_out.instrument,
-)
-PARTS = {part.__name__: part for part in _IN + _OUT}
+_OUT = (ways_out.permits, ways_out.delivery, ways_in.backfill, ways_out.idle, ways_out.instrument)
+_GROWTH = (growth.growth, growth.workers, growth.latency)
+PARTS = {part.__name__: part for part in (*_IN, *_OUT, *_GROWTH, rivals)}
 
 
 def main() -> None:

@@ -1,0 +1,24 @@
+"""Enqueues a file of events, one JSON array [user, attributes, ms] a line, and prints the seconds it took.
+
+python -m tests.bench.rivals.enqueue MODULE FILE
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(module: str, file: str) -> None:
+    contestant = importlib.import_module(module)
+    events = [tuple(json.loads(line)) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    start = time.perf_counter()
+    contestant.enqueue(events)
+    print(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

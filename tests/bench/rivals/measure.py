@@ -1,0 +1,325 @@
+"""What is done to every contestant: the job, and a run in which one worker is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import redis
+import requests
+
+from tests.bench import ATTRS, cpu, server, state_of, users
+from tests.bench.rivals.api import QUOTA
+from tests.bench.rivals.contestants import (
+    CONTESTANTS,
+    DIFFERENT,
+    DIFFERENT_SINGLE,
+    NODE_PROJECT,
+    ROOT,
+    Contestant,
+    absent,
+)
+from tests.bench.rivals.results import OURS, Figures, Report
+from worker import demo, demo_events
+from worker.client import PATHS
+from worker.errors import InvalidUpdate
+from worker.models import Attributes, UserId, check_update
+from worker.sandbox import Plan, Sandbox
+from worker.usersig import sign
+
+Event = tuple[UserId, Attributes, int]
+
+#: Seconds until the API replies.
+LATENCY = 0.05
+#: Seconds for the first call; and without a call until nothing more is expected, longer than any contestant
+#: takes to give what a dead worker had to another one.
+START, STALL = 60.0, 150.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured: events of the job, seconds it may take, part of the users of the run with a kill."""
+
+    events: int = 50_000
+    cap: float = 60.0
+    kill: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The events, (user, attributes, ms), in the order of arrival, and what must be there in the end."""
+
+    events: Sequence[Event]
+    expected: demo.Expected
+
+    @classmethod
+    def make(cls, count: int) -> Job:
+        """The first valid events of the demo."""
+        valid = list(islice(_valid(demo_events.events()), count))
+        return cls([event for _, event in valid], demo.expect((line for line, _ in valid), frozenset()))
+
+
+def _valid(lines: Iterator[str]) -> Iterator[tuple[str, Event]]:
+    names = frozenset(demo_events.NAMES)
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, InvalidUpdate):
+            given = json.loads(line)
+            update = check_update(given["user"], given["attrs"], given["occurred_at"], names)
+            yield line, (update.user, update.attrs, update.occurred_ms)
+
+
+@dataclass(slots=True)
+class Stage:
+    """A server and a simulator, and the worker processes of one contestant, by name."""
+
+    contestant: Contestant
+    sandbox: Sandbox
+    client: redis.Redis
+    workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def _environ(self) -> dict[str, str]:
+        own = self.sandbox.environ
+        app = int(own["IMATTR_SDKAPPID"])
+        sig = sign(own["IMATTR_SECRET_KEY"], "administrator", app, int(time.time()))
+        query = f"sdkappid={app}&identifier=administrator&contenttype=json&usersig={sig}"
+        url = f"{self.sandbox.api_url}/{PATHS['chat']}set_attr?{query}"
+        return {**os.environ, **own, "CALL_URL": url, "PYTHONUNBUFFERED": "1"}
+
+    def enqueue(self, events: Sequence[Event]) -> float:
+        """Enqueue everything with one process; returns the seconds it took."""
+        if not self.contestant.takes_times:
+            # What comes late would win by coming late: in the order of the events they lose nothing.
+            events = sorted(events, key=lambda event: event[2])
+        file = self.sandbox.directory / "events.jsonl"
+        file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        command = self.contestant.enqueue_command(file)
+        done = subprocess.run(command, cwd=ROOT, env=self._environ(), check=True, stdout=subprocess.PIPE)
+        return float(done.stdout)
+
+    def start(self, *names: str) -> None:
+        for name in names:
+            with (self.sandbox.directory / f"{name}.log").open("wb") as log:
+                self.workers[name] = subprocess.Popen(
+                    self.contestant.worker_command(name),
+                    cwd=ROOT,
+                    env=self._environ(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+
+    def kill(self, name: str) -> None:
+        worker = self.workers.pop(name)
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+    def left(self) -> int:
+        return self.contestant.left(self.client)
+
+    def state(self) -> Any:
+        return state_of(self.sandbox)
+
+    def ask(self, what: str) -> Any:
+        reply = requests.get(f"{self.sandbox.api_url}/simulator/{what}", timeout=60)
+        return [json.loads(line) for line in reply.text.splitlines()] if what == "record" else reply.json()
+
+    def worker_cpu(self) -> float:
+        return sum(cpu(worker.pid) for worker in self.workers.values())
+
+    def redis_cpu(self) -> float:
+        return cpu(self.sandbox.pids()["redis"])
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Whether it came true within that time; raises `RuntimeError` when a worker ends by itself."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            for name, worker in self.workers.items():
+                if worker.poll() is not None:
+                    log = (self.sandbox.directory / f"{name}.log").read_text(errors="replace")
+                    raise RuntimeError(f"{name} of {self.contestant.name} ended:\n{log[-2000:]}")
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def settle(self, quiet: float) -> None:
+        """Wait until nothing is left and no call has come for `quiet` seconds, or no call for `STALL` seconds."""
+        last, since = -1, time.monotonic()
+        while (idle := time.monotonic() - since) < STALL and (idle < quiet or self.left()):
+            time.sleep(0.1)
+            calls = self.state()["calls"]
+            if calls != last:
+                last, since = calls, time.monotonic()
+
+
+@contextlib.contextmanager
+def stage(contestant: Contestant) -> Iterator[Stage]:
+    options = ("--latency", str(LATENCY), "--quota", str(QUOTA))
+    names = tuple({*demo_events.NAMES, *ATTRS})
+    plan = Plan(workers=0, flower=False, names=names, simulator_options=options)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Sandbox(Path(directory), {}, plan) as sandbox,
+        redis.Redis.from_url(sandbox.redis_url) as client,
+    ):
+        running = Stage(contestant, sandbox, client)
+        try:
+            yield running
+        finally:
+            for name in list(running.workers):
+                running.kill(name)
+
+
+def do_job(contestant: Contestant, job: Job, cap: float) -> dict[str, Any]:
+    """Enqueue the events, then deliver them, for `cap` seconds at most."""
+    with stage(contestant) as it:
+        enqueue_seconds = it.enqueue(job.events)
+        total, enqueue_cpu = it.left(), it.redis_cpu()
+        it.start("worker-1", "worker-2")
+        if not it.wait(lambda: it.state()["calls"] > 0, START):
+            raise RuntimeError(f"{contestant.name} makes no call")
+        worker_cpu = it.worker_cpu()
+        finished = it.wait(lambda: not it.left(), cap)
+        worker_cpu, redis_cpu = it.worker_cpu() - worker_cpu, it.redis_cpu()
+        if finished:
+            it.settle(0.5)
+        state, done = it.state(), 1 - it.left() / total
+        record = it.ask("record")
+        wrong = _wrong(it.ask("users"), job.expected) if finished else None
+    return {
+        "events": len(job.events),
+        "done": done,
+        "enqueue_seconds": enqueue_seconds,
+        "seconds": state["seconds"],
+        "calls": state["calls"],
+        "refused": state["refused"].get("60007", 0),
+        "worst": state["worst_rolling_second"],
+        "worker_cpu": worker_cpu,
+        # Enqueuing was complete at the cap, too: `whole` must not count it again.
+        "redis_cpu": redis_cpu - enqueue_cpu + enqueue_cpu * done,
+        "older": demo.stale_writes(record, job.expected),
+        "wrong": wrong,
+    }
+
+
+def _wrong(applied: dict[str, dict[str, str]], expected: demo.Expected) -> int:
+    """Attributes that are not what the newest event says."""
+    return sum(
+        applied.get(user, {}).get(name) != value
+        for user, attrs in expected.latest.items()
+        for name, value in attrs.items()
+    )
+
+
+def kill_one(contestant: Contestant, scale: float) -> dict[str, Any]:
+    """Different users, so that every update counts. One worker is killed half-way, another one started."""
+    count = int(contestant.kill_users * scale)
+    now = int(time.time() * 1000)
+    with stage(contestant) as it:
+        it.enqueue([(user, attrs, now) for user, attrs in users(count)])
+        it.start("worker-1", "worker-2")
+        if not it.wait(lambda: it.state()["users"] >= count / 2, START + count / 2 / QUOTA * 4):
+            raise RuntimeError(f"{contestant.name} does not deliver")
+        killed = time.monotonic()
+        it.kill("worker-1")
+        it.start("worker-3")
+        it.settle(3)
+        record = it.ask("record")
+        arrived: dict[str, dict[str, str]] = it.ask("users")
+    writes = Counter(user for _, _, user, _ in record)
+    return {
+        "users_per_second": rate([at for at, *_ in record if at < killed]),
+        "lost": sum(arrived.get(user) != attrs for user, attrs in users(count)),
+        "twice": sum(times > 1 for times in writes.values()),
+    }
+
+
+def rate(times: Sequence[float]) -> float:
+    """Users a second, from the times at which they arrived (seconds), over the full seconds from the first to the last.
+
+    Full ones, so that limiters that let calls pass in bursts are not measured from one burst to the next.
+    """
+    first, last = min(times), max(times)
+    full = max(1, int(last - first))
+    return sum(at < first + full for at in times) / full
+
+
+def bare(events: Sequence[Event]) -> dict[str, float]:
+    """What Redis alone gives: events a second that one client writes, and the barest script, one by one."""
+    with server() as running, redis.Redis.from_url(running.url) as client:
+        start = time.perf_counter()
+        for first in range(0, len(events), 1000):
+            pipeline = client.pipeline(transaction=False)
+            for user, attrs, _ in events[first : first + 1000]:
+                pipeline.hset("bare", user, json.dumps(attrs))
+            pipeline.execute()
+        piped = len(events) / (time.perf_counter() - start)
+        script = client.register_script("return redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])")
+        few = events[:5000]
+        start = time.perf_counter()
+        for user, attrs, _ in few:
+            script(["bare"], [user, json.dumps(attrs)])
+        single = len(few) / (time.perf_counter() - start)
+    return {"hset_pipelined": round(piped), "evalsha": round(single)}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on, and the versions of everything."""
+    found = {"cores": str(os.cpu_count()), "system": platform.system(), "Python": platform.python_version()}
+    with server(persistent=False) as running, redis.Redis.from_url(running.url) as client:
+        info = client.info("server")
+    found |= {info.get("server_name", "redis"): info.get("valkey_version", info["redis_version"])}
+    found |= {name: version(name) for name in ("celery", "celery-batches", "limits", "throttled-py")}
+    manifest = NODE_PROJECT / "node_modules" / "bullmq" / "package.json"
+    if manifest.exists():
+        node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True)
+        found |= {"node": node.stdout.strip().removeprefix("v")}
+        found |= {"bullmq": json.loads(manifest.read_text(encoding="utf-8"))["version"]}
+    return found
+
+
+def measure(scale: Scale, say: Callable[[str], None], only: Sequence[str] = ()) -> Report:
+    """Measure everybody who can take part, or only those named, and imattr."""
+    job, missing = Job.make(scale.events), absent()
+    chosen = [it for it in CONTESTANTS if not only or it.name in {OURS, *only}]
+    figures: dict[str, Figures] = {}
+    for contestant in chosen:
+        if why := missing.get(contestant.name):
+            say(f"{contestant.title}: left out, {why}")
+            continue
+        done = do_job(contestant, job, scale.cap)
+        say(f"{contestant.title}, the job: {_short(done)}")
+        killed = kill_one(contestant, scale.kill)
+        say(f"{contestant.title}, one worker killed: {_short(killed)}")
+        figures[contestant.name] = Figures(**done, **killed)
+    setup = {
+        "events": scale.events,
+        "users": len(job.expected.latest),
+        "cap": scale.cap,
+        "quota": QUOTA,
+        "latency": LATENCY,
+        "different": int(DIFFERENT * scale.kill),
+        "different_single": int(DIFFERENT_SINGLE * scale.kill),
+    }
+    return Report(machine(), setup, bare(job.events), figures, dict(missing))
+
+
+def _short(measured: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {round(value, 2) if value is not None else '–'}"
+        for name, value in measured.items()
+    )
