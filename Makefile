@@ -31,6 +31,15 @@ format: $(STAMP) ## Format the code and mend what the linter can
 scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time, and print what each story costs
 	$(BIN)/python -m tests.scenarios
 
+schedules: $(STAMP) ## Play seeded schedules in virtual time, faults at every step (SEEDS=3000; SEED=7 repeats one)
+	$(BIN)/python -m tests.schedules $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),3000) --first $(or $(FIRST),1))
+
+chaos: $(STAMP) ## Break everything under a real system at work, and judge it (MINUTES=3, SEED=7, FSYNC=everysec)
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED)) --fsync $(or $(FSYNC),always)
+
+soak: $(STAMP) ## Half an hour at full rate, after which nothing may have grown (MINUTES=30)
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
+
 bench: $(VENV)/.bench ## Measure what the README claims (half an hour; PARTS=rivals: only the comparison with others)
 	$(BIN)/python -m tests.bench $(PARTS)
 
@@ -71,4 +80,4 @@ $(VENV)/.bench: $(STAMP) requirements-bench.lock
 	fi
 	@touch $@
 
-.PHONY: help run test setup check format docs scenarios bench lock clean
+.PHONY: help run test setup check format docs scenarios schedules chaos soak bench lock clean

@@ -219,18 +219,29 @@ def _story(*events: Offer | Applied) -> tuple[str, ...]:
 # Calls.
 
 
-def _quota(history: History) -> Iterator[Violation]:
-    """Any second, its end not included."""
-    times = sorted(call.at for call in history.calls)
+def _seconds(calls: Iterable[Call]) -> Iterator[list[float]]:
+    """For each call, those of the second that ends with it, its beginning not included; oldest first."""
+    times = sorted(call.at for call in calls)
     first = 0
     for last, at in enumerate(times):
         while times[first] <= at - 1:
             first += 1
-        if last - first + 1 > history.quota:
-            gaps = [later - earlier for earlier, later in pairwise(times[first : last + 1])]
+        yield times[first : last + 1]
+
+
+def worst_second(calls: Iterable[Call]) -> int:
+    """Most calls in any rolling second."""
+    return max(map(len, _seconds(calls)), default=0)
+
+
+def _quota(history: History) -> Iterator[Violation]:
+    for times in _seconds(history.calls):
+        if len(times) > history.quota:
+            gaps = [later - earlier for earlier, later in pairwise(times)]
             story = (
-                f"{times[first]:12.6f}  the first of {last - first + 1} calls",
-                f"{at:12.6f}  the last, {at - times[first]:.6f} s later; the shortest gap is {min(gaps):.6f} s",
+                f"{times[0]:12.6f}  the first of {len(times)} calls",
+                f"{times[-1]:12.6f}  the last, {times[-1] - times[0]:.6f} s later; "
+                f"the shortest gap is {min(gaps):.6f} s",
             )
             yield Violation("quota", f"more than {history.quota} calls in one second", story)
 

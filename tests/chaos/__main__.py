@@ -74,7 +74,10 @@ class Chaos:
                 next_fault = now + self.rng.uniform(*EVERY)
             self.system.turn()
             time.sleep(0.05)
-        self._mend(float("inf"))
+        deadline = time.monotonic() + PATIENCE
+        while self._active and time.monotonic() < deadline:
+            self._mend(float("inf"))
+            time.sleep(0.5)
 
     def _operate(self) -> None:
         """The person whom a stopped line calls for: without one it would wait for its probes most of the time."""
@@ -109,9 +112,6 @@ class Chaos:
             except redis.RedisError:
                 one.until += 1
                 self._active.append(one)
-                if now == float("inf"):
-                    time.sleep(0.5)
-                    self._mend(now)
 
 
 def _group_of(fault: Fault) -> set[Fault]:
@@ -193,15 +193,19 @@ def _report(
 
     codes = ", ".join(f"{code} x{count}" for code, count in sorted(refused.items()))
     ledger = system.ledgers[-1]
+    came, went = (
+        " + ".join(f"{ledger[name]:,} {name.replace('_', ' ')}" for name in names)
+        for names in (history.LEDGER_IN, history.LEDGER_OUT)
+    )
     dead = len({user for user, _, _ in seen.kept})
-    worst = _worst_second(seen)
+    worst = history.worst_second(seen.calls)
     rows = [
         ("updates", f"{len(seen.offers):,} attributes offered: {_by_answer(seen)}"),
         (
             "calls",
             f"{len(seen.calls):,}, {len(seen.applied):,} attributes applied; refused: {codes or 'none'}",
         ),
-        ("ledger", f"balanced at {len(seen.ledgers):,} looks; {ledger}"),
+        ("ledger", f"{came} = {went}; looked at {len(seen.ledgers):,} times"),
         ("dead letters", f"{dead:,} users, kept"),
         ("worst rolling second", f"{worst} calls"),
     ]
@@ -211,11 +215,11 @@ def _report(
         settled and not found and not state["oversized"] and not state["repeated_users"] and not system.hung
     )
     for violation in found:
-        console.print(f"[bold red]✗[/] {violation}", markup=True)
+        console.out(f"✗ {violation}", style="red", highlight=False)
     if system.hung:
         console.print(f"[bold red]✗[/] {system.hung} workers did not end after SIGTERM")
     if not settled:
-        console.print(f"[bold red]✗[/] not everything was delivered: {system.ledgers[-1]}")
+        console.print("[bold red]✗[/] not everything was delivered in time")
     if good:
         console.print(
             "[green]✓[/] nothing lost, nothing stale, no second over the quota, the ledger balanced at every look"
@@ -226,16 +230,6 @@ def _report(
 def _by_answer(seen: history.History) -> str:
     counts = collections.Counter(str(offer.answer) for offer in seen.offers)
     return ", ".join(f"{count:,} {answer}" for answer, count in counts.most_common())
-
-
-def _worst_second(seen: history.History) -> int:
-    times = sorted(call.at for call in seen.calls)
-    first = worst = 0
-    for last, at in enumerate(times):
-        while times[first] <= at - 1:
-            first += 1
-        worst = max(worst, last - first + 1)
-    return worst
 
 
 @contextlib.contextmanager
