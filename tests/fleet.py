@@ -19,7 +19,7 @@ import requests
 
 from tests.conftest import SECRET_KEY, new_keys
 from tests.virtual import World, scripts_on
-from worker.buffer import Buffer, Snapshot
+from worker.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
 from worker.client import Client, Failure, Gate, NoReply, Reply, _this_thread, read_reply
 from worker.clock import Clock
 from worker.deadletters import DeadLetters
@@ -220,8 +220,8 @@ class Fleet:
     def add(self, users: Iterable[str], attrs: Attributes | None = None) -> None:
         """Accept one update for each user."""
         updates = [Update(user, attrs or {"city": "Paris"}) for user in users]
-        for first in range(0, len(updates), 500):
-            self.buffer.add(updates[first : first + 500])
+        for first in range(0, len(updates), MAX_UPDATES_PER_ADD):
+            self.buffer.add(updates[first : first + MAX_UPDATES_PER_ADD])
 
     def wait(self, seconds: float) -> None:
         self.world.sleep(seconds)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
 from tests.test_deadletters import Case
-from worker.buffer import Added, Buffer
+from worker.buffer import MAX_UPDATES_PER_ADD, Added, Buffer
 from worker.bulk import Distinct, Importer, Job, Progress, View, _Journal
 from worker.config import Settings
 from worker.deadletters import as_updates
@@ -840,7 +840,7 @@ def test_a_process_that_ends_in_the_middle_loses_nothing(
     accepted = client.hlen(keys.pending)
     progress = json.loads((tmp_path / "a.jsonl.import-progress").read_text())["progress"]
     assert accepted < count
-    assert 0 <= accepted - progress["accepted"] <= (500 if how == signal.SIGKILL else 0)
+    assert 0 <= accepted - progress["accepted"] <= (MAX_UPDATES_PER_ADD if how == signal.SIGKILL else 0)
     if how != signal.SIGKILL:
         assert running.returncode == 130
         assert b"the same command goes on after it" in errors

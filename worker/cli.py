@@ -189,7 +189,7 @@ def import_file(
 
     Refused lines stop nothing; they are listed with line, user and rule. While the buffer is full, it waits.
     Interrupted (Ctrl-C, a kill, a failure), the same command goes on after the last line accepted; only
-    after a kill up to 500 lines may be offered twice, which changes nothing.
+    after a kill up to 200 lines may be offered twice, which changes nothing.
 
     Ends with 3 if lines were refused, with 130 if it was stopped.
     """

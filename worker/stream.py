@@ -34,7 +34,7 @@ log = structlog.get_logger()
 #: The consumer group, and the one consumer in it.
 GROUP = CONSUMER = "imattr"
 
-#: Most entries a turn. While one script adds 500, a delivery waits so long for Redis that it misses its slot.
+#: Most entries a turn. While one script adds many, deliveries wait for Redis, and miss their slots.
 MOST = 100
 #: Seconds a consumer stays elected without renewing; how long a killed one is missed.
 TERM = 3.0

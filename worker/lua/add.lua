@@ -19,7 +19,7 @@ KEYS[9]  zset, dead_at
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
 ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pending yet
-ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in ms or 0], at most 500
+ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in ms or 0], at most 200
 Returns  {accepted, coalesced, unchanged, stale, index of a refused update from 0, ...}
 ]]
 local now, lane, max_pending, updates = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
