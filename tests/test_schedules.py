@@ -56,7 +56,7 @@ def test_a_seed_replays_step_by_step_also_in_another_process_on_another_server(c
 
 
 #: Schedules in which each of the bugs below must be found.
-SEEDS = 300
+SEEDS = 600
 
 #: Bugs, each put into a script on purpose: what it would do, the script, its text, the wrong text.
 SCRIPT_BUGS = {
@@ -65,6 +65,7 @@ SCRIPT_BUGS = {
         "redis.call('HDEL', KEYS[1], expired)",
         "local _ = 0",
     ),
+    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', KEYS[1], batch) == 0", "false"),
     "a ticket is good for two claims": ("claim", "redis.call('ZREM', KEYS[8], batch) == 0", "false"),
     "a batch that comes back overwrites what is newer": (
         "settle",
