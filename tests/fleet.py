@@ -117,6 +117,8 @@ class Fleet:
     #: The secret key that the workers have; changing it is like changing the file it is in.
     key: str = SECRET_KEY
     trouble: Trouble = lambda _: None
+    #: Seconds for which a thread stands still between its last look at the clock and the socket.
+    stall: Callable[[], float] = lambda: 0.0
     summaries: list[Summary] = field(default_factory=list)
     tickets: list[BatchId] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -127,8 +129,9 @@ class Fleet:
 
     def exchange(self, url: str, body: bytes | str, gate: Gate) -> Answer:
         """One call over the network that is not there."""
-        gate()
-        request = self.arrive(url, body)
+        with gate:
+            self.world.sleep(self.stall())
+            request = self.arrive(url, body)
         answer = self.trouble(request)
         if answer is None:
             answer = self.answer(request)

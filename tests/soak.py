@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -395,6 +396,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
+    # Ended from outside, it ends what it has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console.print(f"{asked.minutes:g} minutes at full rate, seed {asked.seed}")
     results = Results()
     judge(soak(60 * asked.minutes, asked.seed), results)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -48,12 +49,15 @@ def make_client(url: str, **options: Any) -> Client:
     return Client(url, signer, sdkappid=APP, identifier="administrator", **defaults | options)
 
 
-def open_gate() -> None:
-    """Let the call through at once."""
+@contextlib.contextmanager
+def gate_that(does: Callable[[], object]) -> Iterator[None]:
+    """A gate that does this before it opens."""
+    does()
+    yield
 
 
 def call(client: Client) -> Reply | NoReply:
-    return client.send(client.encode(USERS), open_gate)
+    return client.send(client.encode(USERS), contextlib.nullcontext())
 
 
 class Wire:
@@ -172,8 +176,8 @@ def test_at_the_gate_the_connection_stands_and_nothing_is_sent() -> None:
             threading.Event().wait(0.05)
             seen.append((server.connections, len(server.requests)))
 
-        client.send(client.encode(USERS), gate)
-        client.send(client.encode(USERS), gate)
+        client.send(client.encode(USERS), gate_that(gate))
+        client.send(client.encode(USERS), gate_that(gate))
 
     assert seen == [(1, 0), (1, 1)]
 
@@ -186,7 +190,7 @@ def test_what_the_gate_raises_passes_through_and_the_client_lives_on(simulated: 
         raise LookupError("no slot")
 
     with pytest.raises(LookupError, match="no slot"):
-        client.send(client.encode(USERS), closed)
+        client.send(client.encode(USERS), gate_that(closed))
     assert simulated.api.counts.requests == before
     assert call(client) == Reply(0)
 
@@ -409,10 +413,35 @@ def test_not_one_byte_arrives_before_the_gate_returns() -> None:
             arrived_early.append(bool(readable))
             threading.Thread(target=answer_once, args=(connection,)).start()
 
-        reply = client.send(client.encode(USERS), gate)
+        reply = client.send(client.encode(USERS), gate_that(gate))
 
     assert arrived_early == [False]
     assert reply == Reply(0)
+
+
+def test_a_request_leaves_in_one_write(simulated: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Between two, other threads get their turn, and the call arrives late.
+    happened: list[str | bytes] = []
+    write = HTTPConnection.send
+
+    def send(self: HTTPConnection, data: bytes) -> None:
+        write(self, data)
+        happened.append(data[-len(body) - 4 :])
+
+    @contextlib.contextmanager
+    def gate() -> Iterator[None]:
+        happened.append("entered")
+        yield
+        happened.append("left")
+
+    monkeypatch.setattr(HTTPConnection, "send", send)
+    client = make_client(simulated.url)
+    body = client.encode(USERS)
+
+    client.send(body, gate())
+    client.send(body, gate())
+
+    assert happened == 2 * ["entered", b"\r\n\r\n" + body, "left"]
 
 
 @pytest.mark.parametrize("fault", [Fault("reset"), Fault("status", code=502), Fault("truncated")], ids=str)
@@ -422,7 +451,7 @@ def test_a_failed_call_passes_the_gate_once(fault: Fault, simulated: Simulation)
     passed: list[None] = []
     simulated.fail(fault)
 
-    client.send(client.encode(USERS), lambda: passed.append(None))
+    client.send(client.encode(USERS), gate_that(lambda: passed.append(None)))
 
     assert len(passed) == 1
 
@@ -431,7 +460,7 @@ def test_without_a_connection_the_gate_is_not_reached() -> None:
     client = make_client(f"http://127.0.0.1:{free_port()}")
     passed: list[None] = []
 
-    client.send(client.encode(USERS), lambda: passed.append(None))
+    client.send(client.encode(USERS), gate_that(lambda: passed.append(None)))
 
     assert passed == []
 
@@ -445,7 +474,7 @@ def test_a_gate_that_raises_on_a_kept_connection_does_no_harm() -> None:
         call(client)
 
         with pytest.raises(LookupError):
-            client.send(client.encode(USERS), closed)
+            client.send(client.encode(USERS), gate_that(closed))
 
         assert call(client) == Reply(0)
         assert len(server.requests) == 2
@@ -458,7 +487,7 @@ def test_waiting_long_at_the_gate_does_not_make_a_good_reply_late() -> None:
         def gate() -> None:
             threading.Event().wait(0.6)
 
-        reply = client.send(client.encode(USERS), gate)
+        reply = client.send(client.encode(USERS), gate_that(gate))
 
     assert reply == Reply(0)
 
@@ -724,7 +753,7 @@ def test_what_the_gate_raises_brings_no_secret_along(simulated: Simulation, watc
         raise LookupError("no slot")
 
     with product_logs(watch.caplog), pytest.raises(LookupError) as caught:
-        client.send(client.encode(USERS), closed)
+        client.send(client.encode(USERS), gate_that(closed))
 
     # Source lines are not secrets; only the signature's text would be.
     assert sig not in "".join(traceback.format_exception(caught.value))

@@ -57,15 +57,15 @@ class ScriptedClient(Client):
         self.signed_at = max(self.signed_at, issued)
 
     def attribute_names(self, gate: Gate) -> Answer:
-        gate()
-        return self.names
+        with gate:
+            return self.names
 
     def remove(self, body: bytes, gate: Gate) -> Answer:
         return self.send(body, gate)
 
     def send(self, body: bytes, gate: Gate) -> Answer:
-        gate()
-        self.bodies.append(json.loads(body))
+        with gate:
+            self.bodies.append(json.loads(body))
         users = [entry["To_Account"] for entry in self.bodies[-1]["UserAttrs"]]
         self.calls.append(users)
         answer = self._api(users)

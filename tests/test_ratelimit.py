@@ -13,13 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
+from tests.fleet import fleet
+from tests.scenarios import people
 from tests.virtual import EPOCH_US, scripts_on
 from worker import scripts
 from worker.buffer import Buffer
 from worker.embedded import EmbeddedServer
 from worker.keys import Keys
 from worker.models import Update
-from worker.ratelimit import DWELL, EXACT_ENOUGH, GRACE, ISOLATING_PATIENCE, ClockSync, Permit, RateLimiter
+from worker.ratelimit import (
+    DWELL,
+    EXACT_ENOUGH,
+    GRACE,
+    ISOLATING_PATIENCE,
+    LATE,
+    ClockSync,
+    Permit,
+    RateLimiter,
+)
 from worker.scripts import Argument
 
 START = 1_700_000_000_000_000
@@ -128,6 +139,33 @@ def test_a_missed_slot_is_not_used(client: redis.Redis, keys: Keys, clock: Manua
 
     assert pacing.redeem(Permit(clock.now + 0.5, 0))
     assert not pacing.redeem(Permit(clock.now - GRACE - 0.001, 0))
+
+
+def test_after_a_call_that_left_late_a_slot_stays_empty(
+    client: redis.Redis, keys: Keys, clock: ManualClock
+) -> None:
+    pacing = limiter(client, keys, clock)
+    permits = [Permit(clock.now + 0.0102 * slot, 0) for slot in range(5)]
+
+    assert pacing.redeem(permits[0])
+    clock.now += LATE - 0.001
+    pacing.sent(permits[0])
+    assert pacing.redeem(permits[1])
+    clock.now += LATE + 0.001
+    pacing.sent(permits[1])
+
+    assert [pacing.redeem(permit) for permit in permits[3:]] == [False, True]
+
+
+def test_calls_that_leave_late_make_no_second_too_full(client: redis.Redis) -> None:
+    with fleet(client, threads=16) as running:
+        dice = running.world.rng
+        running.stall = lambda: dice.uniform(LATE, 0.2) if dice.random() < 0.03 else 0.0
+        running.add(people(100_000))
+
+        running.wait_until(running.drained, 60)
+
+        assert running.api.arrivals.worst <= 100
 
 
 def test_a_permit_from_before_a_pause_claims_nothing(

@@ -6,7 +6,8 @@ operator understands, with what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from worker import logs
 from worker.client import Client, Failure, NoReply, Reply
@@ -89,7 +90,7 @@ class AppNames:
 
     def ask(self) -> Reply | NoReply:
         """Ask the API once; raises `NoPermit` when no slot came free."""
-        return self._client.attribute_names(self._wait_for_slot)
+        return self._client.attribute_names(self._slot())
 
     def learn(self, answer: Reply | NoReply) -> frozenset[str]:
         """The names in an answer; raises `CallFailed` when it has none."""
@@ -116,17 +117,20 @@ class AppNames:
                 f"use one that it has: {', '.join(sorted(have))}",
             )
         if new:
-            answer = self._client.set_attribute_names(new, self._wait_for_slot, first=len(have))
+            answer = self._client.set_attribute_names(new, self._slot(), first=len(have))
             _good(answer, tell_words=True)
             self._known.set(have.union(new))
         return new
 
-    def _wait_for_slot(self) -> None:
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
         for _ in range(TRIES):
             permit = self._limiter.reserve()
             if permit is None:
                 self._clock.sleep(TRY_AGAIN_AFTER)
             elif self._limiter.redeem(permit):
+                yield
+                self._limiter.sent(permit)
                 return
         raise NoPermit
 

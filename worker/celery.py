@@ -7,6 +7,7 @@ below that is not obvious says what breaks without it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
@@ -277,6 +278,15 @@ def _configure_logs(**_: Any) -> None:
 def _tune_threads(**_: Any) -> None:
     # A thread whose slot has come must get the interpreter at once, not after the usual 5 ms.
     sys.setswitchinterval(0.0005)
+
+
+@signals.worker_ready.connect
+def _spare_the_collector(**_: Any) -> None:
+    # What is there by now stays. Each full collection would look through all of it, for 50 ms in which every
+    # thread misses its slot. Ready again after a reconnect, what has become garbage since is looked for once.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @signals.before_task_publish.connect

@@ -18,7 +18,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -35,8 +36,8 @@ from worker.usersig import Signer
 #: Where the commands of the two twins are, by the name that settings use.
 PATHS = {"chat": "v4/all_member_push/im_", "push": "v4/timpush/"}
 
-#: Called right before a request is written; see `Client.send`.
-Gate = Callable[[], None]
+#: Entered right before a request is written, left as soon as it is; see `Client.send`.
+Gate = AbstractContextManager[object]
 
 #: No honest reply is longer (100 users in `ErrorList` are about 10 kB).
 MAX_REPLY_BYTES = 1_000_000
@@ -82,16 +83,30 @@ class _DeadlineResponse(http.client.HTTPResponse):
 class _Gated:
     """Makes a connection wait at the gate: what takes time (looking up the host, connecting, TLS, the
     request's own making) comes before, so that a request leaves at the very moment it is let through.
-    The time for the answer begins there, too: waiting for the slot is not the API's fault."""
+    The time for the answer begins there, too: waiting for the slot is not the API's fault.
+
+    Head and body leave in one write. With two, other threads get their turn in between, and a call has
+    arrived only when its body has.
+    """
 
     response_class: Any = _DeadlineResponse
+    _head: bytes | None = None
 
     def endheaders(self: Any, *args: Any, **options: Any) -> None:
         if self.sock is None:
             self.connect()
-        _this_thread.gate()
-        _this_thread.deadline = time.monotonic() + _this_thread.read_timeout
+        self._head = None
         super().endheaders(*args, **options)  # type: ignore[misc]  # the class it is mixed into has it
+
+    def send(self: Any, data: Any) -> None:
+        """Keep the head; with the body, pass the gate and write both. Every call here has a body."""
+        if self._head is None:
+            self._head = data
+            return
+        request, self._head = self._head + data, None
+        with _this_thread.gate:
+            _this_thread.deadline = time.monotonic() + _this_thread.read_timeout
+            super().send(request)  # type: ignore[misc]  # the same
 
 
 class _GatedHTTP(_Gated, urllib3.connection.HTTPConnection):
@@ -250,8 +265,9 @@ class Client:
     def send(self, body: bytes, gate: Gate) -> Reply | NoReply:
         """Set attributes with one call. Never raises for anything the network or the API does.
 
-        `gate` is called once the connection stands and everything is ready, right before the first
-        byte is written. It waits until it is time to send, and what it raises passes through.
+        `gate` is entered once the connection stands and everything is ready, right before the first
+        byte is written. It waits until it is time to send, and what it raises passes through. It is left when
+        the last byte is on its way.
         """
         return self._call("set_attr", body, gate)
 

@@ -269,7 +269,7 @@ class Delivery:
             self._renew_permit(work, isolating=True)
         call = self._client.remove if part.removing else self._client.send
         body = self._client.encode(part.entries())
-        return call(body, lambda: self._pass_gate(work))
+        return call(body, self._gate(work))
 
     def _renew_permit(self, work: _Work, *, isolating: bool = False) -> None:
         """Reserve another slot, and look shortly before it whether the batch may still be sent."""
@@ -290,6 +290,14 @@ class Delivery:
                 return None
             self._clock.sleep(TRY_AGAIN)
         return permit
+
+    @contextlib.contextmanager
+    def _gate(self, work: _Work) -> Iterator[None]:
+        self._pass_gate(work)
+        try:
+            yield
+        finally:
+            self._limiter.sent(work.permit)
 
     def _pass_gate(self, work: _Work) -> None:
         """Wait for the slot, or for another one when it is missed. Returning means: send, now."""
@@ -480,7 +488,7 @@ class Delivery:
         """The attribute names in the part that the app does not have, as the API itself says."""
         known = None if work.batch.probe else self._names.known_lately()
         if known is None:
-            reply = self._client.attribute_names(lambda: self._pass_gate(work))
+            reply = self._client.attribute_names(self._gate(work))
             if not isinstance(reply, Reply) or reply.code:
                 return set()
             known = reply.names

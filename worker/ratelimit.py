@@ -20,8 +20,11 @@ The quota that was configured may not be the one that the API grants. A refusal 
 permits, and lowers the limit; then it climbs towards the lowest one refused by halving, settles below it,
 and tries the next step ever more rarely. All in the scripts, so the fleet learns it once.
 
-Weakness: between the last look at the clock and the socket a thread can still be suspended. The part
-of `GRACE` that is missing from the 20 ms is the room for that.
+Between the last look at the clock and the socket a thread can still be suspended. The part of `GRACE` that is
+missing from the 20 ms is the room for that. And who sees afterwards that a call has left `LATE` leaves the next
+slot of its process empty: late calls add to the second they fall into, one each, however late they are.
+
+Weakness: a process whose next slot comes more than a second after a late call makes room too late.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ from worker.keys import Keys
 SPACING = 1.02
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.010
+#: A call that left so many seconds after its slot is late.
+LATE = 0.015
 #: Seconds for which a limit is tried before the next one: longer than the API's window.
 DWELL = 1.5
 #: Seconds below a ceiling that was met before the next step is tried: at first, and at most.
@@ -115,6 +120,8 @@ class RateLimiter:
         self._limit = quota
         self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
         self._sync, self._unsure = ClockSync(), 0
+        #: Calls that left late, and for which no slot has been left empty yet.
+        self._late = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -172,9 +179,20 @@ class RateLimiter:
         return permit
 
     def redeem(self, permit: Permit) -> bool:
-        """Wait for the slot; False when it was missed."""
+        """Wait for the slot; False when it was missed, or must stay empty. Tell `sent` when the call has left."""
         self._clock.sleep(permit.due - self._clock.monotonic())
+        if self._late:
+            with self._lock:
+                if self._late:
+                    self._late -= 1
+                    return False
         return self._clock.monotonic() <= permit.due + GRACE
+
+    def sent(self, permit: Permit) -> None:
+        """The call has left. When that was late, the next slot stays empty."""
+        if self._clock.monotonic() > permit.due + LATE:
+            with self._lock:
+                self._late += 1
 
     def pause(
         self,

@@ -242,14 +242,14 @@ class Schedule(Fleet):
             world.sleep(self.limits.connect_timeout * dice.random())
         else:
             self._interrupt(kind)
-        gate()
-        # Between the last look at the lease and the socket only an end strikes: the delivery loop tells
-        # that a pause just here is its one weakness.
-        if kind == "kill at the socket":
-            self._interrupt("kill")
-        if kind == "never arrived":
-            return self._no_reply(Failure.BROKEN)
-        request = self.arrive(url, body)
+        with gate:
+            # Between the last look at the lease and the socket only an end strikes: the delivery loop tells
+            # that a pause just here is its one weakness.
+            if kind == "kill at the socket":
+                self._interrupt("kill")
+            if kind == "never arrived":
+                return self._no_reply(Failure.BROKEN)
+            request = self.arrive(url, body)
         fault = self._dice.choice(self._outage) if self._outage else self._strikes("a request")
         answer = self._answer(request, fault)
         self.tell(f"{request.command} {','.join(request.users)}: {_told(answer)}")

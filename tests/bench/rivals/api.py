@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 
@@ -29,6 +30,6 @@ class CallFailed(Exception):
 
 def call(users: Mapping[UserId, Attributes]) -> None:
     """Set these users' attributes with one call."""
-    answer = _client.send(_client.encode(users.items()), lambda: None)
+    answer = _client.send(_client.encode(users.items()), contextlib.nullcontext())
     if answer != Reply(0):
         raise CallFailed(f"code {answer.code}" if isinstance(answer, Reply) else answer.failure)
