@@ -21,8 +21,8 @@ permits, and lowers the limit; then it climbs towards the lowest one refused by 
 and tries the next step ever more rarely. All in the scripts, so the fleet learns it once.
 
 Between the last look at the clock and the socket a thread can still be suspended. The part of `GRACE` that is
-missing from the 20 ms is the room for that. And who sees afterwards that a call has left `LATE` leaves the next
-slot of its process empty: late calls add to the second they fall into, one each, however late they are.
+missing from the 20 ms is the room for that. And who sees afterwards that a call left later than `LATE` leaves the
+next slot of its process empty: late calls add to the second they fall into, one each, however late they are.
 
 Weakness: a process whose next slot comes more than a second after a late call makes room too late.
 """
