@@ -141,6 +141,8 @@ def test_a_stop_of_the_line_that_forgets_the_hold_is_found(
 def test_a_slot_that_was_missed_and_used_all_the_same_is_found(
     connected: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # With the one alone the other makes up for it.
     monkeypatch.setattr("worker.ratelimit.GRACE", 1.0)
+    monkeypatch.setattr("worker.ratelimit.LATE", 1.0)
 
     assert "quota" in found(connected)

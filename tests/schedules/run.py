@@ -247,9 +247,9 @@ class Schedule(Fleet):
             # that a pause just here is its one weakness.
             if kind == "kill at the socket":
                 self._interrupt("kill")
-            if kind == "never arrived":
-                return self._no_reply(Failure.BROKEN)
-            request = self.arrive(url, body)
+            request = None if kind == "never arrived" else self.arrive(url, body)
+        if request is None:
+            return self._no_reply(Failure.BROKEN)
         fault = self._dice.choice(self._outage) if self._outage else self._strikes("a request")
         answer = self._answer(request, fault)
         self.tell(f"{request.command} {','.join(request.users)}: {_told(answer)}")
