@@ -439,26 +439,43 @@ def test_no_secret_and_no_value_ever_leaks(tmp_path: Path) -> None:
         assert not re.search(r"eJ[A-Za-z0-9*_-]{60,}", found)
 
 
+def printed_by(code: str, **settings: str) -> str:
+    """What Python prints where a worker would run."""
+    settings = {
+        "SDKAPPID": "1400000000",
+        "SECRET_KEY": SECRET_KEY,
+        "API_URL": "http://127.0.0.1:9",
+        "REDIS_URL": "redis://127.0.0.1:9",
+    } | settings
+    environ = os.environ | {f"IMATTR_{name}": value for name, value in settings.items()}
+    command, root = [sys.executable, "-c", code], Path(__file__).parent.parent
+    return subprocess.run(
+        command, cwd=root, env=environ, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+
+
 def test_a_worker_that_is_ready_spares_the_collector_what_stays() -> None:
     # A full collection of everything that Celery has loaded takes 50 ms, in which slots are missed.
     code = (
         "import gc\nfrom celery import signals\nfrom worker.celery import app\napp.finalize()\n"
         "signals.worker_ready.send(None)\nprint(len(gc.get_objects()), gc.get_freeze_count())"
     )
-    settings = {
-        "SDKAPPID": "1400000000",
-        "SECRET_KEY": SECRET_KEY,
-        "API_URL": "http://127.0.0.1:9",
-        "REDIS_URL": "redis://127.0.0.1:9",
-    }
-    environ = os.environ | {f"IMATTR_{name}": value for name, value in settings.items()}
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=environ, check=True, capture_output=True, timeout=60
-    ).stdout
-    left, spared = map(int, printed.split())
+    left, spared = map(int, printed_by(code).split())
 
     assert left < spared / 100
+
+
+def test_a_broker_that_comes_back_does_not_make_the_pools_threads_read_its_connection() -> None:
+    # With RabbitMQ they read each other's answers and wait for ever: `make chaos` shows it where one is installed.
+    code = (
+        "import json\nfrom worker.celery import app\n"
+        "print(json.dumps([app.conf.worker_enable_prefetch_count_reduction, app.conf.broker_transport_options]))"
+    )
+    reduces, options = json.loads(printed_by(code, BROKER_URL="amqp://guest@127.0.0.1:9//"))
+
+    assert not reduces
+    # A connection of which the other end is gone is noticed.
+    assert {"connect_timeout", "read_timeout", "write_timeout"} <= options.keys()
 
 
 def test_up_serves_and_keeps_its_data(tmp_path: Path) -> None:
