@@ -6,6 +6,7 @@ Ends with 1 when imattr is behind on a line for which there is no reason.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from tests.bench import console
@@ -28,6 +29,8 @@ def main() -> None:
         "--write-docs", action="store_true", help="store the figures, and make page and picture"
     )
     given = parser.parse_args()
+    # Ended from outside, it ends what it has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scale = Scale(given.events, given.cap, given.kill)
     report = measure(scale, lambda text: console.print(f"  {text}"), given.only)
     console.print(show(report))
