@@ -22,7 +22,7 @@ check: $(STAMP) ## What must be green before a commit: format, lint, types, test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/pytest
-	$(BIN)/pytest --cov worker.delivery --cov worker.policy --cov-branch --cov-fail-under 95 tests/test_delivery.py tests/test_policy.py
+	$(BIN)/pytest --cov worker.delivery --cov-branch --cov-fail-under 95 tests/delivery/test_loop.py tests/delivery/test_policy.py
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format $(SOURCES)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-import redis
 import structlog
 from celery.exceptions import Reject
 
@@ -21,6 +20,7 @@ from worker.celery import UPDATES, app
 from worker.errors import BufferFull, InvalidUpdate
 from worker.models import BatchId
 from worker.producer import NoRoom
+from worker.state.connection import RedisError
 
 log = structlog.get_logger()
 
@@ -48,7 +48,7 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
         except InvalidUpdate as error:
             failure = error.rule
             log.warning("update_refused", source="celery", rule=failure)
-        except redis.RedisError as error:
+        except RedisError as error:
             failure = type(error).__name__
             log.warning("task_failed", error=failure)
         except BaseException as error:
@@ -86,7 +86,7 @@ def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | fl
     given = _timed(task, [user_id, attrs, occurred_at])
     try:
         return runtime.producer().set(*given)
-    except (BufferFull, redis.RedisError):
+    except (BufferFull, RedisError):
         _put_back([given])
         return "put back"
     except InvalidUpdate as error:
@@ -110,7 +110,7 @@ def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
     given = [_timed(task, update) for update in updates]
     try:
         result = runtime.producer().set_many(given)
-    except redis.RedisError:
+    except RedisError:
         _put_back(given)
         return {"put_back": len(given)}
     waiting = [given[refusal.index] for refusal in result.refused if isinstance(refusal, NoRoom)]
@@ -135,7 +135,7 @@ def _timed(task: Any, update: Any) -> Any:
 def _keep(error: InvalidUpdate, update: Any) -> None:
     try:
         runtime.refused().keep("celery", error, update)
-    except redis.RedisError as failure:
+    except RedisError as failure:
         raise Reject(type(failure).__name__, requeue=True) from None
 
 

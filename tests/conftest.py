@@ -10,8 +10,8 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
-from worker.embedded import EmbeddedServer
-from worker.keys import Keys
+from worker.sandbox.redis_server import EmbeddedServer
+from worker.state.keys import Keys
 
 # Real servers answer at their own pace: no deadline for one example, no fixed seed hidden in a cache.
 settings.register_profile(

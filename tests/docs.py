@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.bench.rivals import page
-from worker.policy import TABLE, UNKNOWN_ATTEMPTS, Verdict
+from worker.delivery.policy import TABLE, UNKNOWN_ATTEMPTS, Verdict
 
 ERROR_CODES = Path(__file__).parent.parent / "docs" / "error-codes.md"
 
@@ -33,7 +33,7 @@ def error_codes() -> str:
         "# What imattr does about each error code",
         "",
         "The API answers HTTP 200 even on failure; the truth is in `ErrorCode` and `ErrorList`. Made by `make docs`",
-        "from the table in [`worker/policy.py`](../worker/policy.py).",
+        "from the table in [`worker/delivery/policy.py`](../worker/delivery/policy.py).",
         "",
         "| verdict | what is done |",
         "|---|---|",

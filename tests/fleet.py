@@ -19,19 +19,19 @@ import requests
 
 from tests.conftest import SECRET_KEY, new_keys
 from tests.virtual import World, scripts_on
-from worker.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
-from worker.client import Client, Failure, Gate, NoReply, Reply, _this_thread, read_reply
 from worker.clock import Clock
-from worker.deadletters import DeadLetters
-from worker.delivery import Delivery, Summary
-from worker.dispatch import Dispatcher
-from worker.line import Line, LineState
+from worker.delivery.api import ChatApi, Failure, Gate, NoReply, Reply, _this_thread, read_reply
+from worker.delivery.dispatcher import Dispatcher
+from worker.delivery.loop import Delivery, Summary
+from worker.delivery.policy import Policy
+from worker.delivery.usersig import Signer
 from worker.models import Attributes, BatchId, Update
-from worker.names import AttributeNames
-from worker.policy import Policy
 from worker.ratelimit import RateLimiter
-from worker.simulator import Api, Quirks
-from worker.usersig import Signer
+from worker.sandbox.simulator import Api, Quirks
+from worker.state.attribute_names import AttributeNames
+from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
+from worker.state.dead_letters import DeadLetters
+from worker.state.line import Line, LineState
 
 Answer = Reply | NoReply
 
@@ -78,7 +78,7 @@ _NO_SESSION = requests.Session()
 _REQUEST = _NO_SESSION.prepare_request(requests.Request("POST", "http://api", data=b"{}"))
 
 
-class StraightClient(Client):
+class StraightClient(ChatApi):
     """The client, with the simulator's rules in place of the network."""
 
     def __init__(self, fleet: Fleet) -> None:

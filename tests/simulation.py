@@ -12,8 +12,8 @@ import requests
 import tornado.httpserver
 
 from tests.conftest import SECRET_KEY
-from worker.embedded import free_port
-from worker.simulator import Api, Fault, Faults, make_server
+from worker.sandbox.redis_server import free_port
+from worker.sandbox.simulator import Api, Fault, Faults, make_server
 
 APP = 1400000000
 

@@ -34,12 +34,12 @@ import requests
 from celery import Celery
 
 from tests.bench import APP, Results, console, state_of
-from worker.buffer import Buffer
-from worker.deadletters import DeadLetters
-from worker.keys import Keys
 from worker.producer import Lane, Producer
-from worker.refused import Refused
-from worker.sandbox import Plan, Sandbox
+from worker.sandbox.processes import Plan, Sandbox
+from worker.state.buffer import Buffer
+from worker.state.dead_letters import DeadLetters
+from worker.state.keys import Keys
+from worker.state.refused import Refused
 
 #: Seconds between two samples, and two lines of progress.
 EVERY, TELL_EVERY = 5.0, 30.0
@@ -65,7 +65,7 @@ FAULTS = (
 #: By unit, how much a figure may grow beside `GROWTH`, its part.
 ALLOWED = {"MB": 2.0, "entries": 100.0, "": 3.0}
 GROWTH = 0.03
-#: The command that counts a key's entries, by the type that `worker/keys.py` tells.
+#: The command that counts a key's entries, by the type that `worker/state/keys.py` tells.
 LENGTH = {"hash": "hlen", "zset": "zcard", "set": "scard", "stream": "xlen", "string": "exists"}
 #: Keys that this run has no use for: the line stays open.
 UNUSED = {"line"}

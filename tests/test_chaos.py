@@ -18,7 +18,7 @@ from tests.chaos.__main__ import run
 from tests.chaos.faults import FAULTS, GROUPS
 from tests.chaos.proxy import Proxy
 from tests.history import Answer
-from worker.embedded import free_port
+from worker.sandbox.redis_server import free_port
 
 
 @pytest.mark.timeout(240)

@@ -20,13 +20,13 @@ import requests
 from celery import Celery
 
 from tests.conftest import SECRET_KEY
-from worker import demo, demo_events
-from worker.buffer import Buffer, Snapshot
-from worker.keys import Keys
-from worker.line import Line
 from worker.producer import Producer
-from worker.sandbox import SDKAPPID, Plan, Sandbox
-from worker.scripts import text
+from worker.sandbox import demo, demo_events
+from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
+from worker.state.buffer import Buffer, Snapshot
+from worker.state.keys import Keys
+from worker.state.line import Line
+from worker.state.scripts import text
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -16,10 +16,6 @@ from tests.conftest import ManualClock, new_keys
 from tests.fleet import fleet
 from tests.scenarios import people
 from tests.virtual import EPOCH_US, scripts_on
-from worker import scripts
-from worker.buffer import Buffer
-from worker.embedded import EmbeddedServer
-from worker.keys import Keys
 from worker.models import Update
 from worker.ratelimit import (
     DWELL,
@@ -31,7 +27,11 @@ from worker.ratelimit import (
     Permit,
     RateLimiter,
 )
-from worker.scripts import Argument
+from worker.sandbox.redis_server import EmbeddedServer
+from worker.state import scripts
+from worker.state.buffer import Buffer
+from worker.state.keys import Keys
+from worker.state.scripts import Argument
 
 START = 1_700_000_000_000_000
 INTERVAL = 10_200

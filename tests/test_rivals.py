@@ -12,7 +12,7 @@ from tests.bench.rivals.contestants import CONTESTANTS
 from tests.bench.rivals.measure import Job, rate
 from tests.bench.rivals.page import PAGE, RESULTS, page
 from tests.bench.rivals.results import LINES, OURS, Figures, Report, cell, judge
-from worker import demo_events
+from worker.sandbox import demo_events
 
 OUR_FIGURES = Figures(
     events=50_000,

@@ -14,10 +14,10 @@ from tests.schedules.plan import FAULTS
 from tests.schedules.pool import wire
 from tests.schedules.run import run
 from tests.schedules.wire import Wire
-from worker import scripts
-from worker.delivery import Delivery
+from worker.delivery.loop import Delivery
+from worker.delivery.policy import Again, Policy
 from worker.models import Retried
-from worker.policy import Again, Policy
+from worker.state import scripts
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import redis
+from redis import Redis
 
-from worker import scripts
+from worker.state import scripts
 
 #: What the servers' clock shows when the world's clock shows 0, us since 1970.
 EPOCH_US = 1_700_000_000_000_000
@@ -71,8 +71,8 @@ def scripts_on(us: Callable[[], int]) -> Iterator[None]:
     """Scripts loaded inside take `us()` for the server's clock."""
     load = scripts.load
 
-    def on_our_clock(client: redis.Redis, name: str) -> scripts.Script:
-        script = load(client, name)
+    def on_our_clock(redis: Redis, name: str) -> scripts.Script:
+        script = load(redis, name)
 
         def call(keys: Sequence[str], args: Sequence[scripts.Argument]) -> Any:
             now = now_for(name, us())

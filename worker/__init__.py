@@ -1,1 +1,1 @@
-"""imattr: delivers user attributes to Tencent Cloud Chat. Read `worker/delivery.py` first."""
+"""imattr: delivers user attributes to Tencent Cloud Chat. Read `worker/delivery/loop.py` first."""

@@ -22,15 +22,16 @@ from celery import Celery, Task, bootsteps, signals
 from celery.worker.request import Request
 from kombu.transport import redis as redis_transport
 
-from worker import health, logs, runtime
+from worker import logs, runtime
 from worker.clock import SystemClock
 from worker.config import Settings
-from worker.dispatch import Dispatcher
+from worker.delivery.dispatcher import Dispatcher
 from worker.errors import ConfigError
-from worker.intake import Intake
+from worker.intake.backpressure import Backpressure
+from worker.intake.event_time import PUBLISHED, Stamps, event_ms
+from worker.intake.stream import StreamConsumer
 from worker.models import BatchId
-from worker.stamps import PUBLISHED, Stamps, event_ms
-from worker.stream import StreamConsumer
+from worker.operate import health
 
 UPDATES, DELIVERIES = "updates", "deliveries"
 
@@ -190,13 +191,15 @@ class DispatcherStep(bootsteps.StartStopStep):
         self._thread: threading.Thread | None = None
         self._page: ThreadingHTTPServer | None = None
         self._last_turn = time.monotonic()
-        self._intake: Intake | None = None
+        self._intake: Backpressure | None = None
 
     def start(self, worker: Any) -> None:
         settings = runtime.settings()
         # A worker started with `-Q deliveries` takes no updates at any time.
         if UPDATES in app.amqp.queues.consume_from:
-            self._intake = Intake(runtime.producer().has_room, partial(_take_updates, worker), SystemClock())
+            self._intake = Backpressure(
+                runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
+            )
         self._dispatcher = Dispatcher(
             runtime.build_buffer(settings, runtime.connect(settings)),
             self._publish,

@@ -38,7 +38,7 @@ class Update:
     occurred_ms: int = 0
 
 
-class Claimed(NamedTuple):
+class ClaimedUser(NamedTuple):
     """One user of a claimed batch: the snapshot that is being sent."""
 
     user: UserId
@@ -54,7 +54,7 @@ class Batch:
     """Users taken together for one call, in the order in which they became due."""
 
     id: BatchId
-    users: tuple[Claimed, ...]
+    users: tuple[ClaimedUser, ...]
     claimed_ms: int
     #: When the line is stopped and this batch is to find out if it can be opened: the kind of the stop.
     probe: Literal["", "error", "outage", "data"] = ""

@@ -16,17 +16,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Self
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
-from worker.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
 from worker.clock import Clock, SystemClock
 from worker.config import Settings
 from worker.errors import BufferFull, InvalidUpdate
-from worker.keys import Keys
 from worker.models import Attributes, BulkResult, Refusal, Update, UserId, check_update
-from worker.names import AttributeNames
+from worker.state.attribute_names import AttributeNames
+from worker.state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
+from worker.state.connection import Redis, ResponseError, connect, retry_once
+from worker.state.keys import Keys
 
 #: What became of one accepted update: a new pending user, merged into a pending one, already delivered
 #: with the same value, or older than what is known.
@@ -34,15 +31,11 @@ Accepted = Literal["pending", "coalesced", "unchanged", "stale"]
 
 Lane = Literal["live", "backfill"]
 
-#: Seconds that connecting to Redis, and one answer, may take: then the caller gets an error.
-CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
+#: Seconds that a call waits for Redis, unless the caller says otherwise.
+TIMEOUT = 1.0
 
 #: The part of Redis' memory beyond which new users are refused, and seconds between two looks at it.
 MEMORY_SHARE, MEMORY_EVERY = 0.9, 1.0
-
-#: A connection that the server has dropped since the last call is made anew. Adding an update twice,
-#: when only the answer was lost, changes nothing.
-_ONCE = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +46,8 @@ class NoRoom(Refusal):
 class Memory:
     """Whether Redis is near its memory limit. Thread-safe: at worst two threads look at once."""
 
-    def __init__(self, client: redis.Redis, clock: Clock) -> None:
-        self._redis, self._clock = client, clock
+    def __init__(self, redis: Redis, clock: Clock) -> None:
+        self._redis, self._clock = redis, clock
         self._look_at = clock.monotonic()
         self._short = False
 
@@ -69,7 +62,7 @@ class Memory:
     def _look(self) -> bool:
         try:
             memory = self._redis.info("memory")
-        except redis.ResponseError:
+        except ResponseError:
             # Some services do not let anybody see it.
             return False
         limit, used = int(memory.get("maxmemory", 0)), int(memory["used_memory"])
@@ -79,12 +72,17 @@ class Memory:
 class Producer:
     """Accepts updates. Thread-safe."""
 
-    def __init__(self, redis_url: str, sdkappid: int, *, max_pending: int = 0) -> None:
-        """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit."""
-        self._redis_url, self._keys = redis_url, Keys(sdkappid)
-        self._client = self._connect()
-        self._names = AttributeNames(self._client, self._keys, SystemClock())
-        self._memory = Memory(self._client, SystemClock())
+    def __init__(
+        self, redis_url: str, sdkappid: int, *, max_pending: int = 0, timeout: float = TIMEOUT
+    ) -> None:
+        """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
+
+        `timeout` in seconds: a Redis that does not answer ends a call after that time with `redis.TimeoutError`.
+        """
+        self._redis_url, self._keys, self._timeout = redis_url, Keys(sdkappid), timeout
+        self._redis = self._connect()
+        self._names = AttributeNames(self._redis, self._keys, SystemClock())
+        self._memory = Memory(self._redis, SystemClock())
         self._max_pending = max_pending
         self._local = threading.local()
 
@@ -96,14 +94,19 @@ class Producer:
         still belongs to the parent, so the child makes another.
         """
         if getattr(self._local, "pid", None) != os.getpid():
-            client = self._connect(single_connection_client=True)
-            self._local.buffer, self._local.pid = Buffer(client, self._keys), os.getpid()
+            redis = self._connect(single_connection_client=True)
+            self._local.buffer, self._local.pid = Buffer(redis, self._keys), os.getpid()
         buffer: Buffer = self._local.buffer
         return buffer
 
-    def _connect(self, **options: Any) -> redis.Redis:
-        options |= {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_timeout": ANSWER_TIMEOUT}
-        return redis.Redis.from_url(self._redis_url, retry=_ONCE, **options)
+    def _connect(self, **options: Any) -> Redis:
+        return connect(
+            self._redis_url,
+            timeout=self._timeout,
+            connect_timeout=self._timeout,
+            retry=retry_once(),
+            **options,
+        )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -152,7 +155,7 @@ class Producer:
         """Whether new users are accepted now; with a `share`, whether that part of the room is free."""
         if self._memory.is_short():
             return False
-        pending: int = self._client.hlen(self._keys.pending)
+        pending: int = self._redis.hlen(self._keys.pending)
         return not self._max_pending or pending < self._max_pending * (1 - share)
 
     def _full(self, user: UserId) -> BufferFull:
@@ -164,7 +167,7 @@ class Producer:
 
     def now_ms(self) -> int:
         """Redis' clock, ms since 1970."""
-        seconds, micros = self._client.time()
+        seconds, micros = self._redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
     def _add(

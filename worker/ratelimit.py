@@ -34,11 +34,10 @@ import threading
 from dataclasses import dataclass
 from typing import Self
 
-import redis
-
-from worker import scripts
 from worker.clock import Clock, SystemClock
-from worker.keys import Keys
+from worker.state import scripts
+from worker.state.connection import Redis, connect
+from worker.state.keys import Keys
 
 #: Slots are this much further apart than 1 / quota.
 SPACING = 1.02
@@ -109,12 +108,12 @@ class ClockSync:
 class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
+    def __init__(self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait a permit is worth."""
         self._clock, self._patience = clock, patience
         self._keys = [keys.rate]
-        self._reserve = scripts.load(client, "reserve")
-        self._pause = scripts.load(client, "pause")
+        self._reserve = scripts.load(redis, "reserve")
+        self._pause = scripts.load(redis, "pause")
         # Rounded up, so that rounding never adds a permit.
         #: What the last permit was made for.
         self._limit = quota
@@ -127,8 +126,8 @@ class RateLimiter:
     @classmethod
     def connect(cls, redis_url: str, sdkappid: int, *, quota: int = 100, patience: float = 2.0) -> Self:
         """The limiter that an app's workers share, for a program of one's own; `patience` in seconds."""
-        client = redis.Redis.from_url(redis_url, socket_timeout=5, socket_connect_timeout=3)
-        return cls(client, Keys(sdkappid), quota=quota, patience=patience, clock=SystemClock())
+        redis = connect(redis_url)
+        return cls(redis, Keys(sdkappid), quota=quota, patience=patience, clock=SystemClock())
 
     def acquire(self) -> bool:
         """Wait for a slot, and return at its moment; False when none is free within patience."""

@@ -7,24 +7,24 @@ import os
 import random
 import threading
 
-import redis
-
 from worker import logs
-from worker.appnames import AppNames
-from worker.buffer import Buffer
-from worker.client import Client
 from worker.clock import SystemClock
 from worker.config import Settings
-from worker.delivery import Delivery
-from worker.keys import Keys
-from worker.line import Line
-from worker.names import AttributeNames
-from worker.policy import Policy
+from worker.delivery.api import ChatApi
+from worker.delivery.attribute_catalog import AttributeCatalog
+from worker.delivery.loop import Delivery
+from worker.delivery.policy import Policy
+from worker.delivery.usersig import Signer
+from worker.intake.stream import StreamConsumer
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
-from worker.refused import Refused
-from worker.stream import StreamConsumer
-from worker.usersig import Signer
+from worker.state import connection
+from worker.state.attribute_names import AttributeNames
+from worker.state.buffer import Buffer
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+from worker.state.line import Line
+from worker.state.refused import Refused
 
 #: Set when this process shuts down: what is in flight is finished, nothing new begins.
 stopping = threading.Event()
@@ -38,16 +38,14 @@ def settings() -> Settings:
     return found
 
 
-def connect(settings: Settings) -> redis.Redis:
-    """A client whose calls end: half-open connections are noticed, dropped ones are made anew."""
-    return redis.Redis.from_url(
-        settings.redis_url.reveal(), socket_timeout=5, socket_connect_timeout=3, health_check_interval=15
-    )
+def connect(settings: Settings) -> Redis:
+    """A redis for the worker's own state; it notices half-open connections."""
+    return connection.connect(settings.redis_url.reveal(), health_check_interval=15)
 
 
-def build_buffer(settings: Settings, client: redis.Redis) -> Buffer:
+def build_buffer(settings: Settings, redis: Redis) -> Buffer:
     return Buffer(
-        client,
+        redis,
         Keys(settings.sdkappid),
         lease=settings.lease,
         shadow_ttl=settings.shadow_ttl,
@@ -55,9 +53,9 @@ def build_buffer(settings: Settings, client: redis.Redis) -> Buffer:
     )
 
 
-def build_client(settings: Settings) -> Client:
+def build_api(settings: Settings) -> ChatApi:
     signer = Signer(lambda: _secret_key(settings), settings.admin, settings.sdkappid)
-    return Client(
+    return ChatApi(
         settings.base_url,
         signer,
         sdkappid=settings.sdkappid,
@@ -75,25 +73,25 @@ def _secret_key(settings: Settings) -> str:
     return key
 
 
-def build_limiter(settings: Settings, client: redis.Redis) -> RateLimiter:
+def build_limiter(settings: Settings, redis: Redis) -> RateLimiter:
     keys = Keys(settings.sdkappid)
-    return RateLimiter(client, keys, quota=settings.quota, patience=settings.patience, clock=SystemClock())
+    return RateLimiter(redis, keys, quota=settings.quota, patience=settings.patience, clock=SystemClock())
 
 
-def build_app_names(settings: Settings, client: redis.Redis) -> AppNames:
+def build_attribute_catalog(settings: Settings, redis: Redis) -> AttributeCatalog:
     clock = SystemClock()
-    known = AttributeNames(client, Keys(settings.sdkappid), clock)
-    return AppNames(build_client(settings), build_limiter(settings, client), known, clock)
+    known = AttributeNames(redis, Keys(settings.sdkappid), clock)
+    return AttributeCatalog(build_api(settings), build_limiter(settings, redis), known, clock)
 
 
-def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
+def build_delivery(settings: Settings, redis: Redis) -> Delivery:
     clock, keys = SystemClock(), Keys(settings.sdkappid)
     return Delivery(
-        build_buffer(settings, client),
-        build_limiter(settings, client),
-        Line(client, keys),
-        AttributeNames(client, keys, clock),
-        build_client(settings),
+        build_buffer(settings, redis),
+        build_limiter(settings, redis),
+        Line(redis, keys),
+        AttributeNames(redis, keys, clock),
+        build_api(settings),
         Policy(
             max_attempts=settings.max_attempts,
             backoff_base=settings.backoff_base,
@@ -111,8 +109,8 @@ def build_delivery(settings: Settings, client: redis.Redis) -> Delivery:
 
 def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
     """A consumer with connections to itself: its reads block."""
-    client, keys = connect(settings), Keys(settings.sdkappid)
-    return StreamConsumer(client, keys, producer(), Refused(client, keys), SystemClock(), worker=worker)
+    redis, keys = connect(settings), Keys(settings.sdkappid)
+    return StreamConsumer(redis, keys, producer(), Refused(redis, keys), SystemClock(), worker=worker)
 
 
 # One of each a process, made at first use: with prefork that is after the fork, so that processes
@@ -127,7 +125,13 @@ def _delivery(_pid: int) -> Delivery:
 @functools.cache
 def _producer(_pid: int) -> Producer:
     found = settings()
-    return Producer(found.redis_url.reveal(), found.sdkappid, max_pending=found.max_pending)
+    # A worker has nothing better to do than to wait.
+    return Producer(
+        found.redis_url.reveal(),
+        found.sdkappid,
+        max_pending=found.max_pending,
+        timeout=connection.ANSWER_TIMEOUT,
+    )
 
 
 @functools.cache

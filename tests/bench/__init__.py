@@ -18,8 +18,8 @@ import requests
 from rich.console import Console
 from rich.table import Table
 
-from worker.embedded import EmbeddedServer
-from worker.sandbox import SDKAPPID, Sandbox
+from worker.sandbox.processes import SDKAPPID, Sandbox
+from worker.sandbox.redis_server import EmbeddedServer
 
 APP = int(SDKAPPID)
 ATTRS = {"city": "Shenzhen", "level": "Platinum"}

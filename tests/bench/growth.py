@@ -22,13 +22,13 @@ import redis
 import requests
 
 from tests.bench import APP, ATTRS, Results, console, cpu, server, state_of, users
-from worker.buffer import Buffer, new_batch_id
 from worker.clock import SystemClock
-from worker.keys import Keys
 from worker.models import Acked, Update
 from worker.producer import Producer
 from worker.ratelimit import SPACING, RateLimiter
-from worker.sandbox import Plan, Sandbox
+from worker.sandbox.processes import Plan, Sandbox
+from worker.state.buffer import Buffer, new_batch_id
+from worker.state.keys import Keys
 
 QUOTA = 100
 #: Seconds that a thread is busy with a batch beside the API's latency: ticket, permit, claim, encoding, slot, settling.

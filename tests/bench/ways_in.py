@@ -19,16 +19,16 @@ import requests
 from celery import Celery
 
 from tests.bench import APP, ATTRS, Results, p95, server, state_of, users
-from worker.buffer import Buffer, new_batch_id
 from worker.clock import SystemClock
-from worker.keys import Keys
-from worker.line import Line
+from worker.intake.stream import TERM, StreamConsumer
 from worker.models import Acked
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
-from worker.refused import Refused
-from worker.sandbox import Plan, Sandbox
-from worker.stream import TERM, StreamConsumer
+from worker.sandbox.processes import Plan, Sandbox
+from worker.state.buffer import Buffer, new_batch_id
+from worker.state.keys import Keys
+from worker.state.line import Line
+from worker.state.refused import Refused
 
 
 def enqueue(results: Results) -> None:
@@ -153,7 +153,7 @@ def _fill_stream(client: redis.Redis, keys: Keys, count: int) -> None:
 
 
 def consume(results: Results) -> None:
-    """One worker on queued messages: `attributes.update` against a task that does nothing, and in bulk."""
+    """One worker on queued messages: `attributes.update` against a task that does nothing, and in importer."""
     with (
         tempfile.TemporaryDirectory() as directory,
         Sandbox(Path(directory), {}, Plan(workers=0, flower=False)) as sandbox,
@@ -297,7 +297,7 @@ def bulk(results: Results) -> None:
 _IMPORT = """
 import contextlib, re
 from pathlib import Path
-from worker.cli import main
+from worker.cli.main import main
 with contextlib.suppress(SystemExit):
     main()
 # Not what getrusage says: that begins with the size of the process we were forked from.

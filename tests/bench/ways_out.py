@@ -16,13 +16,13 @@ import redis
 import requests
 
 from tests.bench import APP, ATTRS, Results, console, cpu, server, users
-from worker.client import Client, Reply
 from worker.clock import SystemClock
-from worker.keys import Keys
+from worker.delivery.api import ChatApi, Reply
+from worker.delivery.usersig import Signer
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
-from worker.sandbox import Plan, Sandbox
-from worker.usersig import Signer
+from worker.sandbox.processes import Plan, Sandbox
+from worker.state.keys import Keys
 
 
 def _greedy(url: str, until: float, queue: Any) -> None:
@@ -145,7 +145,7 @@ def instrument(results: Results) -> None:
     environ = {"IMATTR_SECRET_KEY": "k" * 64}
     with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), environ, plan) as sandbox:
         signer = Signer(lambda: "k" * 64, "administrator", APP)
-        client = Client(sandbox.api_url, signer, sdkappid=APP, identifier="administrator")
+        client = ChatApi(sandbox.api_url, signer, sdkappid=APP, identifier="administrator")
         body = client.encode(users(100))
         pid, calls = sandbox.pids()["simulator"], 1500
         client.send(body, contextlib.nullcontext())

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from worker.embedded import EmbeddedServer, free_port
+from worker.sandbox.redis_server import EmbeddedServer, free_port
 
 #: Seconds RabbitMQ may take to start.
 PATIENCE = 60.0

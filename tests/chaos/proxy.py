@@ -30,7 +30,7 @@ from typing import Any, Self
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.tcpserver import TCPServer
 
-from worker.simulator import TimedStream
+from worker.sandbox.simulator import TimedStream
 
 #: Lingering for no time makes the kernel send a reset instead of an orderly end.
 _RESET = struct.pack("ii", 1, 0)

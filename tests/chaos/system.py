@@ -24,15 +24,15 @@ from tests.chaos import writers
 from tests.chaos.brokers import Broker, RabbitMQ, RedisBroker
 from tests.chaos.proxy import Proxy
 from tests.history import Answer, Offer
-from worker.buffer import Buffer, Snapshot
 from worker.clock import SystemClock
-from worker.deadletters import DeadLetters
-from worker.embedded import EmbeddedServer, free_port
-from worker.keys import Keys
-from worker.line import Line
-from worker.names import AttributeNames
-from worker.refused import Refused
-from worker.sandbox import SDKAPPID, Plan, Sandbox
+from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
+from worker.sandbox.redis_server import EmbeddedServer, free_port
+from worker.state.attribute_names import AttributeNames
+from worker.state.buffer import Buffer, Snapshot
+from worker.state.dead_letters import DeadLetters
+from worker.state.keys import Keys
+from worker.state.line import Line
+from worker.state.refused import Refused
 
 #: Updates a second, by way.
 RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}

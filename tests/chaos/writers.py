@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import redis
 
 from tests.history import Answer, Offer
-from worker.keys import Keys
 from worker.producer import Producer
+from worker.state.keys import Keys
 
 #: Users of each writer: few, so that updates meet those before them in every state.
 USERS = 150

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tests import scenarios
 from tests.fleet import fleet
-from worker.embedded import EmbeddedServer
+from worker.sandbox.redis_server import EmbeddedServer
 
 STORIES = sorted(found.name for found in pkgutil.iter_modules(scenarios.__path__) if found.name != "__main__")
 

@@ -2,7 +2,7 @@
 
 from tests.fleet import Fleet
 from tests.scenarios import Figures, figures, left, people
-from worker.client import Reply
+from worker.delivery.api import Reply
 
 
 def run(fleet: Fleet) -> Figures:

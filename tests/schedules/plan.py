@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tests.fleet import Limits
-from worker.policy import TABLE, Verdict
+from worker.delivery.policy import TABLE, Verdict
 
 #: Seconds after its arrival at which the API may still apply a call whose outcome nobody knows: its own
 #: time-out. `HOLD`, `READ_TIMEOUT` and the lease are longer.

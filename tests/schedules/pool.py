@@ -15,7 +15,7 @@ import structlog
 
 from tests.schedules.run import Result, run
 from tests.schedules.wire import Wire
-from worker.embedded import EmbeddedServer
+from worker.sandbox.redis_server import EmbeddedServer
 
 #: Schedules that a process plays between two reports.
 CHUNK = 50

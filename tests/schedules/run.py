@@ -22,17 +22,18 @@ from tests.history import Applied, Call, History, Offer, Violation
 from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
-from worker import buffer, dispatch, scripts
-from worker.buffer import Buffer
-from worker.client import Failure, Gate, NoReply, Reply
-from worker.deadletters import DeadLetters
-from worker.delivery import Delivery
-from worker.dispatch import RETRY_AFTER, TERM, Dispatcher
-from worker.keys import Keys
-from worker.line import Line
+from worker.delivery import dispatcher
+from worker.delivery.api import Failure, Gate, NoReply, Reply
+from worker.delivery.dispatcher import RETRY_AFTER, TERM, Dispatcher
+from worker.delivery.loop import Delivery
 from worker.models import BatchId, Update
-from worker.names import AttributeNames
-from worker.simulator import Api, Quirks, at_once, never
+from worker.sandbox.simulator import Api, Quirks, at_once, never
+from worker.state import buffer, scripts
+from worker.state.attribute_names import AttributeNames
+from worker.state.buffer import Buffer
+from worker.state.dead_letters import DeadLetters
+from worker.state.keys import Keys
+from worker.state.line import Line
 
 #: Attributes of updates without, and with event times; never mixed, since only one of both orders can be judged.
 UNTIMED, TIMED = ("city", "name"), ("level", "tier")
@@ -378,7 +379,7 @@ class Schedule(Fleet):
             wait = shortest if self._issued != issued else min(2 * wait, 0.9 * TERM)
             self.world.sleep(max(pause, wait))
         with contextlib.suppress(*_LOST_REPLIES):
-            self.buffer.resign(worker.name)
+            self.buffer.step_down(worker.name)
 
     def _publish(self, ticket: BatchId) -> None:
         self._issued += 1
@@ -692,7 +693,7 @@ def _deterministic(seed: int) -> Iterator[None]:
 
     with (
         mock.patch.object(buffer, "new_batch_id", new_batch_id),
-        mock.patch.object(dispatch, "random", random.Random(f"{seed} dispatchers")),
+        mock.patch.object(dispatcher, "random", random.Random(f"{seed} dispatchers")),
     ):
         yield
 

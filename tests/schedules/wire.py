@@ -12,7 +12,7 @@ from redis._parsers import BaseParser
 from redis.client import Pipeline
 
 from tests.virtual import now_for
-from worker import scripts
+from worker.state import scripts
 
 #: Commands whose replies need no further reading.
 _PLAIN = {"EVALSHA", "ZREM", "HINCRBY", "HGET", "HMGET"}

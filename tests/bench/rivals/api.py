@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections.abc import Mapping
 
-from worker.client import Client, Reply
+from worker.delivery.api import ChatApi, Reply
+from worker.delivery.usersig import Signer
 from worker.models import Attributes, UserId
-from worker.usersig import Signer
 
 #: Calls a second that the API allows the app, and most users a call.
 QUOTA, BATCH = 100, 100
@@ -16,7 +16,7 @@ QUOTA, BATCH = 100, 100
 REDIS_URL = os.environ.get("IMATTR_REDIS_URL", "")
 
 _app = int(os.environ.get("IMATTR_SDKAPPID", 0))
-_client = Client(
+_client = ChatApi(
     os.environ.get("IMATTR_API_URL", ""),
     Signer(lambda: os.environ["IMATTR_SECRET_KEY"], "administrator", _app),
     sdkappid=_app,

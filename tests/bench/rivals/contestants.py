@@ -13,8 +13,8 @@ import redis
 
 from tests.bench import APP
 from tests.bench.rivals.api import BATCH
-from worker.buffer import Buffer
-from worker.keys import Keys
+from worker.state.buffer import Buffer
+from worker.state.keys import Keys
 
 NODE_PROJECT = Path(__file__).parent / "bullmq"
 ROOT = Path(__file__).parents[3]

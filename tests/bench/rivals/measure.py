@@ -33,12 +33,12 @@ from tests.bench.rivals.contestants import (
     absent,
 )
 from tests.bench.rivals.results import OURS, Figures, Report
-from worker import demo, demo_events
-from worker.client import PATHS
+from worker.delivery.api import PATHS
+from worker.delivery.usersig import sign
 from worker.errors import InvalidUpdate
 from worker.models import Attributes, UserId, check_update
-from worker.sandbox import Plan, Sandbox
-from worker.usersig import sign
+from worker.sandbox import demo, demo_events
+from worker.sandbox.processes import Plan, Sandbox
 
 Event = tuple[UserId, Attributes, int]
 

@@ -1,0 +1,447 @@
+"""The command line: what people read, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from tests.conftest import SECRET_KEY
+from tests.simulation import Simulation, simulation
+from tests.state.test_dead_letters import Case
+from worker.cli import main as cli
+from worker.clock import SystemClock
+from worker.models import Update
+from worker.producer import Producer
+from worker.ratelimit import RateLimiter
+from worker.sandbox.redis_server import EmbeddedServer, free_port
+from worker.state.buffer import Added
+from worker.state.keys import Keys
+
+
+class Terminal:
+    """Runs commands with the settings of an app of its own, and no others."""
+
+    def __init__(self, server: EmbeddedServer, keys: Keys) -> None:
+        self.environ = {"IMATTR_REDIS_URL": server.url, "IMATTR_SDKAPPID": str(keys.sdkappid)}
+
+    def __call__(self, *arguments: str, **environ: str) -> Result:
+        return CliRunner().invoke(cli.main, arguments, env=self.environ | environ)
+
+
+@pytest.fixture
+def imattr(server: EmbeddedServer, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    # No sandbox of somebody else's is here.
+    monkeypatch.chdir(tmp_path)
+    return Terminal(server, keys)
+
+
+def test_help_shows_examples_and_exit_codes(imattr: Terminal) -> None:
+    text = imattr("--help").output
+
+    assert "imattr put u1 city=Paris --remove level" in text
+    assert "Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused" in text
+
+
+@pytest.mark.parametrize(
+    "command", ["put", "import", "status", "pause", "resume", "doctor", "simulate", "up", "demo"]
+)
+def test_every_command_explains_itself(imattr: Terminal, command: str) -> None:
+    result = imattr(command, "--help")
+
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 5
+
+
+def test_put_accepts_an_update(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    assert imattr("put", "ann", "city=Paris", "motto=a=b").output == "accepted, pending\n"
+    assert (
+        imattr("put", "ann", "city=Rome", "--occurred-at", "2036-11-01T12:00:00Z").output
+        == "accepted, coalesced\n"
+    )
+    assert imattr("put", "ann", "city=Oslo", "--occurred-at", "1700000000").output == "accepted, stale\n"
+
+    record = json.loads(client.hget(keys.pending, "ann") or "")
+    assert {name: value for name, (value, _) in record["a"].items()} == {"city": "Rome", "motto": "a=b"}
+
+
+def test_a_refused_update_says_user_rule_and_length_and_never_the_value(imattr: Terminal) -> None:
+    result = imattr("put", "ann", "city=" + "字" * 17)
+
+    assert result.exit_code == cli.REFUSED
+    assert "user ann: the value of 'city' is 51 bytes, at most 50" in result.output
+    assert "字" not in result.output
+
+
+def test_wrong_usage_is_explained(imattr: Terminal) -> None:
+    for arguments, words in (
+        (("a=b", "city"), "attribute 2 is no NAME=VALUE"),
+        (("city=A", "city=B"), "attribute 'city' is given twice"),
+    ):
+        result = imattr("put", "ann", *arguments)
+        assert result.exit_code == cli.USAGE
+        assert words in result.output
+
+
+def test_missing_settings_are_all_named(imattr: Terminal) -> None:
+    result = imattr("status", IMATTR_REDIS_URL="", IMATTR_SDKAPPID="", IMATTR_QOTA="1")
+
+    assert result.exit_code == cli.USAGE
+    for name in ("IMATTR_REDIS_URL is not set", "IMATTR_SDKAPPID is not set", "IMATTR_QOTA is no setting"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize("command", [("status",), ("put", "ann", "city=Paris")])
+def test_a_redis_that_is_away_is_no_traceback(imattr: Terminal, command: tuple[str, ...]) -> None:
+    result = imattr(*command, IMATTR_REDIS_URL=f"redis://:hunter22@127.0.0.1:{free_port()}/0")
+
+    assert result.exit_code == cli.UNREACHABLE
+    assert "Redis does not answer" in result.output
+    assert "Traceback" not in result.output
+    assert "hunter22" not in result.output
+
+
+def test_a_full_buffer_has_a_code_of_its_own(imattr: Terminal) -> None:
+    imattr("put", "ann", "city=Paris")
+
+    assert imattr("put", "bob", "city=Paris", IMATTR_MAX_PENDING="1").exit_code == cli.FULL
+
+
+def test_put_removes_attributes(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    assert imattr("put", "ann", "city=Paris", "--remove", "level").output == "accepted, pending\n"
+
+    [record] = map(json.loads, client.hvals(keys.pending))
+    assert {name: pair[0] for name, pair in record["a"].items()} == {"city": "Paris", "level": False}
+
+
+@pytest.mark.parametrize("arguments", [("ann",), ("ann", "city=Paris", "--remove", "city")])
+def test_put_needs_something_to_do(imattr: Terminal, arguments: tuple[str, ...]) -> None:
+    assert imattr("put", *arguments).exit_code == cli.USAGE
+
+
+def test_status_prints_the_whole_state_as_json(imattr: Terminal) -> None:
+    imattr("put", "ann", "city=Paris")
+
+    state = json.loads(imattr("status", "--json").output)
+
+    unset = dict.fromkeys(("reason", "code", "since", "next_probe", "kind"))
+    assert state["line"] == {"state": "open", **unset, "failed_probes": 0, "words": "open"}
+    assert state["pending"].keys() == {"live", "backfill", "delayed", "waiting", "oldest_age_s"}
+    assert (state["pending"]["live"], state["in_flight"], state["dead"]) == (1, 0, 0)
+    assert state["rate"] == {"quota": 100, "limit": 100, "current": 98.0}
+    assert state["ledger"] == {
+        "accepted": 1,
+        "redriven": 0,
+        "coalesced": 0,
+        "unchanged": 0,
+        "stale": 0,
+        "delivered": 0,
+        "dead_lettered": 0,
+        "balanced": True,
+    }
+    assert state["eta_s"] == 0.0
+
+
+def test_status_is_readable(imattr: Terminal) -> None:
+    text = imattr("status").output
+
+    assert "open" in text
+    assert "balances" in text
+
+
+def test_a_pause_shows_with_its_reason(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=SystemClock())
+    limiter.pause(60, "the plan has expired", 60020)
+
+    line = json.loads(imattr("status", "--json").output)["line"]
+
+    assert (line["state"], line["reason"], line["code"]) == ("paused", "the plan has expired", 60020)
+    assert line["since"] < line["next_probe"]
+    assert "until in 60 s: the plan has expired (60020)" in imattr("status").output
+
+
+def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
+    assert imattr("pause").exit_code == cli.USAGE
+    assert imattr("pause", "--reason", "maintenance").output == "paused; what is in flight is finished\n"
+    line = json.loads(imattr("status", "--json").output)["line"]
+    assert (line["state"], line["reason"], line["next_probe"]) == ("paused", "maintenance", None)
+    assert "maintenance. Opened by imattr resume." in imattr("status").output
+    assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
+    assert imattr("resume").output == "resumed\n"
+    assert imattr("resume").output == "the line was open\n"
+
+
+def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    assert imattr("dead", "list").output == "no dead letters\n"
+    Case(client, keys).dead_letter("ann", "bob", city="Paris")
+    Case(client, keys).dead_letter("cid", code=70107, city="Oslo")
+
+    listed = imattr("dead", "list").output
+    assert all(word in listed for word in ("ann", "bob", "cid", "90033", "70107", "refused"))
+    assert "Paris" not in listed
+    assert [
+        json.loads(line)["user"]
+        for line in imattr("dead", "list", "--code", "70107", "--json").output.splitlines()
+    ] == ["cid"]
+    assert json.loads(imattr("dead", "show", "ann").output)["attributes"] == {"city": "Paris"}
+    assert imattr("dead", "show", "nobody").exit_code == cli.FAILED
+    assert json.loads(imattr("dead", "export", "--user", "cid").output)["attrs"] == {"city": "Oslo"}
+    assert imattr("dead", "redrive", "--dry-run").output == "3 would be put back\n"
+    assert imattr("dead", "redrive", "--code", "90033").output == "2 put back\n"
+    assert imattr("dead", "purge", "--older-than", "3600", "--dry-run").output.endswith(
+        "would be thrown away\n"
+    )
+    assert imattr("dead", "purge").exit_code == cli.FAILED, "nobody said yes"
+    assert imattr("dead", "purge", "--yes").output == "1 thrown away\n"
+    assert imattr("dead", "list").output == "no dead letters\n"
+
+
+def test_a_ledger_that_does_not_balance_is_shouted(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    client.hset(keys.ledger, "accepted", 3)
+
+    assert "DOES NOT BALANCE" in imattr("status").output
+
+
+def test_the_simulator_needs_an_app_and_a_key(imattr: Terminal) -> None:
+    result = imattr("simulate", IMATTR_SDKAPPID="")
+
+    assert result.exit_code == cli.USAGE
+    assert "IMATTR_SECRET_KEY is not set" in result.output
+
+
+def test_epoch_seconds_may_have_a_fraction(imattr: Terminal) -> None:
+    assert imattr("put", "ann", "a=b", "--occurred-at", "1700000000.25").output == "accepted, pending\n"
+
+
+def test_a_bad_port_is_a_mistake_of_the_settings(imattr: Terminal) -> None:
+    assert imattr("status", IMATTR_REDIS_URL="redis://:hun/ter22@h:1/0").exit_code == cli.USAGE
+
+
+@pytest.fixture
+def sim(imattr: Terminal, keys: Keys) -> Iterator[Simulation]:
+    """The API, for the commands that ask it."""
+    with simulation() as running:
+        running.api.sdkappid = keys.sdkappid
+        imattr.environ |= {"IMATTR_SECRET_KEY": SECRET_KEY, "IMATTR_API_URL": running.url}
+        yield running
+
+
+def test_the_doctor_tells_what_is_good_and_how_to_mend_the_rest(imattr: Terminal, sim: Simulation) -> None:
+    result = imattr("doctor")
+
+    lines = [line.rstrip() for line in result.output.splitlines()]
+    assert result.exit_code == 0, "warnings are no errors"
+    assert "✓ redis eviction    noeviction: a full server throws nothing away" in lines
+    place = lines.index("! workers           none is at work: updates are accepted and wait")
+    fix = "                    → start one: celery -A worker worker --pool threads --concurrency 16"
+    assert lines[place + 1] == fix
+    assert lines[-1] == "good: 12, warnings: 2, errors: 0"
+    assert "\x1b" not in result.output
+
+
+def test_the_doctor_ends_with_1_when_something_is_an_error(imattr: Terminal, sim: Simulation) -> None:
+    result = imattr("doctor", IMATTR_SECRET_KEY="of another app")
+
+    assert result.exit_code == cli.FAILED
+    assert "the API refuses with 70009, the UserSig was made with the key of another app" in result.output
+    assert result.output.endswith("errors: 1\n")
+
+
+@pytest.mark.parametrize(("key", "code"), [(SECRET_KEY, 0), ("of another app", cli.FAILED)])
+def test_the_doctor_talks_to_programs_too(imattr: Terminal, sim: Simulation, key: str, code: int) -> None:
+    result = imattr("doctor", "--json", IMATTR_SECRET_KEY=key)
+
+    findings = json.loads(result.output)
+    assert result.exit_code == code
+    assert findings[0] == {
+        "check": "settings",
+        "level": "ok",
+        "found": f"complete, for app {sim.api.sdkappid}",
+        "fix": "",
+    }
+    assert any(finding["level"] == "error" for finding in findings) == bool(code)
+
+
+def test_the_doctor_explains_settings_that_are_no_good(imattr: Terminal) -> None:
+    result = imattr("doctor", IMATTR_QOTA="1")
+
+    assert result.exit_code == cli.FAILED
+    assert "✗ settings          IMATTR_QOTA is no setting, is IMATTR_QUOTA meant?" in result.output
+
+
+def test_the_doctor_shows_no_secret(imattr: Terminal, sim: Simulation) -> None:
+    broker = f"redis://:hunter22@127.0.0.1:{free_port()}/0"
+
+    for arguments in (("doctor",), ("doctor", "--json")):
+        output = imattr(*arguments, IMATTR_BROKER_URL=broker).output
+        assert "Connection refused" in output
+        assert not any(secret in output for secret in ("hunter22", SECRET_KEY, "usersig"))
+
+
+def test_names_are_listed_and_set(imattr: Terminal, sim: Simulation, client: redis.Redis, keys: Keys) -> None:
+    assert imattr("names", "list").output == "city\nlevel\n"
+    assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nthere already: city\n"
+    assert imattr("names", "set", "vip").output == "there already: vip\n"
+    assert json.loads(imattr("names", "list", "--json").output) == ["age", "city", "level", "vip"]
+    assert client.smembers(keys.names) == {b"age", b"city", b"level", b"vip"}
+
+
+def test_an_app_without_names_is_told_how_to_get_some(imattr: Terminal, sim: Simulation) -> None:
+    sim.api.names = []
+
+    assert imattr("names", "list").output == "the app has no attribute names; see imattr names set\n"
+    assert imattr("names", "list", "--json").output == "[]\n"
+
+
+def test_names_that_no_app_can_have_are_wrong_usage(imattr: Terminal, sim: Simulation) -> None:
+    for wanted, words in ((["x" * 51], "must be 1 to 50 bytes"), (list("abcdefghijk"), "at most 10")):
+        result = imattr("names", "set", *wanted)
+        assert result.exit_code == cli.USAGE
+        assert words in result.output
+    assert sim.api.counts.requests == 0
+
+
+def test_what_the_api_refuses_is_told_with_what_to_do(imattr: Terminal, sim: Simulation) -> None:
+    for command in (("names", "list"), ("names", "set", "vip")):
+        result = imattr(*command, IMATTR_ADMIN="nobody")
+        assert result.exit_code == cli.FAILED
+        assert "the API refuses with 90009, the calling account is not an administrator" in result.output
+        assert "make IMATTR_ADMIN an administrator of the app" in result.output
+
+
+def test_a_permit_is_drawn_from_the_rate_that_all_share(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    assert imattr("permit").exit_code == 0
+
+    assert client.hget(keys.rate, "next") is not None
+
+
+def test_no_permit_in_time_has_an_exit_code_of_its_own(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    RateLimiter(client, keys, quota=100, patience=2.0, clock=SystemClock()).pause(60, "too many")
+
+    result = imattr("permit", "--wait", "0.1", "--", "true")
+
+    assert result.exit_code == cli.NO_PERMIT
+    assert "no slot was free within 0.1 s" in result.stderr
+
+
+def test_a_permit_runs_a_command(server: EmbeddedServer, keys: Keys) -> None:
+    environ = {
+        "IMATTR_REDIS_URL": server.url,
+        "IMATTR_SDKAPPID": str(keys.sdkappid),
+        "PATH": os.environ["PATH"],
+    }
+    program = [sys.executable, "-m", "worker.cli", "permit", "--", "echo", "-n", "called"]
+
+    assert subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60).stdout == "called"
+
+
+def test_a_command_that_does_not_exist_is_told(imattr: Terminal) -> None:
+    result = imattr("permit", "--", "no-such-program")
+
+    assert (result.exit_code, "no-such-program" in result.stderr) == (cli.FAILED, True)
+
+
+def test_an_import_says_what_became_of_the_lines(
+    imattr: Terminal, client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    (tmp_path / "users.csv").write_text("user,city\nann,Paris\nann,Rome\n,Oslo\n")
+
+    result = imattr("import", "users.csv", "--as-of", "1700000000")
+
+    assert result.exit_code == cli.REFUSED
+    for words in (
+        "lines     3, this run",
+        "accepted  2, of them 1 coalesced, 0 unchanged, 0 stale",
+        "refused   1, listed in users.csv.refused.jsonl",
+        "as of     2023-11-14T22:13:20.000+00:00, where a line does not say",
+    ):
+        assert words in result.stdout
+    assert json.loads(client.hget(keys.pending, "ann") or "")["a"] == {"city": ["Rome", 1_700_000_000_000]}
+    listed = (tmp_path / "users.csv.refused.jsonl").read_text()
+    assert listed == '{"line": 4, "user": "\'\'", "rule": "user id is empty"}\n'
+
+
+def test_an_import_sums_itself_up_as_json(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("user,city\nann,Paris\n")
+
+    result = imattr("import", "users.csv", "--json", "--as-of", "2023-11-14T22:13:20Z")
+
+    assert result.exit_code == 0
+    end = json.loads(result.stdout)
+    assert end.pop("seconds") > 0
+    assert end.pop("lines_per_second") > 0
+    assert end == {
+        "state": "complete",
+        "lines": 1,
+        "accepted": 1,
+        "coalesced": 0,
+        "unchanged": 0,
+        "stale": 0,
+        "refused": 0,
+        "refused_file": None,
+        "as_of": "2023-11-14T22:13:20.000+00:00",
+        "resumed_after": 0,
+    }
+
+
+def test_a_rehearsal_of_an_import_says_what_it_would_take(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("user,city\n,Oslo\n" + "".join(f"u{n},Paris\n" for n in range(150)))
+
+    result = imattr("import", "users.csv", "--dry-run")
+
+    assert result.exit_code == cli.REFUSED
+    for words in ("lines    151", "users    about 150", "line 2: user '': user id is empty", "calls    2"):
+        assert words in result.stdout
+    assert json.loads(imattr("import", "users.csv", "--dry-run", "--json").stdout)["refusals"] == [
+        {"line": 2, "user": "''", "rule": "user id is empty"}
+    ]
+    assert json.loads(imattr("status", "--json").output)["ledger"]["accepted"] == 0
+
+
+def test_what_cannot_be_imported_is_explained(imattr: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("id,city\nann,Paris\n")
+
+    for arguments, code, words in (
+        (("users.csv",), cli.FAILED, "no header with a column 'user'"),
+        (("users.csv", "--as-of", "2023-11-14T22:13:20"), cli.USAGE, "--as-of has no time zone"),
+        (("users.csv", "--as-of", "yesterday"), cli.USAGE, "--as-of is not an ISO 8601 time"),
+        (("nothing.csv",), cli.USAGE, "does not exist"),
+    ):
+        result = imattr("import", *arguments)
+        assert (result.exit_code, words in result.stderr) == (code, True)
+
+
+def test_an_import_that_loses_redis_says_how_far_it_came(
+    imattr: Terminal, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users.csv").write_text("user,city\n" + "".join(f"u{n},Paris\n" for n in range(1200)))
+    real, left = Producer.add, iter(range(2))
+
+    def add(self: Producer, updates: list[Update], **options: Any) -> Added:
+        if next(left, None) is None:
+            raise redis.exceptions.ConnectionError("connection refused")
+        return real(self, updates, **options)
+
+    monkeypatch.setattr(Producer, "add", add)
+    result = imattr("import", "users.csv")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+
+    assert result.exit_code == cli.UNREACHABLE
+    assert "400 lines are accepted, all up to line 401; the same command goes on after it" in result.stderr
+    assert "Redis does not answer: connection refused" in result.stderr
+    assert "going on after line 401" in imattr("import", "users.csv").output

@@ -1,0 +1,273 @@
+"""Arrows of the state machine that the model does not draw: dispatching, trimming, odd text, lost scripts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import new_keys
+from worker.delivery.policy import dead_letter
+from worker.models import Acked, BatchId, ClaimedUser, DeadLettered, Retried, Update
+from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Tick, new_batch_id
+from worker.state.keys import Keys
+
+NOW = 1_700_000_000_000
+
+
+@pytest.fixture
+def buffer(client: redis.Redis, keys: Keys) -> Buffer:
+    return Buffer(client, keys)
+
+
+def turn(buffer: Buffer, worker: str = "w1", *, now_ms: int = NOW, most: int = 10) -> Tick:
+    return buffer.tick(worker, term=2.0, size=100, linger=0.25, ticket_ttl=10.0, most=most, now_ms=now_ms)
+
+
+def claim(buffer: Buffer, client: redis.Redis, *, now_ms: int = NOW) -> tuple[BatchId, list[ClaimedUser]]:
+    ticket = new_batch_id()
+    client.zadd(buffer._keys.tickets, {ticket: now_ms})
+    batch = buffer.claim(ticket, 100, now_ms=now_ms)
+    assert batch is not None
+    return batch.id, list(batch.users)
+
+
+def updates(count: int, value: str = "Paris") -> list[Update]:
+    return [Update(f"user{number:04}", {"city": value}) for number in range(count)]
+
+
+def test_a_lone_update_lingers_for_company(buffer: Buffer) -> None:
+    buffer.add(updates(1), now_ms=NOW)
+
+    assert turn(buffer, now_ms=NOW + 100) == Tick(True, (), 0.15)
+    assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
+
+
+def test_full_batches_go_at_once_and_the_rest_lingers(buffer: Buffer) -> None:
+    buffer.add(updates(230), now_ms=NOW)
+
+    assert len(turn(buffer).tickets) == 2
+    assert len(turn(buffer).tickets) == 0, "those are outstanding"
+    assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
+
+
+def test_no_more_tickets_than_the_most_are_outstanding(buffer: Buffer) -> None:
+    buffer.add(updates(500), now_ms=NOW)
+
+    assert [len(turn(buffer, most=3).tickets) for _ in range(3)] == [3, 0, 0]
+
+
+def test_a_lost_ticket_is_replaced(buffer: Buffer) -> None:
+    buffer.add(updates(100), now_ms=NOW)
+    turn(buffer)
+
+    assert len(turn(buffer, now_ms=NOW + 9_999).tickets) == 0
+    assert len(turn(buffer, now_ms=NOW + 10_001).tickets) == 1
+
+
+def test_a_ticket_from_before_the_clock_was_set_back_is_replaced(buffer: Buffer) -> None:
+    buffer.add(updates(100), now_ms=NOW)
+    turn(buffer)
+
+    assert len(turn(buffer, now_ms=NOW - 3_600_000).tickets) == 1
+
+
+def test_a_released_ticket_is_replaced_at_once(buffer: Buffer) -> None:
+    buffer.add(updates(100), now_ms=NOW)
+
+    buffer.release_tickets(turn(buffer).tickets)
+
+    assert len(turn(buffer).tickets) == 1
+
+
+def test_one_dispatcher_acts_until_it_resigns(buffer: Buffer) -> None:
+    assert turn(buffer, "w1").acting
+    waiting = turn(buffer, "w2")
+    assert not waiting.acting
+    assert waiting.next_due is not None
+    assert 0 < waiting.next_due <= 2.0
+
+    buffer.step_down("w2")
+    assert not turn(buffer, "w2").acting, "only the acting one can resign"
+    buffer.step_down("w1")
+    assert turn(buffer, "w2").acting
+
+
+def test_nothing_is_issued_during_a_pause(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
+    buffer.add(updates(100), now_ms=NOW)
+    client.hset(keys.rate, mapping={"paused_at": NOW * 1000, "paused_until": (NOW + 1500) * 1000})
+
+    assert turn(buffer, now_ms=NOW + 1000) == Tick(True, (), 0.5)
+    assert len(turn(buffer, now_ms=NOW + 1500).tickets) == 1
+
+
+def test_backfill_fills_the_seats_that_live_leaves_free(buffer: Buffer, client: redis.Redis) -> None:
+    buffer.add(
+        [Update(f"old{number:03}", {"city": "Oslo"}) for number in range(150)], lane="backfill", now_ms=NOW
+    )
+    buffer.add(updates(30), now_ms=NOW + 1)
+
+    _, users = claim(buffer, client, now_ms=NOW + 1)
+
+    assert [user.user[:4] for user in users] == ["user"] * 30 + ["old0"] * 70
+
+
+def test_the_oldest_memories_are_forgotten_first(client: redis.Redis, keys: Keys) -> None:
+    buffer = Buffer(client, keys, shadow_ttl=100.0, shadow_max_users=3)
+    for number in range(5):
+        buffer.add([Update(f"user{number}", {"city": "Paris"})], now_ms=NOW + number)
+        batch, _ = claim(buffer, client, now_ms=NOW + number)
+        buffer.settle(batch, {}, rest=Acked(), now_ms=NOW + number)
+
+    assert client.zrange(keys.shadow_at, 0, -1) == [b"user2", b"user3", b"user4"]
+    assert set(client.hkeys(keys.shadow)) == {b"user2", b"user3", b"user4"}
+
+    late = NOW + 100_010
+    buffer.add([Update("new", {"city": "Paris"})], now_ms=late)
+    batch, _ = claim(buffer, client, now_ms=late)
+    buffer.settle(batch, {}, rest=Acked(), now_ms=late)
+
+    assert set(client.hkeys(keys.shadow)) == {b"user4", b"new"} or client.hlen(keys.shadow) <= 3
+
+
+def test_without_a_shadow_nothing_is_remembered(client: redis.Redis, keys: Keys) -> None:
+    buffer = Buffer(client, keys, shadow_ttl=0)
+    buffer.add(updates(3), now_ms=NOW)
+    batch, _ = claim(buffer, client)
+    buffer.settle(batch, {}, rest=Acked(), now_ms=NOW)
+
+    assert client.exists(keys.shadow, keys.shadow_at) == 0
+
+
+def test_a_repeated_value_costs_no_call(buffer: Buffer, client: redis.Redis) -> None:
+    buffer.add(updates(3), now_ms=NOW)
+    batch, _ = claim(buffer, client)
+    buffer.settle(batch, {}, rest=Acked(), now_ms=NOW)
+
+    assert buffer.add(updates(3), now_ms=NOW + 1).unchanged == 3
+    assert buffer.add(updates(3, "Rome"), now_ms=NOW + 2).unchanged == 0
+
+
+text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+
+
+@given(attrs=st.dictionaries(text, text, min_size=1, max_size=5))
+def test_any_text_comes_back_as_it_went_in(client: redis.Redis, attrs: dict[str, str]) -> None:
+    buffer = Buffer(client, new_keys())
+    # Twice, so that the record passes through the script's own decoder and encoder.
+    buffer.add([Update("ann", attrs)], now_ms=NOW)
+    buffer.add([Update("ann", {"other": "1"})], now_ms=NOW + 1)
+
+    _, [claimed] = claim(buffer, client)
+
+    assert claimed.attrs == attrs | {"other": "1"}
+
+
+def test_a_full_chunk_of_updates_with_ten_attributes_passes(buffer: Buffer) -> None:
+    attrs = {f"name{number}": "字" * 16 for number in range(10)}
+
+    added = buffer.add([Update(f"user{n}", attrs) for n in range(MAX_UPDATES_PER_ADD)], now_ms=NOW)
+
+    assert added.accepted == MAX_UPDATES_PER_ADD
+
+
+def test_scripts_are_sent_again_after_a_flush(buffer: Buffer, client: redis.Redis) -> None:
+    buffer.add(updates(1), now_ms=NOW)
+    client.script_flush()
+
+    batch, users = claim(buffer, client)
+
+    assert buffer.settle(batch, {users[0].user: Acked()}) == 1
+
+
+def test_every_key_of_an_app_is_on_one_node_and_in_the_catalogue(
+    buffer: Buffer, client: redis.Redis, keys: Keys
+) -> None:
+    buffer.add(updates(3), now_ms=NOW)
+    turn(buffer, now_ms=NOW + 300)
+    batch, _ = claim(buffer, client)
+    buffer.settle(batch, {}, rest=Acked())
+
+    catalogue = {getattr(keys, name) for name, kind in vars(Keys).items() if isinstance(kind, property)}
+    found = {key.decode() for key in client.scan_iter(keys.pattern.replace("{", "\\{"))}
+
+    assert found
+    assert found <= catalogue
+    assert all(key.startswith(f"{{imattr:{keys.sdkappid}}}:") for key in catalogue)
+
+
+def test_a_dead_letter_keeps_what_a_person_needs(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
+    buffer.add(updates(1), now_ms=NOW)
+    batch, [user] = claim(buffer, client, now_ms=NOW + 5)
+    buffer.settle(batch, {user.user: DeadLettered(90033, "an attribute is invalid")}, now_ms=NOW + 9)
+
+    letter = json.loads(client.hget(keys.dead, user.user) or "")
+    assert letter == {
+        "a": {"city": ["Paris", NOW]},
+        "code": 90033,
+        "message": "an attribute is invalid",
+        "attempts": 1,
+        "t": NOW,
+        "at": NOW + 9,
+    }
+
+
+def test_a_half_character_in_the_apis_words_does_not_stop_a_dead_letter(
+    client: redis.Redis, keys: Keys
+) -> None:
+    buffer, ticket = Buffer(client, keys), new_batch_id()
+    buffer.add([Update("ann", {"city": "Paris"})])
+    client.zadd(keys.tickets, {ticket: 1})
+    batch = buffer.claim(ticket, 10)
+    assert batch is not None
+
+    letter = dead_letter(90033, json.loads('"value too long: caf\\ud83d"'))
+
+    assert buffer.settle(batch.id, {"ann": letter}) == 1
+
+
+def attempts_after(buffer: Buffer, client: redis.Redis, keys: Keys, *, outage_ends_ms: int | None) -> int:
+    """Attempts of a user who failed, while another's call that came later succeeded."""
+    buffer.add(updates(1), now_ms=NOW)
+    failed, _ = claim(buffer, client, now_ms=NOW)
+    buffer.settle(failed, {}, rest=Retried(10.0, proven=False), now_ms=NOW)
+    if outage_ends_ms is not None:
+        client.hset(keys.health, "calm_at", outage_ends_ms)
+    buffer.add([Update("another", {"city": "Oslo"})], now_ms=NOW + 100)
+    other, _ = claim(buffer, client, now_ms=NOW + 200)
+    buffer.settle(other, {}, rest=Acked(), claimed_ms=NOW + 200, now_ms=NOW + 300)
+    again, [user] = claim(buffer, client, now_ms=NOW + 10_000)
+    buffer.settle(again, {}, rest=Retried(1.0, proven=False), now_ms=NOW + 10_100)
+    _, [once_more] = claim(buffer, client, now_ms=NOW + 20_000)
+    assert once_more.attempts == user.attempts, "what counted once is kept"
+    return user.attempts
+
+
+def test_a_failure_counts_when_a_later_call_has_succeeded(
+    buffer: Buffer, client: redis.Redis, keys: Keys
+) -> None:
+    assert attempts_after(buffer, client, keys, outage_ends_ms=None) == 1
+
+
+def test_the_failures_of_an_outage_do_not_count_when_it_is_over(
+    buffer: Buffer, client: redis.Redis, keys: Keys
+) -> None:
+    assert attempts_after(buffer, client, keys, outage_ends_ms=NOW + 50) == 0
+
+
+def test_a_success_of_a_call_that_was_under_way_before_proves_nothing(
+    buffer: Buffer, client: redis.Redis
+) -> None:
+    buffer.add(updates(2), now_ms=NOW)
+    early, _ = claim(buffer, client, now_ms=NOW)
+    buffer.add([Update("ann", {"city": "Oslo"})], now_ms=NOW)
+    failed, _ = claim(buffer, client, now_ms=NOW + 10)
+    buffer.settle(failed, {}, rest=Retried(1.0, proven=False), now_ms=NOW + 20)
+
+    buffer.settle(early, {}, rest=Acked(), claimed_ms=NOW, now_ms=NOW + 30)
+
+    _, [user] = claim(buffer, client, now_ms=NOW + 5000)
+    assert (user.user, user.attempts) == ("ann", 0)

@@ -1,0 +1,1 @@
+"""Ways in: the stream, files, and the rules they share."""

@@ -1,0 +1,50 @@
+"""Back-pressure: while there is no room for new users, a worker leaves the updates in the broker's queue.
+
+A task that finds the buffer full cannot wait: its thread is one of those that deliver and make room. It
+puts its update back, and this stops the worker from taking more, so that they do not go round in circles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from worker.clock import Clock
+from worker.state.connection import RedisError
+
+log = structlog.get_logger()
+
+#: Seconds between two looks.
+LOOK_EVERY = 0.25
+#: The part of the room that must be free before updates are taken again.
+FREE_SHARE = 0.1
+
+
+class Backpressure:
+    """Whether this worker takes updates from the broker."""
+
+    def __init__(self, has_room: Callable[[float], bool], take: Callable[[bool], None], clock: Clock) -> None:
+        """`take` begins or ends the taking; it is told again and again, as a reconnect may undo it."""
+        self._has_room, self._take, self._clock = has_room, take, clock
+        self._open = True
+        self._look_at = clock.monotonic()
+
+    def look(self) -> None:
+        """Begin or end the taking, if it is time to look. Raises nothing."""
+        now = self._clock.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY
+        wanted = self._is_room()
+        if wanted != self._open:
+            log.warning("intake_opened" if wanted else "intake_closed")
+        self._open = wanted
+        self._take(wanted)
+
+    def _is_room(self) -> bool:
+        try:
+            return self._has_room(0.0 if self._open else FREE_SHARE)
+        except RedisError:
+            # What is taken now could only be put back.
+            return False

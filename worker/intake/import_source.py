@@ -1,0 +1,380 @@
+"""Reads updates from files of any size: JSON lines, or CSV with a header; either may be packed with gzip.
+
+JSON lines, one update each, as `imattr dead export` prints them; a null removes the attribute::
+
+    {"user": "u1", "attrs": {"city": "Paris"}, "occurred_at": "2026-11-01T12:00:00Z"}
+
+CSV, UTF-8: a column `user`, if wanted a column `occurred_at`, each other column an attribute. An empty
+cell says nothing about it::
+
+    user,city,level
+    u1,Paris,
+
+A line that cannot be read is a record with its reason, and reading goes on after it. One line is in memory
+at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import select
+import stat
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from worker.errors import CannotImport, InvalidUpdate
+from worker.models import check_names, check_user
+
+Format = Literal["jsonl", "csv"]
+
+#: Bytes of the longest line that is read; of longer ones nothing is kept. A good one has a few hundred.
+MAX_LINE = 1_000_000
+#: Bytes after which a row of CSV ends, or its quote was never meant to open.
+MAX_ROW = 65_536
+
+#: Bytes at the beginning of a file that tell it from another of the same size and time.
+HEAD = 65_536
+
+_BLOCK = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+_SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+
+_TOO_LONG = f"the line is longer than {MAX_LINE:,} bytes"
+_NO_UTF8 = "the line is not UTF-8"
+_NO_JSON = "the line is not JSON"
+_NO_OBJECT = 'the line is not {"user": ..., "attrs": {...}}, with "occurred_at" if known and nothing else'
+_NO_CSV = "the line is not CSV: a quote is out of place or never closed, or a cell is too long"
+
+#: A user, attributes and an event time or None; not checked yet.
+RawUpdate = tuple[object, object, object]
+
+
+class Line(NamedTuple):
+    """A line and its number, from 1; `text` is None when it is too long. `end` is the offset after it."""
+
+    number: int
+    text: bytes | None
+    end: int
+
+
+class Record(NamedTuple):
+    """What stands in the file from one line on: an update, the reason why it is none, or None for a blank.
+
+    `last` is the number of its last line, `end` the offset after it.
+    """
+
+    line: int
+    last: int
+    end: int
+    given: RawUpdate | InvalidUpdate | None
+
+
+def event_time(text: str) -> str | float:
+    """A time as people write it: a number when it is one, else left as it is."""
+    return float(text) if text.replace(".", "", 1).isdecimal() else text
+
+
+class Source:
+    """An open file, or stdin, and the records in it.
+
+    Offsets count the bytes that were packed, if they were. A pipe ends early when `stopped` says so.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        format: Format | None = None,
+        user_column: str = "user",
+        names: frozenset[str] = frozenset(),
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Raises `CannotImport` when the format cannot be told, or the header of CSV is wrong."""
+        with _damage_explained():
+            self._file = open(path or 0, "rb", buffering=0, closefd=path is not None)  # noqa: SIM115
+        try:
+            about = os.fstat(self._file.fileno())
+            self.size = about.st_size if stat.S_ISREG(about.st_mode) else None
+            raw = self._file if self.size is not None else _Pipe(self._file.fileno(), stopped)
+            with _damage_explained():
+                self._stream = _unpacked(io.BufferedReader(raw, _BLOCK))
+                start = len(codecs.BOM_UTF8) if self._stream.peek(3).startswith(codecs.BOM_UTF8) else 0
+                self._stream.read(start)
+                self.format = format or _format(path, self._stream)
+                self._start = (0, start)
+                if self.format == "csv":
+                    self._columns = self._header(user_column, names)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _header(self, user_column: str, names: frozenset[str]) -> _Columns:
+        header = next(_rows(_lines(self._stream, *self._start)), None)
+        if header is None:
+            raise CannotImport("the file is empty: it has no header")
+        if isinstance(header.cells, InvalidUpdate):
+            raise CannotImport(f"the header cannot be read: {header.cells.rule}")
+        self._start = (header.last, header.end)
+        return _Columns.of(header.cells, user_column, names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def lock(self) -> None:
+        """Keep the file to ourselves; raises `CannotImport` when another import has it."""
+        if self.size is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotImport("another import of this file is running") from None
+        except OSError:
+            # Some network file systems know no locks.
+            return
+
+    def fingerprint(self) -> dict[str, object]:
+        """What tells this file from a changed one; of a pipe nothing does."""
+        if self.size is None:
+            return {}
+        about = os.fstat(self._file.fileno())
+        head = hashlib.sha256(os.pread(self._file.fileno(), HEAD, 0)).hexdigest()
+        return {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "head": head}
+
+    @property
+    def share(self) -> float | None:
+        """How much of the file has been read, 0 to 1; None for a pipe."""
+        return None if self.size is None else self._file.tell() / max(1, self.size)
+
+    def records(self, line: int = 0, offset: int = 0) -> Iterator[Record]:
+        """The records after that line, which ended at that offset.
+
+        Raises `CannotImport` where the file is damaged.
+        """
+        if offset > self._start[1]:
+            with _damage_explained():
+                # In a packed file it reads its way there.
+                self._stream.seek(offset)
+        else:
+            line, offset = self._start
+        return self._records(_lines(self._stream, line, offset))
+
+    def _records(self, lines: Iterator[Line]) -> Iterator[Record]:
+        with _damage_explained():
+            yield from _csv_records(lines, self._columns) if self.format == "csv" else _json_records(lines)
+
+
+@contextmanager
+def _damage_explained() -> Iterator[None]:
+    """Turn what reading a file may raise into `CannotImport`."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise CannotImport("the gzip file is damaged or cut off") from None
+    except OSError as error:
+        raise CannotImport(f"the file cannot be read: {error.strerror}") from None
+
+
+class _Pipe(io.RawIOBase):
+    """A pipe that can be left while it has nothing to say: it reads as ended then."""
+
+    def __init__(self, fd: int, stopped: Callable[[], bool]) -> None:
+        self._fd, self._stopped = fd, stopped
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not select.select([self._fd], [], [], 0.1)[0]:
+            if self._stopped():
+                return 0
+        return os.readv(self._fd, [buffer])
+
+
+def _unpacked(stream: io.BufferedReader) -> io.BufferedReader:
+    if not stream.peek(2).startswith(_GZIP_MAGIC):
+        return stream
+    packed: Any = gzip.GzipFile(fileobj=stream)
+    return io.BufferedReader(packed, _BLOCK)
+
+
+def _format(path: Path | None, stream: io.BufferedReader) -> Format:
+    """By the name of the file, else by its first character."""
+    suffixes = [suffix.lower() for suffix in path.suffixes] if path else []
+    for suffix in reversed(suffixes[-2:]):
+        if suffix in _SUFFIXES:
+            return _SUFFIXES[suffix]
+    return "jsonl" if stream.peek(1).lstrip().startswith(b"{") else "csv"
+
+
+def _lines(stream: io.BufferedReader, number: int, end: int) -> Iterator[Line]:
+    """Every line after number `number`, which ended at the offset `end`."""
+    while text := stream.readline(MAX_LINE + 1):
+        number, end = number + 1, end + len(text)
+        if len(text) <= MAX_LINE:
+            yield Line(number, text, end)
+            continue
+        while not text.endswith(b"\n") and (text := stream.readline(MAX_LINE)):
+            end += len(text)
+        yield Line(number, None, end)
+
+
+def _json_records(lines: Iterator[Line]) -> Iterator[Record]:
+    for number, text, end in lines:
+        given: RawUpdate | InvalidUpdate | None
+        try:
+            given = _from_json(text)
+        except InvalidUpdate as error:
+            given = error
+        yield Record(number, number, end, given)
+
+
+def _decoded(text: bytes | None) -> str:
+    if text is None:
+        raise InvalidUpdate("?", _TOO_LONG)
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise InvalidUpdate("?", _NO_UTF8) from None
+
+
+def _from_json(text: bytes | None) -> RawUpdate | None:
+    decoded = _decoded(text)
+    try:
+        found = json.loads(decoded)
+    except (ValueError, RecursionError):
+        if decoded.isspace():
+            return None
+        # Python's own words may quote the line.
+        raise InvalidUpdate("?", _NO_JSON) from None
+    if not isinstance(found, dict):
+        raise InvalidUpdate("?", _NO_OBJECT)
+    keys = found.keys()
+    if keys != {"user", "attrs"} and keys != {"user", "attrs", "occurred_at"}:
+        raise InvalidUpdate(check_user(found.get("user")), _NO_OBJECT)
+    return found["user"], found["attrs"], found.get("occurred_at")
+
+
+class _Row(NamedTuple):
+    line: int
+    last: int
+    end: int
+    cells: list[str] | InvalidUpdate
+
+
+class _Feed:
+    """Hands lines to a `csv.reader` as text; can hand those of the row that is being read out again."""
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self._lines = lines
+        self._again: deque[Line] = deque()
+        self._taken: list[Line] = []
+        self._size = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        if self._size > MAX_ROW:
+            raise StopIteration
+        line = self._again.popleft() if self._again else next(self._lines)
+        self._taken.append(line)
+        self._size += len(line.text or b"")
+        return _decoded(line.text)
+
+    def row(self, cells: list[str]) -> _Row:
+        """The lines taken were this row."""
+        row = _Row(self._taken[0].number, self._taken[-1].number, self._taken[-1].end, cells)
+        self._taken.clear()
+        self._size = 0
+        return row
+
+    def spoilt(self, error: InvalidUpdate) -> _Row:
+        """The first of the lines taken is no row; the others are read again."""
+        first, *others = self._taken
+        self._again.extendleft(reversed(others))
+        self._taken.clear()
+        self._size = 0
+        return _Row(first.number, first.number, first.end, error)
+
+
+def _rows(lines: Iterator[Line]) -> Iterator[_Row]:
+    feed = _Feed(lines)
+    reader = csv.reader(feed, strict=True)
+    while True:
+        try:
+            yield feed.row(next(reader))
+        except StopIteration:
+            return
+        except InvalidUpdate as error:
+            yield feed.spoilt(error)
+        except csv.Error:
+            yield feed.spoilt(InvalidUpdate("?", _NO_CSV))
+
+
+def _csv_records(lines: Iterator[Line], columns: _Columns) -> Iterator[Record]:
+    for line, last, end, cells in _rows(lines):
+        given: RawUpdate | InvalidUpdate | None
+        try:
+            given = columns.given(cells)
+        except InvalidUpdate as error:
+            given = error
+        yield Record(line, last, end, given)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Where in a row to find what."""
+
+    count: int
+    user: int
+    occurred_at: int | None
+    attributes: list[tuple[int, str]]
+
+    @classmethod
+    def of(cls, header: list[str], user_column: str, names: frozenset[str]) -> Self:
+        """Read the header; raises `CannotImport`. `names` are the app's attributes, empty when not known."""
+        if user_column not in header:
+            # It may be data, which is not to be shown.
+            raise CannotImport(
+                f"the first line is no header with a column {user_column!r}, separated by commas"
+            )
+        if len(set(header)) < len(header):
+            raise CannotImport("two columns of the header have the same name")
+        places = {name: place for place, name in enumerate(header)}
+        user, occurred_at = places.pop(user_column), places.pop("occurred_at", None)
+        try:
+            check_names(places)
+        except ValueError as error:
+            raise CannotImport(f"the header names no good attributes: {error}") from None
+        if names and (unknown := places.keys() - names):
+            known = ", ".join(sorted(names))
+            raise CannotImport(f"column {min(unknown)!r} is not one of the app's attributes ({known})")
+        return cls(len(header), user, occurred_at, [(place, name) for name, place in places.items()])
+
+    def given(self, cells: list[str] | InvalidUpdate) -> RawUpdate | None:
+        """The update in a row; raises `InvalidUpdate`."""
+        if isinstance(cells, InvalidUpdate):
+            raise cells
+        if not cells:
+            return None
+        if len(cells) != self.count:
+            # Which of them is the user nobody knows.
+            raise InvalidUpdate("?", f"{len(cells)} cells, the header has {self.count}")
+        attrs = {name: cells[place] for place, name in self.attributes if cells[place]}
+        moment = None if self.occurred_at is None else cells[self.occurred_at]
+        return cells[self.user], attrs, event_time(moment) if moment else None

@@ -1,0 +1,218 @@
+"""The way in for programs in any language: a Redis stream, consumed in bulk by the workers.
+
+    XADD {imattr:1400000000}:updates * user u1 attrs '{"city":"Paris"}'
+
+Every worker runs a consumer in a thread of its own; a short term in Redis elects which of them acts, so
+entries are taken in the order of the stream. All of them share one name in the consumer group: what an
+acting one took and did not acknowledge, because it was killed or there was no room, is what its
+successor finds first, in order. An entry is acknowledged and deleted once its update is accepted, or kept
+among the refused ones; taking one twice is harmless, because its id is its event time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+import threading
+from typing import Any, NamedTuple
+
+import structlog
+
+from worker.clock import Clock
+from worker.errors import InvalidUpdate
+from worker.models import Update, check_update, check_user
+from worker.producer import Producer
+from worker.state import scripts
+from worker.state.connection import Redis, RedisError, ResponseError
+from worker.state.keys import Keys
+from worker.state.refused import Refused
+
+log = structlog.get_logger()
+
+#: The consumer group, and the one consumer in it.
+GROUP = CONSUMER = "imattr"
+
+#: Most entries a turn. While one script adds many, deliveries wait for Redis, and miss their slots.
+MOST = 100
+#: Seconds a consumer stays elected without renewing; how long a killed one is missed.
+TERM = 3.0
+#: Seconds that a read waits for the first new entry; how late a stop is noticed.
+BLOCK = 0.25
+#: Seconds until entries for which there was no room are offered again.
+FULL_PAUSE = 1.0
+#: Seconds between two tries when Redis does not answer.
+RETRY_AFTER = 1.0
+
+#: Where to read from: what was taken and not acknowledged, or what nobody has taken yet.
+_UNSETTLED, _NEW = "0", ">"
+
+_decode = json.JSONDecoder().decode
+
+
+class Entry(NamedTuple):
+    """One entry of the stream. `fields` is empty when somebody has deleted it since it was taken."""
+
+    id: bytes
+    fields: dict[bytes, bytes]
+
+
+class StreamConsumer:
+    """One worker's consumer of the stream: `run` until `stop`."""
+
+    def __init__(
+        self, redis: Redis, keys: Keys, producer: Producer, refused: Refused, clock: Clock, *, worker: str
+    ) -> None:
+        """`redis` has a connection to itself: a read blocks it for `BLOCK` seconds."""
+        self._redis, self._keys, self._worker = redis, keys, worker
+        self._producer, self._refused, self._clock = producer, refused, clock
+        self._elect = scripts.load(redis, "elect")
+        self._stopped = threading.Event()
+        self._failing = self._full = False
+        self._from = _UNSETTLED
+        self._elected_at = -math.inf
+
+    def run(self) -> None:
+        """Take turns until `stop`; outlives any outage of Redis."""
+        while not self._stopped.is_set():
+            try:
+                pause = self.turn()
+                self._failing = False
+            # Whatever it is, the thread must survive it: nobody else takes its place while it is elected.
+            except Exception as error:
+                pause = RETRY_AFTER
+                self._from, self._elected_at = _UNSETTLED, -math.inf
+                if not self._failing:
+                    log.warning("stream_interrupted", reason=type(error).__name__)
+                self._failing = True
+            self._stopped.wait(pause)
+        # Without it the term ends by itself.
+        with contextlib.suppress(RedisError):
+            self._resign()
+
+    def stop(self) -> None:
+        """End `run` soon."""
+        self._stopped.set()
+
+    def turn(self) -> float:
+        """Take up to `MOST` entries, if this worker acts; returns the seconds until the next look."""
+        if other_acts_for := self._stand():
+            self._from = _UNSETTLED
+            # Followers do not all look at the same moment.
+            return min(TERM, other_acts_for) + random.uniform(0.01, 0.1)
+        entries = self._read()
+        # A machine that slept in between acts no longer: its successor takes these entries.
+        if self._clock.monotonic() - self._elected_at >= TERM:
+            self._from = _UNSETTLED
+            return 0.0
+        if entries:
+            return self._take(entries)
+        self._from = _NEW
+        return 0.0
+
+    def _stand(self) -> float:
+        """Stay or become the one that acts: 0, or the seconds until the other one's term ends."""
+        now = self._clock.monotonic()
+        if now - self._elected_at < TERM / 3:
+            return 0.0
+        other_acts_for: int = self._elect([self._keys.consumer], [self._worker, round(TERM * 1000)])
+        if not other_acts_for:
+            self._elected_at = now
+        return other_acts_for / 1000
+
+    def _read(self) -> list[Entry]:
+        try:
+            found: Any = self._redis.xreadgroup(
+                GROUP, CONSUMER, {self._keys.updates: self._from}, count=MOST, block=round(BLOCK * 1000)
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self._make_group()
+            return []
+        return [Entry(id, fields or {}) for _, entries in found for id, fields in entries]
+
+    def _make_group(self) -> None:
+        # From the beginning: entries may have come before the first worker.
+        self._redis.xgroup_create(self._keys.updates, GROUP, id="0", mkstream=True)
+
+    def _take(self, entries: list[Entry]) -> float:
+        since = self._clock.monotonic()
+        names = self._producer.names()
+        good: list[tuple[Entry, Update]] = []
+        bad: list[tuple[Entry, InvalidUpdate]] = []
+        for entry in entries:
+            try:
+                good.append((entry, _update(entry, names)))
+            except InvalidUpdate as error:
+                bad.append((entry, error))
+        full = self._producer.add([update for _, update in good]).full
+        waiting = {good[place][0].id for place in full}
+        delivering = self._settle([entry.id for entry in entries if entry.id not in waiting], bad)
+        self._note(full=bool(waiting))
+        if waiting:
+            return FULL_PAUSE
+        # Deliveries get half of the time: they share processor and Redis, and their slots do not wait.
+        return self._clock.monotonic() - since if delivering else 0.0
+
+    def _settle(self, done: list[bytes], bad: list[tuple[Entry, InvalidUpdate]]) -> bool:
+        """Keep the refused ones, and acknowledge and delete all that are done, in one step.
+
+        Returns whether the fleet is delivering.
+        """
+        if not done:
+            return False
+        with self._redis.pipeline(transaction=True) as pipe:
+            for entry, error in bad:
+                if entry.fields:
+                    log.warning("update_refused", source="stream", rule=error.rule)
+                    self._refused.keep("stream", error, _texts(entry), on=pipe)
+            pipe.xack(self._keys.updates, GROUP, *done)
+            pipe.xdel(self._keys.updates, *done)
+            pipe.zcard(self._keys.leases)
+            leases: int = pipe.execute()[-1]
+        return leases > 0
+
+    def _note(self, *, full: bool) -> None:
+        """While there is no room nothing newer is taken."""
+        if full != self._full:
+            log.warning("stream_halted" if full else "stream_resumed")
+        self._full = full
+        if full:
+            self._from = _UNSETTLED
+
+    def _resign(self) -> None:
+        # Not atomic, and need not be: at worst another worker's term ends early.
+        if self._redis.get(self._keys.consumer) == self._worker.encode():
+            self._redis.delete(self._keys.consumer)
+
+
+def _update(entry: Entry, names: frozenset[str]) -> Update:
+    for name in (b"user", b"attrs"):
+        if name not in entry.fields:
+            raise InvalidUpdate("?", f"the entry has no field {name.decode()}")
+    user = check_user(entry.fields[b"user"].decode(errors="replace"))
+    try:
+        attrs = _decode(entry.fields[b"attrs"].decode())
+    except (ValueError, RecursionError):
+        raise InvalidUpdate(user, "the field attrs is not JSON") from None
+    return check_update(user, attrs, _occurred_at(entry.fields, entry.id), names)
+
+
+def _occurred_at(fields: dict[bytes, bytes], id: bytes) -> object:
+    """When it happened: as the sender says, else when it was added to the stream."""
+    if b"occurred_at" not in fields:
+        return int(id.partition(b"-")[0])
+    text = fields[b"occurred_at"].decode(errors="replace")
+    # A stream has text only: a number is seconds or milliseconds.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _texts(entry: Entry) -> dict[str, str]:
+    return {
+        name.decode(errors="replace"): text.decode(errors="replace") for name, text in entry.fields.items()
+    }

@@ -1,0 +1,321 @@
+"""Looks at everything that a worker needs, and says in plain words what is wrong and how to mend it.
+
+One function is one look. None changes anything, except that the local door learns the app's attribute
+names, and that one call of the API takes a slot of the shared clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from kombu.connection import Connection
+from kombu.exceptions import OperationalError
+
+from worker import logs, runtime
+from worker.clock import Clock, SystemClock
+from worker.config import Settings
+from worker.delivery.api import NoReply, Reply
+from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
+from worker.delivery.policy import Verdict, rule_for
+from worker.errors import CallFailed, ConfigError
+from worker.state.connection import Redis, RedisError
+from worker.state.keys import Keys
+from worker.state.line import Kind, Line, LineState
+from worker.state.scripts import text
+
+Level = Literal["ok", "warning", "error"]
+
+#: The oldest Redis that has every command used here.
+OLDEST_REDIS = (6, 2)
+#: The part of maxmemory that may be in use.
+FULL = 0.8
+#: A round trip to Redis, seconds, that is no bother.
+SLOW = 0.005
+#: Pings for one measurement.
+PINGS = 5
+#: Seconds by which this machine's clock may differ from Redis', and from the API's: warning, then error.
+REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
+#: Timeouts of a Redis broker, seconds.
+_TIMEOUTS = {"socket_connect_timeout": 3, "socket_timeout": 5}
+
+_MAY_LOOK = "look for yourself, or allow the user of this URL the commands INFO and CONFIG GET"
+
+#: What opens a line again, by the kind of its stop.
+_OPENED_BY: dict[Kind, str] = {
+    "error": "mend the cause: the next probe opens the line, imattr resume does so at once",
+    "outage": "wait: the service is probed again and again, and the first success opens the line",
+    "data": "mend what sends such updates, see imattr dead list, then imattr resume",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look has found; `fix` says what to do, and is empty when all is well."""
+
+    check: str
+    level: Level
+    found: str
+    fix: str = ""
+
+
+def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Look at everything, in the order in which one thing needs the other."""
+    try:
+        settings = Settings.from_env(environ)
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            yield Finding("settings", "error", mistake, "correct it; the README lists every setting")
+        return
+    logs.protect(settings.secret_key.reveal())
+    yield Finding("settings", "ok", f"complete, for app {settings.sdkappid}")
+    with runtime.connect(settings) as redis:
+        reachable = reach(redis)
+        yield reachable
+        if reachable.level == "error":
+            yield from broker(settings)
+            found = "not asked: the rate limit is shared through Redis"
+            yield Finding("api", "warning", found, "mend Redis first")
+            return
+        yield from server(redis)
+        yield from broker(settings)
+        yield from app(redis, settings)
+
+
+# The servers.
+
+
+def reach(redis: Redis) -> Finding:
+    """Whether the state's Redis answers."""
+    try:
+        redis.ping()
+    except RedisError as error:
+        found = _words("does not answer", error)
+        return Finding("redis", "error", found, "start it, or check IMATTR_REDIS_URL")
+    options = redis.connection_pool.connection_kwargs
+    place = options.get("path") or f"{options.get('host')}:{options.get('port')}"
+    return Finding("redis", "ok", f"answers at {place}, database {options.get('db') or 0}")
+
+
+def server(redis: Redis) -> Iterator[Finding]:
+    """Whether the state's Redis is fit for its part."""
+    yield _looked("redis version", lambda: version(redis.info("server")))
+    yield _looked("redis eviction", lambda: eviction("redis eviction", redis.info("memory")))
+    yield _looked("redis memory", lambda: memory(redis.info("memory")))
+    yield _looked("redis persistence", lambda: persistence(redis))
+    yield _looked("redis latency", lambda: latency(redis, SystemClock()))
+    yield _looked("redis clock", lambda: redis_clock(redis, time.time))
+
+
+def _looked(check: str, look: Callable[[], Finding]) -> Finding:
+    """What a look finds, also when the server does not let us look: managed services hide some things."""
+    try:
+        return look()
+    except RedisError as error:
+        return Finding(check, "warning", _words("could not be checked", error), _MAY_LOOK)
+    except KeyError as missing:
+        return Finding(check, "warning", f"could not be checked: INFO has no {missing}", _MAY_LOOK)
+
+
+def version(info: Mapping[str, Any]) -> Finding:
+    """Whether the server is new enough. Valkey says which Redis it is compatible with."""
+    compatible = str(info["redis_version"])
+    valkey = info.get("valkey_version")
+    found = f"Valkey {valkey}, as Redis {compatible}" if valkey else f"Redis {compatible}"
+    if tuple(int(part) for part in compatible.split(".")[:2]) >= OLDEST_REDIS:
+        return Finding("redis version", "ok", found)
+    return Finding("redis version", "error", f"{found} is too old", "use Redis 6.2 or newer, or Valkey")
+
+
+def eviction(check: str, info: Mapping[str, Any]) -> Finding:
+    """Whether a full server refuses new data instead of throwing old data away."""
+    policy = info["maxmemory_policy"]
+    if policy == "noeviction":
+        return Finding(check, "ok", "noeviction: a full server throws nothing away")
+    found = f"maxmemory-policy is {policy}: a full server throws accepted updates away"
+    return Finding(check, "error", found, "set maxmemory-policy noeviction")
+
+
+def memory(info: Mapping[str, Any]) -> Finding:
+    """Whether there is room."""
+    used, most = info["used_memory"], info["maxmemory"]
+    if not most:
+        return Finding("redis memory", "ok", f"{_mb(used)} used, no maxmemory is set")
+    found = f"{_mb(used)} used of {_mb(most)} ({used / most:.0%})"
+    if used <= FULL * most:
+        return Finding("redis memory", "ok", found)
+    fix = "raise maxmemory, or limit what waits with IMATTR_MAX_PENDING: a full server refuses updates"
+    return Finding("redis memory", "warning", found, fix)
+
+
+def persistence(redis: Redis) -> Finding:
+    """What a crash of the server costs."""
+    check = "redis persistence"
+    if not redis.info("persistence")["aof_enabled"]:
+        found = "no append-only file: a crash of the server loses what was accepted"
+        return Finding(check, "warning", found, "set appendonly yes")
+    match redis.config_get("appendfsync").get("appendfsync"):
+        case "always":
+            return Finding(check, "ok", "append-only file, written with every command: a crash loses nothing")
+        case "everysec":
+            found = "append-only file, written every second: a crash of its machine may lose the last second"
+            return Finding(check, "ok", found)
+        case _:
+            found = "append-only file, written late: a crash of its machine may lose half a minute"
+            return Finding(check, "warning", found, "set appendfsync everysec, or always")
+
+
+def latency(redis: Redis, clock: Clock) -> Finding:
+    """How far away the server is."""
+    median = statistics.median(_seconds_of(redis.ping, clock) for _ in range(PINGS))
+    found = f"{median * 1000:.1f} ms a round trip"
+    if median <= SLOW:
+        return Finding("redis latency", "ok", found)
+    return Finding("redis latency", "warning", found, "run the workers near Redis: a batch takes several")
+
+
+def _seconds_of(call: Callable[[], Any], clock: Clock) -> float:
+    started = clock.monotonic()
+    call()
+    return clock.monotonic() - started
+
+
+def redis_clock(redis: Redis, wall: Callable[[], float]) -> Finding:
+    """Whether this machine and Redis agree what time it is."""
+    before = wall()
+    seconds, micros = redis.time()
+    ahead = (before + wall()) / 2 - (seconds + micros / 1e6)
+    return _skew("redis clock", "Redis", ahead, REDIS_SKEW, "event times and signatures go wrong")
+
+
+def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so: str) -> Finding:
+    """`ahead` is by how many seconds this machine's clock is ahead of the other."""
+    if abs(ahead) <= bounds[0]:
+        return Finding(check, "ok", f"agrees with this machine's to {abs(ahead):.1f} s")
+    level: Level = "warning" if abs(ahead) <= bounds[1] else "error"
+    side = "ahead of" if ahead > 0 else "behind"
+    found = f"this machine's clock is {abs(ahead):.0f} s {side} that of {whose}: {so}"
+    return Finding(check, level, found, "synchronise the clocks with NTP")
+
+
+def broker(settings: Settings) -> list[Finding]:
+    """Whether Celery's broker answers and, when it is another Redis than the state's, keeps its messages."""
+    url = settings.broker_url.reveal()
+    options = {} if url.startswith(("amqp", "pyamqp")) else _TIMEOUTS
+    try:
+        with Connection(url, connect_timeout=3, transport_options=options) as connection:  # type: ignore[no-untyped-call]
+            connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.2)
+            if url == settings.redis_url.reveal():
+                return [Finding("broker", "ok", "answers, the same Redis")]
+            kind = connection.transport.driver_type
+            answers = Finding("broker", "ok", f"answers, {kind}")
+            return [answers, _broker_eviction(connection)] if kind == "redis" else [answers]
+    except OperationalError as error:
+        found, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
+    except Exception as error:
+        # What kombu cannot read it quotes, password and all.
+        found = f"IMATTR_BROKER_URL is not understood ({type(error).__name__})"
+        fix = "write it like amqp://user:password@host:5672// or redis://host:6379/1"
+    return [Finding("broker", "error", found, fix)]
+
+
+def _broker_eviction(connection: Any) -> Finding:
+    info = connection.default_channel.client.info
+    return _looked("broker eviction", lambda: eviction("broker eviction", info("memory")))
+
+
+# The fleet and the app.
+
+
+def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
+    """Whether updates of this app are delivered."""
+    keys = Keys(settings.sdkappid)
+    try:
+        yield workers(redis, keys)
+        yield line(Line(redis, keys).read())
+        yield from api(runtime.build_attribute_catalog(settings, redis), _host(settings.base_url), time.time)
+    except RedisError as error:
+        fix = f"use a server that can write, and allow the user of IMATTR_REDIS_URL all keys like {keys.pattern}"
+        yield Finding("redis", "error", _words("refuses what a worker does", error), fix)
+
+
+def workers(redis: Redis, keys: Keys) -> Finding:
+    """Whether any worker hands out work."""
+    acting = redis.get(keys.dispatcher)
+    if acting:
+        return Finding("workers", "ok", f"at work, {text(acting)} hands out the batches")
+    fix = "start one: celery -A worker worker --pool threads --concurrency 16"
+    return Finding("workers", "warning", "none is at work: updates are accepted and wait", fix)
+
+
+def line(now: LineState) -> Finding:
+    """Whether the line is open, or why not."""
+    if now.state == "open":
+        return Finding("line", "ok", "open")
+    reason = f"{now.reason} ({now.code})" if now.code else f"{now.reason}"
+    if now.state == "paused":
+        return Finding("line", "warning", f"paused by a person: {reason}", "imattr resume ends the pause")
+    return Finding("line", "error", f"stopped: {reason}", _OPENED_BY[now.kind or "error"])
+
+
+def api(names: AttributeCatalog, host: str, wall: Callable[[], float]) -> Iterator[Finding]:
+    """Whether the API lets this app in, by one call; its clock; and the app's attribute names."""
+    try:
+        answer = names.ask()
+    except CallFailed as failed:
+        level: Level = "warning" if isinstance(failed, NoPermit) else "error"
+        yield Finding("api", level, f"{host}: {failed.found}", failed.fix)
+        return
+    try:
+        found = names.learn(answer)
+    except CallFailed as failed:
+        yield Finding("api", _level(answer), f"{host}: {failed.found}", failed.fix)
+        yield from api_clock(answer, wall)
+        return
+    yield Finding("api", "ok", f"{host} answers, and accepts the UserSig, the administrator and the app")
+    yield from api_clock(answer, wall)
+    yield app_names(found)
+
+
+def _level(answer: Reply | NoReply) -> Level:
+    """Calls refused for their frequency go out later; all else that fails keeps the line from working."""
+    rate = isinstance(answer, Reply) and rule_for(answer.code).verdict is Verdict.RATE
+    return "warning" if rate else "error"
+
+
+def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Finding]:
+    """Whether this machine and the API agree what time it is, when the answer has the API's time."""
+    try:
+        theirs = parsedate_to_datetime(answer.date).timestamp() if isinstance(answer, Reply) else None
+    except ValueError:
+        return
+    if theirs is not None:
+        # The header has whole seconds.
+        ahead = wall() - theirs - 0.5
+        yield _skew("api clock", "the API", ahead, API_SKEW, "a UserSig from another time is refused")
+
+
+def app_names(names: frozenset[str]) -> Finding:
+    """Whether there is anything that an update may set."""
+    if names:
+        return Finding("names", "ok", f"the app has {', '.join(sorted(names))}")
+    found = "the app has no attribute names: every update will be refused"
+    return Finding("names", "warning", found, "imattr names set NAME ...")
+
+
+def _host(url: str) -> str:
+    """Where a URL leads; what else is in it may be secret."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _words(what: str, error: Exception) -> str:
+    return f"{what}: {logs.scrub(str(error))}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,114 @@
+"""The state of the product in one dictionary: what `imattr status` shows and `--json` prints."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from worker.config import Settings
+from worker.ratelimit import SPACING
+from worker.state.buffer import Buffer
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+from worker.state.line import Line, LineState
+from worker.state.scripts import text
+
+#: Who has to do something about each kind of stop.
+_ADVICE = {
+    "error": "It opens by itself once the cause is mended: imattr doctor helps to find it.",
+    "outage": "It opens by itself when the service is back.",
+    "data": "Look at imattr dead list and at what producers send; imattr resume lets it pass.",
+}
+
+
+def read(redis: Redis, settings: Settings) -> dict[str, Any]:
+    """Count everything at one instant. Times are ISO 8601 in UTC, durations and ages seconds."""
+    keys = Keys(settings.sdkappid)
+    snapshot = Buffer(redis, keys).snapshot()
+    seconds, micros = redis.time()
+    now = seconds + micros / 1e6
+    line = _line(redis, keys, now)
+    limit = min(int(redis.hget(keys.rate, "limit") or settings.quota), settings.quota)
+    current = round(limit / SPACING, 1) if line.state == "open" else 0.0
+    users = snapshot.pending + snapshot.in_flight
+    eta = users / (current * settings.batch_size) if current else None
+    return {
+        "line": {
+            "state": line.state,
+            "reason": line.reason,
+            "code": line.code,
+            "since": iso(line.since),
+            "next_probe": iso(line.next_probe),
+            "kind": line.kind,
+            "failed_probes": line.failed_probes,
+            "words": _words(line, limit, settings.quota, now),
+        },
+        "pending": {
+            "live": snapshot.live,
+            "backfill": snapshot.backfill,
+            "delayed": snapshot.delayed,
+            "waiting": snapshot.waiting,
+            "oldest_age_s": None if snapshot.oldest_age is None else round(snapshot.oldest_age, 3),
+        },
+        "in_flight": snapshot.in_flight,
+        "dead": snapshot.dead,
+        "rate": {"quota": settings.quota, "limit": limit, "current": current},
+        "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
+        "eta_s": None if eta is None else round(eta, 1),
+    }
+
+
+def _line(redis: Redis, keys: Keys, now: float) -> LineState:
+    """The line's own state, or a pause that the API's rate limit asked for."""
+    line = Line(redis, keys).read()
+    return line if line.state != "open" else _rate_pause(redis, keys, now)
+
+
+def _rate_pause(redis: Redis, keys: Keys, now: float) -> LineState:
+    fields = ("paused_at", "paused_until", "reason", "code")
+    paused_at, paused_until, reason, code = redis.hmget(keys.rate, fields)
+    since, until = int(paused_at or 0) / 1e6, int(paused_until or 0) / 1e6
+    if not since <= now < until:
+        return LineState()
+    return LineState("paused", text(reason or b""), int(code) if code else None, since, until)
+
+
+def _words(line: LineState, limit: int, quota: int, now: float) -> str:
+    """The line's state as one would tell it to a colleague."""
+    if line.state == "open":
+        return (
+            "open" if limit == quota else f"open, at {limit} of {quota} calls/s, climbing to what is granted"
+        )
+    since = f"{_span(now - line.since)} ago" if line.since else ""
+    code = f" ({line.code})" if line.code else ""
+    until = f", until in {_span(line.next_probe - now)}" if line.next_probe else ""
+    if line.state == "paused":
+        by = "" if line.next_probe else " Opened by imattr resume."
+        return f"paused {since}{until}: {line.reason}{code}.{by}"
+    failed = f", {line.failed_probes} have failed" if line.failed_probes else ""
+    probe = (
+        "A probe is out"
+        if line.state == "probing"
+        else f"Next probe in {_span((line.next_probe or now) - now)}"
+    )
+    what = (
+        "by an outage" if line.kind == "outage" else "by the data" if line.kind == "data" else "by an error"
+    )
+    advice = _ADVICE.get(line.kind or "", "")
+    return f"stopped {what} {since}: {line.reason}{code}. {probe}{failed}. Nothing is lost. {advice}"
+
+
+def _span(seconds: float) -> str:
+    """A stretch of time in the unit that fits it."""
+    seconds = max(0.0, seconds)
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def iso(moment: float | None) -> str | None:
+    """Seconds since 1970 as ISO 8601 in UTC."""
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")

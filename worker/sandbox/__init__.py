@@ -1,0 +1,1 @@
+"""Everything on one machine: an API simulator, a Redis server, worker processes."""

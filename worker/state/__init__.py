@@ -1,0 +1,1 @@
+"""State in Redis: keys, scripts, and what they hold."""

@@ -1,0 +1,292 @@
+"""The coalescing buffer: the state machine of every user, one atomic script a step.
+
+::
+
+             add                  claim                   settle
+    update ───────▶ PENDING ────────────────▶ IN FLIGHT ──────────▶ ack          (delivered)
+                    live      up to a batch,             ├────────▶ retry, snooze (pending again)
+                    backfill  under a lease              └────────▶ dead_letter  (kept for a person)
+                    delayed ◀──────────────────────────────────────
+
+A user is in at most one lane, or in flight. Updates for a user in flight wait in its pending record
+and become due when the batch is settled. `worker/state/keys.py` says what is kept where, `worker/state/lua/` has
+one file a step. Every method takes `now_ms` so that tests can hold time still; None means Redis' clock.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from redis import Redis
+
+from worker.models import (
+    Acked,
+    Batch,
+    BatchId,
+    ClaimedUser,
+    DeadLettered,
+    Outcome,
+    Retried,
+    Snoozed,
+    Update,
+    UserId,
+)
+from worker.state import scripts
+from worker.state.keys import LEDGER, Keys
+
+#: Most updates one `add` takes; bounds how long one script keeps Redis from others (2 to 6 ms). More are not faster, and
+#: beside a full rate of updates deliveries would wait so long for Redis that they miss their slots.
+MAX_UPDATES_PER_ADD = 200
+
+#: As `max_pending` of `add`: only users who are pending or in flight.
+NOBODY_NEW = -1
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Added(NamedTuple):
+    """What became of the updates of one `add`. `full` has the indexes refused for want of room."""
+
+    accepted: int
+    coalesced: int
+    unchanged: int
+    stale: int
+    full: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A dispatcher's turn: whether it acts, the tickets issued, seconds until it should look again."""
+
+    acting: bool
+    tickets: tuple[BatchId, ...]
+    next_due: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole buffer at one instant. `waiting` users are in flight and have newer values pending."""
+
+    live: int
+    backfill: int
+    delayed: int
+    waiting: int
+    in_flight: int
+    dead: int
+    oldest_age: float | None
+    ledger: Mapping[str, int]
+
+    @property
+    def pending(self) -> int:
+        return self.live + self.backfill + self.delayed + self.waiting
+
+    @property
+    def balanced(self) -> bool:
+        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + pending + in flight."""
+        accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
+        return accepted + redriven == sum(settled) + self.pending + self.in_flight
+
+
+def new_batch_id() -> BatchId:
+    """A fresh id for a ticket, its Celery task and its batch."""
+    return BatchId(str(uuid.uuid4()))
+
+
+def _argument(now_ms: int | None) -> str | int:
+    return "" if now_ms is None else now_ms
+
+
+def _outcome(outcome: Outcome) -> list[str | int]:
+    match outcome:
+        case Acked():
+            return ["ack"]
+        case Retried(delay, proven):
+            return ["retry", round(delay * 1000), int(proven)]
+        case Snoozed(delay, suspect):
+            return ["snooze", round(delay * 1000), int(suspect)]
+        case DeadLettered(code, message):
+            return ["dead_letter", code, message]
+
+
+class Buffer:
+    """The state machine of one app's users. Safe to share between threads."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        *,
+        lease: float = 60.0,
+        shadow_ttl: float = 900.0,
+        shadow_max_users: int = 1_000_000,
+    ) -> None:
+        """`redis` must return bytes (`decode_responses=False`); `lease` and `shadow_ttl` in seconds."""
+        self._redis = redis
+        self._keys = keys
+        self._lease_ms = round(lease * 1000)
+        self._shadow = (round(shadow_ttl * 1000), shadow_max_users)
+        k = keys
+        lanes = [k.pending, k.live, k.backfill]
+        self._add = scripts.load(redis, "add")
+        self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
+        self._claim = scripts.load(redis, "claim")
+        self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
+        self._claim_keys += [k.rate, k.health]
+        self._settle = scripts.load(redis, "settle")
+        self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
+        self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health]
+        self._extend = scripts.load(redis, "extend")
+        self._reclaim = scripts.load(redis, "reclaim")
+        self._dispatch = scripts.load(redis, "dispatch")
+        self._dispatch_keys = [k.dispatcher, k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line]
+
+    def add(
+        self,
+        updates: Sequence[Update],
+        *,
+        lane: str = "live",
+        max_pending: int = 0,
+        now_ms: int | None = None,
+    ) -> Added:
+        """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in their order.
+
+        `max_pending` is the most users that may be pending: 0 = no limit, or `NOBODY_NEW`.
+        """
+        if not updates:
+            return Added(0, 0, 0, 0, ())
+        packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
+        reply = self._add(self._add_keys, (_argument(now_ms), lane, max_pending, packed))
+        return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
+
+    def claim(
+        self, ticket: BatchId, size: int, *, epoch: int | None = None, now_ms: int | None = None
+    ) -> Batch | None:
+        """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown.
+
+        None, too, while the line is stopped, unless the ticket is that of its probe, and when the permit,
+        given by its `epoch`, has lapsed.
+        """
+        args = (_argument(now_ms), ticket, size, self._lease_ms, _argument(epoch))
+        reply = self._claim(self._claim_keys, args)
+        if not reply:
+            return None
+        # One call of the decoder for all of them: it costs a third of a hundred calls.
+        now, probe, signed_at, ok_at, calm_at, *pairs = reply
+        records = json.loads(b"[%b]" % b",".join(pairs[1::2]))
+        users = tuple(
+            _claimed(user, record, calm_at, ok_at) for user, record in zip(pairs[::2], records, strict=True)
+        )
+        kind: Any = scripts.text(probe)
+        return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at)
+
+    def settle(
+        self,
+        batch: BatchId,
+        outcomes: Mapping[UserId, Outcome],
+        *,
+        rest: Outcome | None = None,
+        claimed_ms: int = 0,
+        now_ms: int | None = None,
+    ) -> int | None:
+        """End the claim on the users named, and with `rest` on all others of the batch.
+
+        Users delivered prove that the service works, as of `claimed_ms`, when their batch was claimed.
+        Returns the number of users settled, None when the batch is not held any more (its lease was
+        reclaimed); nothing has changed then.
+        """
+        packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
+        packed_rest = _encode(_outcome(rest) if rest else None)
+        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow, claimed_ms)
+        settled: int = self._settle(self._settle_keys, args)
+        return None if settled < 0 else settled
+
+    def extend(
+        self, batch: BatchId, *, epoch: int | None = None, now_ms: int | None = None
+    ) -> Literal["held", "must wait", "lost"]:
+        """Renew the lease, when the batch is still held.
+
+        It must wait when the line was stopped, or the permit, given by its `epoch`, has lapsed.
+        """
+        keys = [self._keys.batches, self._keys.leases, self._keys.rate, self._keys.line]
+        held = self._extend(keys, (_argument(now_ms), batch, self._lease_ms, _argument(epoch)))
+        return "held" if held > 0 else "must wait" if held else "lost"
+
+    def reclaim(self, *, now_ms: int | None = None) -> BatchId | None:
+        """Put the users of one expired lease back; returns the batch's id, None when there is none.
+
+        Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two
+        steps leaves a lease of its own, which expires like any other.
+        """
+        keys = [self._keys.batches, self._keys.leases]
+        successor = new_batch_id()
+        expired = self._reclaim(keys, (_argument(now_ms), successor, self._lease_ms))
+        if not expired:
+            return None
+        self.settle(successor, {}, rest=Snoozed(), now_ms=now_ms)
+        return BatchId(expired.decode())
+
+    def tick(
+        self,
+        worker: str,
+        *,
+        term: float,
+        size: int,
+        linger: float,
+        ticket_ttl: float,
+        most: int,
+        now_ms: int | None = None,
+    ) -> Tick:
+        """Stand for dispatcher and, when acting, issue tickets; `term`, `linger`, `ticket_ttl` in seconds."""
+        ids = [new_batch_id() for _ in range(most)]
+        times = (round(term * 1000), size, round(linger * 1000), round(ticket_ttl * 1000))
+        args = (_argument(now_ms), worker, *times, most, _encode(ids))
+        acting, issued, next_due = self._dispatch(self._dispatch_keys, args)
+        return Tick(bool(acting), tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
+
+    def release_tickets(self, tickets: Iterable[BatchId]) -> None:
+        """Give tickets back that will not be used, so that the dispatcher issues others at once."""
+        self._redis.zrem(self._keys.tickets, *tickets)
+
+    def step_down(self, worker: str) -> None:
+        """Stop acting as dispatcher, if this worker does, so that another need not wait."""
+        # Not atomic, and need not be: at worst another worker's term ends early.
+        if self._redis.get(self._keys.dispatcher) == worker.encode():
+            self._redis.delete(self._keys.dispatcher)
+
+    def snapshot(self) -> Snapshot:
+        """Count everything at one instant."""
+        k = self._keys
+        with self._redis.pipeline(transaction=True) as pipe:
+            for lane in (k.live, k.backfill, k.delayed):
+                pipe.zcard(lane)
+            for table in (k.pending, k.flight, k.dead):
+                pipe.hlen(table)
+            pipe.hgetall(k.ledger)
+            for lane in (k.live, k.backfill):
+                pipe.zrange(lane, 0, 0, withscores=True)
+            pipe.time()
+            replies: list[Any] = pipe.execute()
+        (live, backfill, delayed, pending, in_flight, dead, ledger, *oldest, (seconds, micros)) = replies
+        scores = [score for lane in oldest for _, score in lane]
+        age = max(0.0, seconds + micros / 1e6 - min(scores) / 1000) if scores else None
+        return Snapshot(
+            live=live,
+            backfill=backfill,
+            delayed=delayed,
+            waiting=pending - live - backfill - delayed,
+            in_flight=in_flight,
+            dead=dead,
+            oldest_age=age,
+            ledger={counter: int(ledger.get(counter.encode(), 0)) for counter in LEDGER},
+        )
+
+
+def _claimed(user: bytes, record: dict[str, Any], calm_at: int, ok_at: int) -> ClaimedUser:
+    attrs = {name: pair[0] or None for name, pair in record["a"].items()}
+    # A failure counts when others succeeded after it, unless it belongs to an outage that is over.
+    attempts = record.get("n", 0) + (calm_at < record.get("f", 0) < ok_at)
+    return ClaimedUser(user.decode(), attrs, attempts, record["t"], "s" in record)

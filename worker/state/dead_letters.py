@@ -1,0 +1,139 @@
+"""The dead letters: users whose update was given up, kept for a person to look at, put back or throw away.
+
+One record a user. A newer update takes the attributes it replaces out of the record by itself (in the
+script that accepts it), and redriving merges under anything newer, so an old value can never come back.
+Reads in pages, oldest first: a hundred thousand records are never in memory at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+
+from worker.models import UserId
+from worker.state import scripts
+from worker.state.keys import Keys
+from worker.state.scripts import text
+
+#: Records read, put back or thrown away at a time.
+PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One dead letter. `values` is name -> (value or None, version); times are ms since 1970."""
+
+    user: UserId
+    values: Mapping[str, tuple[str | None, int]]
+    code: int
+    message: str
+    attempts: int
+    since_ms: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which letters are meant; all of them by default. Times in ms, on Redis' clock."""
+
+    user: UserId | None = None
+    code: int | None = None
+    before_ms: int | None = None
+
+    def fits(self, letter: Letter) -> bool:
+        return (self.user is None or letter.user == self.user) and (
+            self.code is None or letter.code == self.code
+        )
+
+
+@dataclass(slots=True)
+class Redriven:
+    """What became of letters put back; `outdated` ones had nothing left that is not newer elsewhere."""
+
+    redriven: int = 0
+    outdated: int = 0
+
+
+class DeadLetters:
+    """The dead letters of one app."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis, self._keys = redis, keys
+        self._redrive = scripts.load(redis, "redrive")
+        k = keys
+        self._redrive_keys = [k.pending, k.backfill, k.flight, k.shadow, k.dead, k.dead_at, k.ledger]
+
+    def now_ms(self) -> int:
+        """Redis' clock."""
+        seconds, micros = self._redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def count(self) -> int:
+        """How many there are."""
+        return int(self._redis.hlen(self._keys.dead))
+
+    def find(self, wanted: Filter = Filter()) -> Iterator[Letter]:
+        """The letters wanted, oldest first. Those that come or go meanwhile may be missed."""
+        if wanted.user is not None:
+            yield from self._read([wanted.user], wanted)
+            return
+        latest = "+inf" if wanted.before_ms is None else f"({wanted.before_ms}"
+        earliest: str = "-inf"
+        seen: set[UserId] = set()
+        while True:
+            page: Any = self._redis.zrangebyscore(
+                self._keys.dead_at, earliest, latest, start=0, num=PAGE + len(seen), withscores=True
+            )
+            fresh = [(text(user), score) for user, score in page if text(user) not in seen]
+            if not fresh:
+                return
+            # The next page begins at the time of this one's last letter, of which some were seen.
+            last = fresh[-1][1]
+            seen = {user for user, score in fresh if score == last} | (
+                seen if earliest == f"{last:.0f}" else set()
+            )
+            earliest = f"{last:.0f}"
+            yield from self._read([user for user, _ in fresh], wanted)
+
+    def _read(self, users: Sequence[UserId], wanted: Filter) -> Iterator[Letter]:
+        for user, packed in zip(users, self._redis.hmget(self._keys.dead, users), strict=True):
+            if packed is not None and wanted.fits(letter := _letter(user, packed)):
+                yield letter
+
+    def redrive(self, users: Sequence[UserId]) -> Redriven:
+        """Put these letters back to pending, in the lane for spare seats; unknown users are left out."""
+        total = Redriven()
+        for first in range(0, len(users), PAGE):
+            page = json.dumps(users[first : first + PAGE])
+            redriven, outdated = self._redrive(self._redrive_keys, [page])
+            total.redriven += redriven
+            total.outdated += outdated
+        return total
+
+    def purge(self, users: Sequence[UserId]) -> int:
+        """Throw these letters away for good; returns how many there were."""
+        purged = 0
+        for first in range(0, len(users), PAGE):
+            page = users[first : first + PAGE]
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hdel(self._keys.dead, *page)
+                pipe.zrem(self._keys.dead_at, *page)
+                purged += pipe.execute()[0]
+        return purged
+
+
+def _letter(user: UserId, packed: bytes | str) -> Letter:
+    raw = json.loads(packed)
+    values = {name: (value or None, version) for name, (value, version) in raw["a"].items()}
+    return Letter(user, values, raw["code"], raw["message"], raw["attempts"], raw["t"], raw["at"])
+
+
+def as_updates(letter: Letter) -> Iterator[dict[str, Any]]:
+    """The letter as updates that can be given again: one for each time at which its values were set."""
+    for version in sorted({version for _, version in letter.values.values()}):
+        attrs = {name: value for name, (value, at) in letter.values.items() if at == version}
+        yield {"user": letter.user, "attrs": attrs, "occurred_at": version}

@@ -1,0 +1,160 @@
+"""The line: whether anything is sent for this app, decided once for the whole fleet.
+
+::
+
+    open ──stop──▶ stopped ──next probe is due──▶ probing ──it passed──▶ open, the rate climbing
+      │               ▲                              │
+      └──pause──▶ paused    └──── it failed: twice the wait ────┘
+
+A stop has one of three kinds. An *error* in settings, permission or account: no retry can mend it, a person
+must. An *outage*: call after call fails and none succeeds, which is the service's fault, not the users'.
+And the *data*: users become dead letters in masses, as after a bad deployment. Nothing is lost by any of
+them: the users go back to pending at no cost, updates are accepted and coalesced as ever, and one batch is
+sent as a probe now and then. A pause is made by a person, and only a person ends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redis import Redis
+
+from worker.models import BatchId
+from worker.state import scripts
+from worker.state.keys import Keys
+from worker.state.scripts import text
+
+Kind = Literal["error", "outage", "data"]
+State = Literal["open", "stopped", "probing", "paused"]
+
+#: Seconds until the first probe, and between two probes at most: how late is noticed that all is well.
+WAITS: dict[Kind, tuple[float, float]] = {
+    "error": (30.0, 300.0),
+    "outage": (1.0, 60.0),
+    "data": (30.0, 300.0),
+}
+#: Calls that fail in a row, over the whole fleet, before the service is taken to be out.
+OUTAGE_AFTER = 5
+#: Dead letters of one code that stop the line: so many in a row with nobody delivered in between, or, of
+#: at least so many within a window of seconds, this part of all users.
+DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, DEAD_WINDOW = 20, 50, 0.2, 60.0
+#: Seconds for which a reason in the data stops the line no more after a person has opened it.
+LET_FOR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class LineState:
+    """What the line does and why. Times are seconds since 1970 on Redis' clock."""
+
+    state: State = "open"
+    reason: str | None = None
+    code: int | None = None
+    since: float | None = None
+    next_probe: float | None = None
+    kind: Kind | None = None
+    failed_probes: int = 0
+
+
+class Line:
+    """The line of one app. Thread-safe."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis, self._keys = redis, keys
+        self._stop = scripts.load(redis, "stop")
+        self._reopen = scripts.load(redis, "reopen")
+        self._resume = scripts.load(redis, "resume")
+        self._renew_signature = scripts.load(redis, "renew_signature")
+        self._record_dead_letters = scripts.load(redis, "record_dead_letters")
+
+    def stop(
+        self,
+        batch: BatchId,
+        kind: Kind,
+        code: int,
+        reason: str,
+        *,
+        first_wait: float = 0.0,
+        now_ms: int | None = None,
+    ) -> float | None:
+        """Stop sending because of what `batch` met; returns the seconds until the next probe.
+
+        `first_wait` seconds when the reason needs more than usual; `code` 0 = none; an empty `reason` leaves
+        the one that the line was stopped for. 0.0 when nothing has
+        changed: the line was stopped, or paused, already. None when a person has let this reason pass.
+        """
+        first, longest = WAITS[kind]
+        waits = (round(max(first, first_wait) * 1000), round(longest * 1000))
+        args = ("" if now_ms is None else now_ms, batch, kind, code, reason, *waits)
+        wait_ms: int = self._stop([self._keys.line, self._keys.health], args)
+        return None if wait_ms < 0 else wait_ms / 1000
+
+    def record_failure(self) -> int:
+        """Note a call that failed through the service's fault; returns how many have in a row.
+
+        Settling users as delivered begins the row anew.
+        """
+        return int(self._redis.hincrby(self._keys.health, "failures", 1))
+
+    def failures(self) -> int:
+        """How many calls have failed in a row."""
+        return int(self._redis.hget(self._keys.health, "failures") or 0)
+
+    def record_dead_letters(self, code: int, users: int, *, now_ms: int | None = None) -> bool:
+        """Note that so many users became dead letters; whether they come in masses."""
+        bounds = (DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, round(DEAD_WINDOW * 1000))
+        args = ("" if now_ms is None else now_ms, code, users, *bounds)
+        return bool(self._record_dead_letters([self._keys.health, self._keys.ledger], args))
+
+    def renew_signature(self, refused_at: int, *, now_ms: int | None = None) -> int | None:
+        """The time (s) with which everyone signs from now on, after a signature of `refused_at` was refused.
+
+        None when a new signature was refused already, so that signing again cannot help.
+        """
+        args = ("" if now_ms is None else now_ms, refused_at)
+        return int(self._renew_signature([self._keys.health], args)) or None
+
+    def reopen(
+        self, batch: BatchId, *, quota: int, dwell: float, signed_at: int = 0, now_us: int | None = None
+    ) -> bool:
+        """Open the line because its probe `batch` has passed; False when it is not the probe any more.
+
+        The rate climbs to `quota` again, each step tried for `dwell` seconds. Signatures made before the probe's, at `signed_at`, may be bad.
+        """
+        args = ("" if now_us is None else now_us, batch, quota, round(dwell * 1e6), signed_at)
+        return bool(self._reopen([self._keys.line, self._keys.health, self._keys.rate], args))
+
+    def pause(self, reason: str) -> None:
+        """Stop sending until `resume`, by a person's wish."""
+        seconds, _ = self._redis.time()
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(self._keys.line)
+            since = int(seconds) * 1000
+            pipe.hset(self._keys.line, mapping={"state": "paused", "reason": reason, "since": since})
+            pipe.execute()
+
+    def resume(self, *, now_ms: int | None = None) -> bool:
+        """Open the line, whatever kept it; False when it was open.
+
+        What is wrong in the data is then let pass, into the dead letters, for `LET_FOR`.
+        """
+        args = ("" if now_ms is None else now_ms, round(LET_FOR * 1000))
+        return bool(self._resume([self._keys.line, self._keys.health], args))
+
+    def read(self) -> LineState:
+        """What the line does now."""
+        fields = ("state", "reason", "code", "since", "next_probe", "probe", "kind", "failed")
+        found = self._redis.hmget(self._keys.line, fields)
+        state, reason, code, since, next_probe, probe, kind, failed = found
+        if state is None:
+            return LineState()
+        stopped = text(state) == "stopped"
+        return LineState(
+            state="paused" if not stopped else "probing" if probe else "stopped",
+            reason=text(reason or b""),
+            code=int(code or 0) or None,
+            since=int(since) / 1000 if since else None,
+            next_probe=int(next_probe) / 1000 if next_probe else None,
+            kind=text(kind) if kind else None,  # type: ignore[arg-type]
+            failed_probes=int(failed or 0),
+        )

@@ -1,0 +1,93 @@
+"""Updates that were refused after they had left their sender, kept where a person finds them.
+
+A program that calls `Producer.set` hears at once what is wrong. One that sent a Celery message or a
+stream entry is gone by then, so what it sent is kept here: the newest ones, in a stream with a cap. The
+payload may hold attribute values: like pending ones they are in Redis only, never in a log.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from redis import Redis
+from redis.client import Pipeline
+
+from worker.errors import InvalidUpdate
+from worker.state.keys import Keys
+
+#: About this many are kept.
+MOST = 10_000
+#: Characters of a payload that are kept.
+MAX_PAYLOAD = 1000
+
+Source = Literal["celery", "stream"]
+
+_ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedUpdate:
+    """A refused update. `payload` is its JSON, cut when it is long."""
+
+    id: str
+    source: str
+    user: str
+    rule: str
+    payload: str
+
+    @property
+    def at_ms(self) -> int:
+        """When it was refused, on Redis' clock."""
+        return int(self.id.partition("-")[0])
+
+    @classmethod
+    def _of(cls, entry: Any) -> Self:
+        key, fields = entry
+        texts = {name.decode(): value.decode() for name, value in fields.items()}
+        return cls(key.decode(), texts["source"], texts["user"], texts["rule"], texts["payload"])
+
+
+class Refused:
+    """The refused updates of one app. Thread-safe."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis, self._key = redis, keys.refused
+
+    def keep(
+        self, source: Source, error: InvalidUpdate, update: object, *, on: Pipeline | None = None
+    ) -> None:
+        """Keep `update`, anything that JSON can hold, with the reason; `on` a pipeline, or at once."""
+        fields: dict[Any, Any] = {
+            "source": source,
+            "user": error.user,
+            "rule": error.rule,
+            "payload": json.dumps(update, ensure_ascii=False)[:MAX_PAYLOAD],
+        }
+        # Half a character (a lone surrogate) may be what it was refused for.
+        encoded = {name: text.encode(errors="replace") for name, text in fields.items()}
+        (self._redis if on is None else on).xadd(self._key, encoded, maxlen=MOST, approximate=True)
+
+    def newest(self, limit: int) -> list[RefusedUpdate]:
+        """Up to `limit` of them, newest first."""
+        return [RefusedUpdate._of(entry) for entry in self._redis.xrevrange(self._key, count=limit) or ()]
+
+    def find(self, id: str) -> RefusedUpdate | None:
+        """The one with this id, if it is still kept."""
+        if not _ID.fullmatch(id):
+            return None
+        found = self._redis.xrange(self._key, id, id)
+        return RefusedUpdate._of(found[0]) if found else None
+
+    def count(self) -> int:
+        return int(self._redis.xlen(self._key))
+
+    def purge(self) -> int:
+        """Throw all of them away; returns how many."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xlen(self._key)
+            pipe.delete(self._key)
+            count, _ = pipe.execute()
+        return int(count)
