@@ -58,9 +58,14 @@ def imports(module: str) -> set[str]:
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= inside or {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            place = (
+                ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+                if node.level
+                else node.module or ""
+            )
+            inside = {f"{place}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inside or {place}
     return found
 
 

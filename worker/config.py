@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from worker.errors import ConfigError
-from worker.models import MAX_USER_ID_BYTES
+from .errors import ConfigError
+from .models import MAX_USER_ID_BYTES
 
 PREFIX = "IMATTR_"
 

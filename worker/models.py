@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, NamedTuple, NewType
 
-from worker.errors import InvalidUpdate
+from .errors import InvalidUpdate
 
 MAX_USER_ID_BYTES = 32
 MAX_NAME_BYTES = 50

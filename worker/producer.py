@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Self
 
-from worker.clock import Clock, SystemClock
-from worker.config import Settings
-from worker.errors import BufferFull, InvalidUpdate
-from worker.models import Attributes, BulkResult, Refusal, Update, UserId, check_update
-from worker.state.attribute_names import AttributeNames
-from worker.state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
-from worker.state.connection import Redis, ResponseError, connect, retry_once
-from worker.state.keys import Keys
+from .clock import Clock, SystemClock
+from .config import Settings
+from .errors import BufferFull, InvalidUpdate
+from .models import Attributes, BulkResult, Refusal, Update, UserId, check_update
+from .state.attribute_names import AttributeNames
+from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
+from .state.connection import Redis, ResponseError, connect, retry_once
+from .state.keys import Keys
 
 #: What became of one accepted update: a new pending user, merged into a pending one, already delivered
 #: with the same value, or older than what is known.

@@ -34,10 +34,10 @@ import threading
 from dataclasses import dataclass
 from typing import Self
 
-from worker.clock import Clock, SystemClock
-from worker.state import scripts
-from worker.state.connection import Redis, connect
-from worker.state.keys import Keys
+from .clock import Clock, SystemClock
+from .state import scripts
+from .state.connection import Redis, connect
+from .state.keys import Keys
 
 #: Slots are this much further apart than 1 / quota.
 SPACING = 1.02

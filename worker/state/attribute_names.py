@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from redis import Redis
 
-from worker.clock import Clock
-from worker.models import check_names
-from worker.state.keys import Keys
-from worker.state.scripts import text
+from ..clock import Clock
+from ..models import check_names
+from .keys import Keys
+from .scripts import text
 
 #: Seconds for which a reader trusts what it read.
 FRESH_FOR = 30.0

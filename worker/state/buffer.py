@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from redis import Redis
 
-from worker.models import (
+from ..models import (
     Acked,
     Batch,
     BatchId,
@@ -35,8 +35,8 @@ from worker.models import (
     Update,
     UserId,
 )
-from worker.state import scripts
-from worker.state.keys import LEDGER, Keys
+from . import scripts
+from .keys import LEDGER, Keys
 
 #: Most updates one `add` takes; bounds how long one script keeps Redis from others (2 to 6 ms). More are not faster, and
 #: beside a full rate of updates deliveries would wait so long for Redis that they miss their slots.

@@ -14,10 +14,10 @@ from typing import Any
 
 from redis import Redis
 
-from worker.models import UserId
-from worker.state import scripts
-from worker.state.keys import Keys
-from worker.state.scripts import text
+from ..models import UserId
+from . import scripts
+from .keys import Keys
+from .scripts import text
 
 #: Records read, put back or thrown away at a time.
 PAGE = 500

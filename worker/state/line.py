@@ -20,10 +20,10 @@ from typing import Literal
 
 from redis import Redis
 
-from worker.models import BatchId
-from worker.state import scripts
-from worker.state.keys import Keys
-from worker.state.scripts import text
+from ..models import BatchId
+from . import scripts
+from .keys import Keys
+from .scripts import text
 
 Kind = Literal["error", "outage", "data"]
 State = Literal["open", "stopped", "probing", "paused"]

@@ -15,8 +15,8 @@ from typing import Any, Literal, Self
 from redis import Redis
 from redis.client import Pipeline
 
-from worker.errors import InvalidUpdate
-from worker.state.keys import Keys
+from ..errors import InvalidUpdate
+from .keys import Keys
 
 #: About this many are kept.
 MOST = 10_000
