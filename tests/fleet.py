@@ -15,12 +15,13 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
-import requests
 
 from tests.conftest import SECRET_KEY, new_keys
 from tests.virtual import World, scripts_on
 from worker.clock import Clock
-from worker.delivery.api import ChatApi, Failure, Gate, NoReply, Reply, _this_thread, read_reply
+from worker.delivery.answers import Answer, Failure, NoReply, Reply, read_reply
+from worker.delivery.api import ChatApi
+from worker.delivery.connection import RawAnswer
 from worker.delivery.dispatcher import Dispatcher
 from worker.delivery.loop import Delivery, Summary
 from worker.delivery.policy import Policy
@@ -32,8 +33,6 @@ from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
 from worker.state.dead_letters import DeadLetters
 from worker.state.line import Line, LineState
-
-Answer = Reply | NoReply
 
 #: What the network or the service does to a request instead of answering by the rules; None = nothing.
 Trouble = Callable[["Request"], Answer | None]
@@ -73,32 +72,52 @@ class Limits:
     shadow_max_users: int = 1_000_000
 
 
-#: All threads can copy the same: it is never sent.
-_NO_SESSION = requests.Session()
-_REQUEST = _NO_SESSION.prepare_request(requests.Request("POST", "http://api", data=b"{}"))
+class StraightCall:
+    """A request that goes straight to the simulator's rules; see `worker.delivery.connection.Exchange`."""
+
+    def __init__(self, fleet: Fleet, url: str, body: bytes) -> None:
+        self.fleet, self.url, self.body = fleet, url, body
+        #: What happens to it on its way, for those who want to remember that.
+        self.fault: str | None = None
+        #: As it arrived, if it did.
+        self.request: Request | None = None
+
+    def send(self) -> None:
+        self.fleet.send(self)
+
+    def read(self) -> RawAnswer | NoReply:
+        answer = self.fleet.read(self)
+        return answer if isinstance(answer, NoReply) else RawAnswer(_packed(answer))
+
+    def abandon(self) -> None:
+        pass
 
 
-class StraightClient(ChatApi):
-    """The client, with the simulator's rules in place of the network."""
+def _packed(reply: Reply) -> bytes:
+    """The body that says what a reply says."""
+    errors = [
+        {"To_Account": user, "ErrorCode": error.code, "ErrorInfo": error.info}
+        for user, error in reply.errors.items()
+    ]
+    answer = {
+        "ActionStatus": "FAIL" if reply.code else "OK",
+        "ErrorCode": reply.code,
+        "ErrorInfo": reply.info,
+        "ErrorList": errors,
+        "AttrNames": {str(number): name for number, name in enumerate(sorted(reply.names))},
+    }
+    return json.dumps(answer).encode()
+
+
+class StraightTransport:
+    """The simulator's rules in place of the network."""
 
     def __init__(self, fleet: Fleet) -> None:
-        sdkappid, limits = fleet.api.sdkappid, fleet.limits
-        signer = Signer(lambda: fleet.key, "administrator", sdkappid, now=fleet.world.wall)
-        super().__init__(
-            "http://api",
-            signer,
-            sdkappid=sdkappid,
-            identifier="administrator",
-            connect_timeout=limits.connect_timeout,
-            read_timeout=limits.read_timeout,
-        )
         self._fleet = fleet
 
-    def _session(self) -> tuple[requests.Session, requests.PreparedRequest]:
-        return _NO_SESSION, _REQUEST
-
-    def _exchange(self, session: requests.Session, request: requests.PreparedRequest) -> Answer:
-        return self._fleet.exchange(str(request.url), request.body or b"", _this_thread.gate)
+    def prepare(self, url: str, body: bytes) -> StraightCall | NoReply:
+        call = StraightCall(self._fleet, url, body)
+        return self._fleet.prepare(call) or call
 
 
 @dataclass
@@ -127,11 +146,21 @@ class Fleet:
     #: What the line was, each time it became something else.
     history: list[LineState] = field(default_factory=list)
 
-    def exchange(self, url: str, body: bytes | str, gate: Gate) -> Answer:
-        """One call over the network that is not there."""
-        with gate:
-            self.world.sleep(self.stall())
-            request = self.arrive(url, body)
+    # One call over the network that is not there.
+
+    def prepare(self, call: StraightCall) -> NoReply | None:
+        """Connect; returns why that is not possible."""
+        return None
+
+    def send(self, call: StraightCall) -> None:
+        """The request leaves."""
+        self.world.sleep(self.stall())
+        call.request = self.arrive(call.url, call.body)
+
+    def read(self, call: StraightCall) -> Answer:
+        """The answer comes back."""
+        request = call.request
+        assert request
         answer = self.trouble(request)
         if answer is None:
             answer = self.answer(request)
@@ -175,19 +204,32 @@ class Fleet:
             RateLimiter(self.redis, keys, quota=limits.quota, patience=limits.patience, clock=clock),
             self.line,
             self.names,
-            StraightClient(self),
+            self.new_api(),
             Policy(
                 max_attempts=limits.max_attempts,
                 backoff_base=limits.backoff_base,
                 backoff_max=limits.backoff_max,
                 hold=limits.hold,
-                rng=rng,
             ),
             clock,
             batch_size=limits.batch_size,
             lease=limits.lease,
             quota=limits.quota,
+            rng=rng,
             stopping=stopping,
+        )
+
+    def new_api(self) -> ChatApi:
+        """The API as one process calls it."""
+        sdkappid, limits = self.api.sdkappid, self.limits
+        return ChatApi(
+            "http://api",
+            Signer(lambda: self.key, "administrator", sdkappid, now=self.world.wall),
+            sdkappid=sdkappid,
+            identifier="administrator",
+            connect_timeout=limits.connect_timeout,
+            read_timeout=limits.read_timeout,
+            transport=StraightTransport(self),
         )
 
     def new_dispatcher(self, worker: str) -> Dispatcher:

@@ -97,12 +97,12 @@ def build_delivery(settings: Settings, redis: Redis) -> Delivery:
             backoff_base=settings.backoff_base,
             backoff_max=settings.backoff_max,
             hold=settings.hold,
-            rng=random.Random(),
         ),
         clock,
         batch_size=settings.batch_size,
         lease=settings.lease,
         quota=settings.quota,
+        rng=random.Random(),
         stopping=stopping.is_set,
     )
 

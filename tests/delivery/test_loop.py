@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
 from tests.virtual import EPOCH_US, scripts_on
-from worker.delivery.api import ChatApi, Failure, Gate, NoReply, Reply, UserError
+from worker.delivery.answers import Answer, Failure, NoReply, Reply, UserError
+from worker.delivery.api import Call, ChatApi
 from worker.delivery.loop import Delivery, Summary
 from worker.delivery.policy import TABLE, Policy, Verdict
 from worker.models import BatchId, Update
@@ -25,14 +26,23 @@ from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer, new_batch_id
 from worker.state.line import OUTAGE_AFTER, Line, LineState
 
-Answer = Reply | NoReply
 Api = Callable[[list[str]], Answer]
 
 OK = Reply(0)
 
 
-class ScriptedClient(ChatApi):
-    """Passes the gate, and answers by a function of the users in the call."""
+class ScriptedCall:
+    """A call whose answer is a function."""
+
+    def __init__(self, sent: Callable[[], None], answer: Callable[[], Answer]) -> None:
+        self.send, self.answer = sent, answer
+
+    def abandon(self) -> None:
+        pass
+
+
+class ScriptedApi(ChatApi):
+    """Answers by a function of the users in the call."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -41,31 +51,24 @@ class ScriptedClient(ChatApi):
         self.history: list[tuple[list[str], float, Answer]] = []
         self.clock: ManualClock | None = None
         self.bodies: list[dict[str, Any]] = []
-        self.signed_again = 0
+        self.longest_call = 13.0
+        self.renewals = 0
         #: Signatures older than this were given up.
         self.signed_at = 1
         self.names: Answer = Reply(0, names=frozenset({"city"}))
 
-    @property
-    def longest_call(self) -> float:
-        return 13.0
-
-    def sign_again(self) -> None:
-        self.signed_again += 1
+    def renew_signature(self) -> None:
+        self.renewals += 1
 
     def adopt_signature(self, issued: int) -> None:
         self.signed_at = max(self.signed_at, issued)
 
-    def attribute_names(self, gate: Gate) -> Answer:
-        with gate:
-            return self.names
+    def _prepare(self, command: str, body: object) -> Call | NoReply:
+        if command == "get_attr_name":
+            return ScriptedCall(lambda: None, lambda: self.names)
+        return ScriptedCall(lambda: self.bodies.append(json.loads(json.dumps(body))), self._answer)
 
-    def remove(self, body: bytes, gate: Gate) -> Answer:
-        return self.send(body, gate)
-
-    def send(self, body: bytes, gate: Gate) -> Answer:
-        with gate:
-            self.bodies.append(json.loads(body))
+    def _answer(self) -> Answer:
         users = [entry["To_Account"] for entry in self.bodies[-1]["UserAttrs"]]
         self.calls.append(users)
         answer = self._api(users)
@@ -120,20 +123,21 @@ class Loop:
         self.limiter = ScriptedLimiter(self.clock)
         self.names = AttributeNames(client, self.keys, self.clock)
         self.names.set(["city"])
-        self.client = ScriptedClient(api)
-        self.client.clock = self.clock
+        self.api = ScriptedApi(api)
+        self.api.clock = self.clock
         self.stopping = False
         self.delivery = Delivery(
             self.buffer,
             self.limiter,
             self.line,
             self.names,
-            self.client,
-            Policy(max_attempts=max_attempts, backoff_base=1, backoff_max=300, hold=5, rng=random.Random(1)),
+            self.api,
+            Policy(max_attempts=max_attempts, backoff_base=1, backoff_max=300, hold=5),
             self.clock,
             batch_size=100,
             lease=60,
             quota=100,
+            rng=random.Random(1),
             stopping=lambda: self.stopping,
         )
 
@@ -146,12 +150,12 @@ class Loop:
 
     def others_succeed(self) -> None:
         """Somebody else is delivered, so that failures until now were not the service's."""
-        api, self.client._api = self.client._api, lambda users: OK
+        answers, self.api._api = self.api._api, lambda users: OK
         delayed: list[Any] = self.redis.zrange(self.keys.delayed, 0, -1, withscores=True)
         self.clock.now += 0.002
         assert self.deliver([f"other at {self.clock.now:.3f}"]).acked == 1
         assert self.redis.zrange(self.keys.delayed, 0, -1, withscores=True) == delayed
-        self.client._api = api
+        self.api._api = answers
 
     def ticket(self) -> BatchId:
         """A ticket, whatever the dispatcher thinks."""
@@ -192,8 +196,8 @@ def test_a_full_batch_goes_out_in_one_call_and_is_acked(client: redis.Redis) -> 
 
     summary = loop.deliver(some(130))
 
-    assert [len(call) for call in loop.client.calls] == [100]
-    assert loop.client.bodies[0]["UserAttrs"][0] == {"To_Account": "user000", "Attrs": {"city": "Paris"}}
+    assert [len(call) for call in loop.api.calls] == [100]
+    assert loop.api.bodies[0]["UserAttrs"][0] == {"To_Account": "user000", "Attrs": {"city": "Paris"}}
     assert (summary.outcome, summary.users, summary.acked, summary.calls) == ("delivered", 100, 100, 1)
     assert loop.buffer.snapshot().ledger["delivered"] == 100
     assert loop.buffer.snapshot().pending == 30
@@ -213,7 +217,7 @@ def test_the_batch_is_claimed_after_the_permit_so_it_has_the_newest_values(clien
     loop.clock.sleep = meanwhile  # type: ignore[method-assign]
     loop.deliver()
 
-    assert loop.client.bodies[0]["UserAttrs"][0]["Attrs"] == {"city": "Rome"}
+    assert loop.api.bodies[0]["UserAttrs"][0]["Attrs"] == {"city": "Rome"}
 
 
 def test_without_a_permit_nothing_is_claimed_and_the_ticket_goes_back(client: redis.Redis) -> None:
@@ -235,7 +239,7 @@ def test_a_ticket_that_comes_twice_delivers_once(client: redis.Redis) -> None:
     loop.add(["bob"])
 
     assert loop.delivery.deliver(ticket).outcome == "spent"
-    assert loop.client.calls == [["ann"]]
+    assert loop.api.calls == [["ann"]]
 
 
 def test_users_named_in_the_error_list_are_dead_letters_and_the_others_are_delivered(
@@ -261,7 +265,7 @@ def test_poison_is_found_by_halving_and_nobody_else_suffers(client: redis.Redis,
 
     assert set(loop.dead()) == poison
     assert (summary.acked, summary.dead_lettered) == (100 - bad, bad)
-    assert summary.calls == len(loop.client.calls) <= 1 + 14 * bad
+    assert summary.calls == len(loop.api.calls) <= 1 + 14 * bad
     assert loop.line.read() == LineState()
 
 
@@ -310,11 +314,11 @@ def test_a_user_that_spoils_its_calls_is_sent_apart_from_the_others(client: redi
         loop.deliver()
     loop.others_succeed()
     loop.make_due()
-    loop.client.calls.clear()
+    loop.api.calls.clear()
 
     summary = loop.deliver(some(5))
 
-    assert loop.client.calls == [["user000", "user002", "user003", "user004"], ["user001"]]
+    assert loop.api.calls == [["user000", "user002", "user003", "user004"], ["user001"]]
     assert (summary.acked, summary.retried) == (4, 1)
 
 
@@ -353,10 +357,10 @@ def test_an_hour_of_outage_costs_no_attempt_and_few_calls(client: redis.Redis) -
     while loop.clock.now < start + 3600:
         assert loop.probe().outcome == "stopped"
 
-    assert len(loop.client.calls) < 80
+    assert len(loop.api.calls) < 80
     assert loop.buffer.snapshot().pending == 300
     assert not loop.dead()
-    loop.client._api = lambda users: OK
+    loop.api._api = lambda users: OK
     assert loop.probe().attempt == 1
     assert loop.line.read() == LineState()
     loop.make_due()
@@ -375,7 +379,7 @@ def test_after_a_probe_that_failed_others_are_sent_as_the_next_one(client: redis
     [ticket] = loop.buffer.tick("w", term=9, size=100, linger=0, ticket_ttl=9, most=5).tickets
     loop.delivery.deliver(ticket)
 
-    assert loop.client.calls == [["user001"], ["ann"]]
+    assert loop.api.calls == [["user001"], ["ann"]]
     assert loop.line.read() == LineState()
 
 
@@ -385,7 +389,7 @@ def test_what_is_refused_for_every_user_stops_the_line_instead_of_burying_them(c
     summary = loop.deliver(some(100))
 
     assert (summary.outcome, summary.snoozed) == ("stopped", 100)
-    assert len(loop.client.calls) < 60, "where halving to the end would take 199"
+    assert len(loop.api.calls) < 60, "where halving to the end would take 199"
     assert not loop.dead()
     state = loop.line.read()
     assert (state.kind, state.code) == ("data", 70107)
@@ -410,11 +414,11 @@ def test_dead_letters_in_masses_stop_the_line(client: redis.Redis) -> None:
 
     assert outcomes[-1] == "spent", "the line is stopped"
     assert len(loop.dead()) < 100
-    assert "masses" in (loop.line.read().reason or "")
+    assert "too many dead letters" in (loop.line.read().reason or "")
     buried = len(loop.dead())
     assert loop.probe().outcome == "stopped"
     assert len(loop.dead()) == buried, "a probe buries nobody"
-    loop.client._api = lambda users: OK
+    loop.api._api = lambda users: OK
     assert loop.probe().outcome == "delivered"
     assert loop.line.read() == LineState()
 
@@ -433,14 +437,17 @@ def test_after_a_person_has_seen_it_they_are_buried_all_the_same(client: redis.R
 def test_names_that_are_not_set_stop_the_line_and_the_reason_says_which(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(90033))
     client.delete(loop.keys.names_read)
-    loop.client.names = Reply(0, names=frozenset({"city", "sex"}))
+    loop.api.names = Reply(0, names=frozenset({"city", "sex"}))
     loop.add(some(50))
     loop.add(some(50), "level")
 
     summary = loop.deliver()
 
-    assert (summary.outcome, summary.calls, len(loop.client.calls)) == ("stopped", 2, 1)
-    assert loop.line.read().reason == "the app has no attribute 'level': see imattr names set, or the console"
+    assert (summary.outcome, summary.calls, len(loop.api.calls)) == ("stopped", 2, 1)
+    assert (
+        loop.line.read().reason
+        == "the app has no attribute 'level': add with imattr names set, or in the console"
+    )
     assert loop.names.get() == {"city", "sex"}, "from now on producers are told at the door"
     assert not loop.dead()
 
@@ -452,8 +459,8 @@ def test_once_the_names_are_set_the_line_opens_by_itself(client: redis.Redis) ->
     loop.deliver()
 
     assert loop.probe().outcome == "stopped"
-    loop.client.names = Reply(0, names=frozenset({"city", "level"}))
-    loop.client._api = lambda users: OK
+    loop.api.names = Reply(0, names=frozenset({"city", "level"}))
+    loop.api._api = lambda users: OK
 
     assert loop.probe().outcome == "delivered"
     assert loop.line.read() == LineState()
@@ -476,7 +483,7 @@ def test_who_has_an_unset_name_is_buried_alone_after_a_person_has_seen_it(client
 def test_names_that_cannot_be_read_leave_it_to_halving(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(90033) if "user003" in users else OK)
     client.delete(loop.keys.names_read)
-    loop.client.names = NoReply(Failure.TIMEOUT)
+    loop.api.names = NoReply(Failure.TIMEOUT)
 
     loop.deliver(some(10))
 
@@ -492,7 +499,7 @@ def test_a_code_that_nobody_lists_is_bounded_and_kept(client: redis.Redis) -> No
         loop.deliver()
 
     assert loop.dead()["ann"]["code"] == 12345
-    assert len(loop.client.calls) == 3
+    assert len(loop.api.calls) == 3
 
 
 def test_after_an_unknown_outcome_users_are_held_longer_than_the_old_call_can_land(
@@ -542,7 +549,7 @@ def test_while_the_line_is_stopped_only_its_probe_is_sent(client: redis.Redis) -
 
     assert loop.deliver().outcome == "spent"
 
-    loop.client._api = lambda users: OK
+    loop.api._api = lambda users: OK
     summary = loop.probe()
     assert (summary.outcome, summary.attempt) == ("delivered", 1)
     assert loop.line.read() == LineState()
@@ -565,7 +572,7 @@ def test_a_probe_opens_the_line_when_the_api_lets_it_in(
 ) -> None:
     loop = Loop(client, lambda users: Reply(60020))
     loop.deliver(["ann"])
-    loop.client._api = lambda users: answer
+    loop.api._api = lambda users: answer
 
     loop.probe()
 
@@ -576,10 +583,10 @@ def test_a_probe_opens_the_line_when_the_api_lets_it_in(
 def test_a_refused_signature_is_made_again_once_before_the_line_stops(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(70001))
 
-    first, signed_at = loop.deliver(["ann"]), loop.client.signed_at
+    first, signed_at = loop.deliver(["ann"]), loop.api.signed_at
     second = loop.deliver()
 
-    assert (first.outcome, first.snoozed, second.outcome) == ("signed_again", 1, "stopped")
+    assert (first.outcome, first.snoozed, second.outcome) == ("signature_renewed", 1, "stopped")
     assert signed_at == loop.us() // 10**6
     assert loop.line.read().code == 70001
     assert not loop.dead()
@@ -588,15 +595,15 @@ def test_a_refused_signature_is_made_again_once_before_the_line_stops(client: re
 def test_a_probe_is_signed_anew_and_the_fleet_signs_after_it(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(70009))
     loop.deliver(["ann"])
-    loop.client._api = lambda users: OK
-    loop.client.signed_at = 77
+    loop.api._api = lambda users: OK
+    loop.api.signed_at = 77
 
     loop.probe()
-    loop.client.signed_at = 1
+    loop.api.signed_at = 1
     loop.deliver(["bob"])
 
-    assert loop.client.signed_again == 1
-    assert loop.client.signed_at == 77
+    assert loop.api.renewals == 1
+    assert loop.api.signed_at == 77
 
 
 def test_a_stop_in_the_middle_of_halving_puts_all_the_rest_back(client: redis.Redis) -> None:
@@ -615,7 +622,7 @@ def test_a_line_stopped_by_others_ends_the_halving(client: redis.Redis) -> None:
         loop.line.pause("maintenance")
         return Reply(90033)
 
-    loop.client._api = api
+    loop.api._api = api
     summary = loop.deliver(some(100))
 
     assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 100, 1)
@@ -630,10 +637,10 @@ def test_without_a_slot_to_isolate_them_suspects_wait_and_are_not_mixed_again(cl
     assert loop.deliver().outcome == "empty", "they wait"
 
     loop.make_due()
-    loop.client.calls.clear()
+    loop.api.calls.clear()
     loop.deliver(["ann", "bob"])
 
-    assert loop.client.calls[0] == ["ann", "bob"]
+    assert loop.api.calls[0] == ["ann", "bob"]
     assert set(loop.dead()) == {"user001"}
 
 
@@ -644,7 +651,7 @@ def test_a_shutdown_finishes_the_call_and_hands_back_the_rest(client: redis.Redi
         loop.stopping = True
         return Reply(90033)
 
-    loop.client._api = api
+    loop.api._api = api
     summary = loop.deliver(some(100))
 
     assert (summary.outcome, summary.snoozed, summary.calls) == ("handed_back", 100, 1)
@@ -674,7 +681,7 @@ def test_a_worker_frozen_beyond_its_lease_sends_nothing(client: redis.Redis) -> 
     loop.limiter.redeem = frozen  # type: ignore[method-assign]
     summary = loop.deliver(["ann"])
 
-    assert loop.client.calls == []
+    assert loop.api.calls == []
     assert summary.outcome == "fenced"
     assert loop.buffer.snapshot().live == 1
 
@@ -686,7 +693,7 @@ def test_a_long_bisection_renews_its_lease(client: redis.Redis) -> None:
         loop.clock.now += 12
         return Reply(90033) if "user007" in users else OK
 
-    loop.client._api = slow
+    loop.api._api = slow
     extend, renewed = loop.buffer.extend, []
 
     def extended(batch: BatchId, **options: Any) -> Any:
@@ -704,13 +711,13 @@ def test_a_missed_slot_is_replaced_by_another(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: OK)
     now = loop.clock.now
     loop.limiter.slots = [now + 0.2, now + 0.4]
-    encode = loop.client.encode
+    prepare = loop.api._prepare
 
-    def slow(users: Any) -> bytes:
+    def slow(command: str, body: object) -> Call | NoReply:
         loop.clock.now += 0.3
-        return encode(users)
+        return prepare(command, body)
 
-    loop.client.encode = slow  # type: ignore[method-assign]
+    loop.api._prepare = slow  # type: ignore[method-assign]
 
     assert loop.deliver(["ann"]).outcome == "delivered"
     assert loop.clock.now == pytest.approx(now + 0.4)
@@ -773,7 +780,7 @@ def test_of_one_call_those_with_attempts_left_are_retried_and_the_others_isolate
     loop = Loop(client, lambda users: Reply(12345), max_attempts=2)
     loop.deliver(["user000"])
     loop.make_due()
-    loop.client._api = lambda users: OK if users == ["user000"] else Reply(12345)
+    loop.api._api = lambda users: OK if users == ["user000"] else Reply(12345)
 
     summary = loop.deliver(some(3))
 
@@ -783,7 +790,7 @@ def test_of_one_call_those_with_attempts_left_are_retried_and_the_others_isolate
 def test_a_probe_with_an_unknown_code_leaves_the_line_stopped_and_costs_nothing(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: Reply(60020))
     loop.deliver(["ann"])
-    loop.client._api = lambda users: Reply(12345)
+    loop.api._api = lambda users: Reply(12345)
 
     for _ in range(5):
         assert loop.probe().outcome == "stopped"
@@ -826,7 +833,7 @@ def test_a_batch_lost_while_the_answer_was_on_its_way_is_not_settled(client: red
         lose(loop)
         return OK
 
-    loop.client._api = slow
+    loop.api._api = slow
 
     assert loop.deliver(["ann"]).outcome == "fenced"
     assert loop.buffer.snapshot().live == 1
@@ -839,10 +846,10 @@ def test_a_batch_lost_in_the_middle_of_halving_sends_nothing_more(client: redis.
         lose(loop)
         return Reply(70107)
 
-    loop.client._api = slow
+    loop.api._api = slow
 
     assert loop.deliver(some(10)).outcome == "fenced"
-    assert len(loop.client.calls) == 1
+    assert len(loop.api.calls) == 1
 
 
 def test_an_error_of_redis_on_the_way_leaves_the_batch_to_its_lease(
@@ -883,7 +890,7 @@ def test_a_line_stopped_by_others_does_not_cut_the_hold_short(client: redis.Redi
         loop.line.pause("maintenance")
         return NoReply(Failure.TIMEOUT)
 
-    loop.client._api = stopped_meanwhile
+    loop.api._api = stopped_meanwhile
     before = loop.clock.now
     loop.deliver()
 
@@ -910,7 +917,7 @@ def test_what_is_removed_goes_out_after_what_is_set_in_a_call_of_its_own(client:
 
     summary = loop.deliver()
 
-    assert [body["UserAttrs"] for body in loop.client.bodies] == [
+    assert [body["UserAttrs"] for body in loop.api.bodies] == [
         [{"To_Account": "ann", "Attrs": {"city": "Paris"}}, {"To_Account": "bob", "Attrs": {"city": "Oslo"}}],
         [{"To_Account": "ann", "Attrs": ["level"]}, {"To_Account": "eve", "Attrs": ["level"]}],
     ]
@@ -964,7 +971,7 @@ def test_a_removal_repeated_is_unchanged_and_a_new_value_ends_it(client: redis.R
 
     assert (again.unchanged, anew.unchanged) == (2, 0)
     loop.deliver()
-    assert loop.client.bodies[-1]["UserAttrs"] == [{"To_Account": "eve", "Attrs": {"level": "Gold"}}]
+    assert loop.api.bodies[-1]["UserAttrs"] == [{"To_Account": "eve", "Attrs": {"level": "Gold"}}]
 
 
 def test_the_newest_of_set_and_remove_wins(client: redis.Redis) -> None:
@@ -974,7 +981,7 @@ def test_the_newest_of_set_and_remove_wins(client: redis.Redis) -> None:
 
     loop.deliver()
 
-    sent = [body["UserAttrs"] for body in loop.client.bodies]
+    sent = [body["UserAttrs"] for body in loop.api.bodies]
     assert sent == [
         [{"To_Account": "ann", "Attrs": {"city": "Oslo"}}],
         [{"To_Account": "bob", "Attrs": ["city"]}],
@@ -987,7 +994,7 @@ def test_who_fails_in_the_first_call_is_not_in_the_second(client: redis.Redis) -
 
     summary = loop.deliver()
 
-    assert loop.client.calls == [["ann", "bob"], ["eve"]]
+    assert loop.api.calls == [["ann", "bob"], ["eve"]]
     assert (summary.retried, summary.acked) == (2, 1)
 
 
@@ -999,7 +1006,7 @@ def test_who_fails_in_the_second_call_is_sent_again_as_a_whole(client: redis.Red
     loop.make_due()
     loop.deliver()
 
-    assert loop.client.calls == [["ann", "bob"], ["ann", "eve"], ["ann"], ["ann", "eve"]]
+    assert loop.api.calls == [["ann", "bob"], ["ann", "eve"], ["ann"], ["ann", "eve"]]
     assert loop.buffer.snapshot().ledger["delivered"] == 3
 
 
@@ -1070,7 +1077,7 @@ def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
             loop.line.resume()
         stopped = waits and loop.line.read().state == "stopped"
         summary = loop.probe() if stopped and loop.buffer.snapshot().pending else loop.deliver()
-        assert nothing_crosses_an_unknown_outcome(loop.client.history)
+        assert nothing_crosses_an_unknown_outcome(loop.api.history)
         settled = summary.acked + summary.retried + summary.snoozed + summary.dead_lettered
         assert settled == summary.users
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import docs
-from worker.delivery.api import UNNUMBERED, Failure, NoReply, Reply
+from worker.delivery.answers import UNNUMBERED, Failure, NoReply, Reply
 from worker.delivery.policy import (
     TABLE,
     UNKNOWN_ATTEMPTS,
     Action,
-    Again,
+    Bisect,
     Deliver,
     Pause,
     Policy,
-    Retry,
-    SignAgain,
-    Split,
+    RenewSignature,
+    RetryCounted,
+    RetryUncounted,
     Stop,
     Verdict,
     dead_letter,
@@ -65,7 +63,7 @@ ROWS = [(code, verdict) for verdict, codes in DOCUMENTED.items() for code in cod
 
 def policy(**changes: float) -> Policy:
     options = {"max_attempts": 8, "backoff_base": 1.0, "backoff_max": 300.0, "hold": 5.0} | changes
-    return Policy(**options, rng=random.Random(1))  # type: ignore[arg-type]
+    return Policy(**options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("code", "verdict"), ROWS)
@@ -86,21 +84,21 @@ def test_a_code_in_no_table_is_unknown() -> None:
     ("answer", "action"),
     [
         (Reply(0), Deliver()),
-        (Reply(91000), Again(hold=False)),
-        (Reply(12345), Retry(UNKNOWN_ATTEMPTS)),
-        (Reply(UNNUMBERED), Retry(UNKNOWN_ATTEMPTS)),
+        (Reply(91000), RetryUncounted(hold=False)),
+        (Reply(12345), RetryCounted(UNKNOWN_ATTEMPTS)),
+        (Reply(UNNUMBERED), RetryCounted(UNKNOWN_ATTEMPTS)),
         (Reply(60007), Pause(1.0)),
-        (Reply(70001), SignAgain()),
+        (Reply(70001), RenewSignature()),
         (Reply(90009), Stop(0.0)),
         (Reply(70050), Stop(60.0)),
-        (Reply(90033), Split(names=True)),
-        (Reply(70402), Split(names=True)),
-        (Reply(90018), Split(names=False)),
-        (Reply(70107), Split(names=False)),
-        (NoReply(Failure.TIMEOUT), Again(hold=True)),
-        (NoReply(Failure.HTTP_STATUS, http_status=502), Again(hold=True)),
-        (NoReply(Failure.UNREADABLE), Again(hold=True)),
-        (NoReply(Failure.UNREACHABLE, sent=False), Again(hold=False)),
+        (Reply(90033), Bisect(names=True)),
+        (Reply(70402), Bisect(names=True)),
+        (Reply(90018), Bisect(names=False)),
+        (Reply(70107), Bisect(names=False)),
+        (NoReply(Failure.TIMEOUT), RetryUncounted(hold=True)),
+        (NoReply(Failure.HTTP_STATUS, http_status=502), RetryUncounted(hold=True)),
+        (NoReply(Failure.UNREADABLE), RetryUncounted(hold=True)),
+        (NoReply(Failure.UNREACHABLE, sent=False), RetryUncounted(hold=False)),
     ],
     ids=str,
 )
@@ -126,37 +124,29 @@ def test_an_answer_decides_the_action(answer: Reply | NoReply, action: Action) -
 def test_a_user_refused_by_name_gets_its_outcome(
     code: int, attempts: int, outcome: Outcome | type[Outcome]
 ) -> None:
-    decided = policy().decide_user(code, "words", attempts)
+    decided = policy().decide_user(code, "words", attempts, 0.5)
 
     assert isinstance(decided, outcome) if isinstance(outcome, type) else decided == outcome
 
 
-@given(attempts=st.integers(0, 10_000))
-def test_the_back_off_doubles_has_full_jitter_and_a_bound(attempts: int) -> None:
-    delay = policy().backoff(attempts)
+@given(attempts=st.integers(0, 10_000), jitter=st.floats(0, 1))
+def test_the_back_off_doubles_has_full_jitter_and_a_bound(attempts: int, jitter: float) -> None:
+    longest = policy().backoff(attempts, 1.0)
 
-    assert 0 <= delay <= min(300.0, 2.0 ** min(attempts, 9))
-
-
-def test_the_jitter_uses_the_whole_range() -> None:
-    drawing = policy()
-    delays = [drawing.backoff(3) for _ in range(500)]
-
-    assert min(delays) < 1
-    assert max(delays) > 7
+    assert longest == min(300.0, 2.0 ** min(attempts, 9))
+    assert policy().backoff(attempts, jitter) == jitter * longest
 
 
-@given(attempts=st.integers(0, 7))
-def test_after_an_unknown_outcome_the_hold_comes_on_top(attempts: int) -> None:
-    held = policy().again(Again(hold=True), attempts)
+@given(attempts=st.integers(0, 7), jitter=st.floats(0, 1))
+def test_after_an_unknown_outcome_the_hold_comes_on_top(attempts: int, jitter: float) -> None:
+    held = policy().retry_uncounted(RetryUncounted(hold=True), attempts, jitter)
 
-    assert held.delay >= 5.0
-    assert not held.proven
+    assert held == Retried(5.0 + policy().backoff(attempts, jitter), proven=False)
 
 
-def test_a_failure_that_may_be_the_services_is_told_from_one_that_counts() -> None:
-    assert not policy().again(Again(hold=False), 0).proven
-    assert policy().retry(0).proven
+def test_only_a_failure_that_is_not_the_services_costs_an_attempt_at_once() -> None:
+    assert not policy().retry_uncounted(RetryUncounted(hold=False), 0, 0.5).proven
+    assert policy().retry(0, 0.5).proven
 
 
 @pytest.mark.parametrize(

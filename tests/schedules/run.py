@@ -17,13 +17,13 @@ import redis
 
 from tests import history
 from tests.conftest import SECRET_KEY, new_keys
-from tests.fleet import Answer, Fleet, Request
+from tests.fleet import Fleet, Request, StraightCall
 from tests.history import Applied, Call, History, Offer, Violation
 from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
 from worker.delivery import dispatcher
-from worker.delivery.api import Failure, Gate, NoReply, Reply
+from worker.delivery.answers import Answer, Failure, NoReply, Reply
 from worker.delivery.dispatcher import RETRY_AFTER, TERM, Dispatcher
 from worker.delivery.loop import Delivery
 from worker.models import BatchId, Update
@@ -233,22 +233,28 @@ class Schedule(Fleet):
 
     # The network, and the API.
 
-    def exchange(self, url: str, body: bytes | str, gate: Gate) -> Answer:
-        world, dice = self.world, self._dice
-        kind = self._strikes("before a request")
-        if kind == "unreachable":
-            world.sleep(self.limits.connect_timeout * dice.random())
+    def prepare(self, call: StraightCall) -> NoReply | None:
+        dice = self._dice
+        call.fault = self._strikes("before a request")
+        if call.fault == "unreachable":
+            self.world.sleep(self.limits.connect_timeout * dice.random())
             return NoReply(Failure.UNREACHABLE, sent=False)
-        if kind == "slow to connect":
-            world.sleep(self.limits.connect_timeout * dice.random())
+        if call.fault == "slow to connect":
+            self.world.sleep(self.limits.connect_timeout * dice.random())
         else:
-            self._interrupt(kind)
-        with gate:
-            # Between the last look at the lease and the socket only an end strikes: the delivery loop tells
-            # that a pause just here is its one weakness.
-            if kind == "kill at the socket":
-                self._interrupt("kill")
-            request = None if kind == "never arrived" else self.arrive(url, body)
+            self._interrupt(call.fault)
+        return None
+
+    def send(self, call: StraightCall) -> None:
+        # Between the last look at the lease and the socket only a kill strikes: the delivery loop documents a pause
+        # right here as its one weakness.
+        if call.fault == "kill at the socket":
+            self._interrupt("kill")
+        if call.fault != "never arrived":
+            call.request = self.arrive(call.url, call.body)
+
+    def read(self, call: StraightCall) -> Answer:
+        request = call.request
         if request is None:
             return self._no_reply(Failure.BROKEN)
         fault = self._dice.choice(self._outage) if self._outage else self._strikes("a request")
@@ -256,7 +262,7 @@ class Schedule(Fleet):
         self.tell(f"{request.command} {','.join(request.users)}: {_told(answer)}")
         self._interrupt(self._strikes("after a request"))
         if not isinstance(answer, NoReply):
-            world.sleep(self.latency)
+            self.world.sleep(self.latency)
         return answer
 
     def _no_reply(self, failure: Failure, status: int | None = None) -> NoReply:

@@ -1,34 +1,32 @@
 """What every answer of the API means, and what is done about it. Pure: no Redis, no HTTP, no clock.
 
-`TABLE` has a verdict for every documented code (error code pages 1047/34348 and 269/1671, the call's own
-page 1047/37170, older tables for codes that some pages still show). Where the documents contradict each
-other the milder reading stands first. A code in no table is `UNKNOWN`: retried within a small bound, then
-isolated, never dropped.
+`TABLE` has a verdict for every documented code: those of the error code pages 1047/34348 and 269/1671, of the call's own
+page 1047/37170, and of older tables for codes that some pages still show. Where the documents contradict each other, the
+milder reading comes first. A code in no table is `UNKNOWN`: retried within a small bound, then isolated, never dropped.
 
-`decide` turns an answer to a whole request into an action, `decide_user` an entry of `ErrorList` or the
-attempts a user has left into that user's outcome.
+`decide` turns the answer to a whole request into an action; `Policy.decide_user` turns an entry of `ErrorList`, or the
+attempts a user has left, into that user's outcome.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, assert_never
 
-from worker.delivery.api import UNNUMBERED, NoReply, Reply
+from worker.delivery.answers import UNNUMBERED, Answer, NoReply
 from worker.models import ClaimedUser, DeadLettered, Outcome, Retried, Snoozed
 
 
 class Verdict(StrEnum):
-    """What an error means; decides the reaction."""
+    """What an error means."""
 
-    TRANSIENT = "transient"  # the service's fault, may pass: the same users again, later
+    TRANSIENT = "transient"  # the service's fault, may pass: retry the same users later
     RATE = "rate"  # too many calls: everyone pauses, no attempt is used
-    CREDENTIAL = "credential"  # the UserSig is bad or old: sign again
+    CREDENTIAL = "credential"  # the UserSig is bad or expired: renew it
     STOP = "stop"  # configuration, permission or account: nothing will pass until a person acts
     SHAPE = "shape"  # this request is wrong as built: split it
-    USER = "user"  # one user or value is wrong: find it, deliver the others
+    USER = "user"  # one user or value is wrong: find it and deliver the others
     UNKNOWN = "unknown"  # in no table, or belongs to other calls
 
 
@@ -157,24 +155,24 @@ _ROWS: dict[Verdict, dict[int, str]] = {
 
 #: Every documented code.
 TABLE = {code: Rule(verdict, text) for verdict, codes in _ROWS.items() for code, text in codes.items()}
-_UNLISTED = Rule(Verdict.UNKNOWN, "a code in no document")
+_UNLISTED = Rule(Verdict.UNKNOWN, "an undocumented code")
 
-#: Attempts after which an unlisted code's users are isolated; the usual bound is for what will pass.
+#: Attempts after which users with an unlisted code are isolated. The usual, higher bound is for errors that will pass.
 UNKNOWN_ATTEMPTS = 3
-#: Seconds everyone pauses after a rate code: one full window of the API, so that it counts anew.
+#: Seconds the fleet pauses after a rate code: one full window of the API, so that its count starts over.
 RATE_PAUSE = 1.0
-#: Failures that count after which a user is suspected to spoil whatever call it is in.
+#: Counted failures after which a user is suspected of spoiling whatever call it is in.
 SUSPECT_AFTER = 2
-#: Seconds until a user whom the API refused by name, with a code that is about no user, is sent again.
+#: Seconds until a user is sent again that the API refused by name, but with a code that is not about a user.
 STOP_WAIT = 30.0
-#: Seconds for which 70050 must be left alone: trying again too soon causes it.
+#: Seconds to wait after 70050: retrying too soon is what causes it.
 BLOCKED_WAIT = 60.0
-#: Codes that attribute names which are not set for the app may be behind.
+#: Codes that may be caused by attribute names the app does not have.
 _NAMES_MAY_BE_UNSET = {60015, 70402, 90033}
 
 
 def rule_for(code: int) -> Rule:
-    """The row of a code."""
+    """Return the row of a code."""
     return TABLE.get(code, _UNLISTED)
 
 
@@ -184,115 +182,119 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """The service's fault, as it seems: the same users later; `hold` when it may still apply the call."""
+class RetryUncounted:
+    """The service seems to have failed: retry the same users later.
+
+    `hold` if it may still apply this call. A user pays an attempt only once a call made after this one has succeeded.
+    """
 
     hold: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
-    """Nobody knows whose fault: the same users later, at most so often, at the cost of an attempt each time."""
+class RetryCounted:
+    """Nobody knows who is to blame: retry the same users later, at the cost of an attempt, `most` attempts in all."""
 
     most: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Nobody in the fleet sends for `seconds`, and then more slowly; the users go back at no cost."""
+    """The whole fleet stops sending for `seconds`, and then sends more slowly; the users go back at no cost."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class SignAgain:
-    """The signature is bad: make a new one, once for the fleet; if that is bad, too, stop the line."""
+class RenewSignature:
+    """The signature is bad: replace it, once for the fleet. If the new one is bad, too, stop the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing will pass: stop the line, with a first probe after at least `seconds`; it costs no attempt."""
+    """Nothing will pass: stop the line, and probe it after `seconds` at the earliest. Costs no attempt."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Bisect:
     """Something in this request is refused for good: halve it to find out what.
 
-    `names` when attribute names that the app does not have may be the reason.
+    `names` if attribute names that the app does not have may be the reason.
     """
 
     names: bool
 
 
-Action = Deliver | Again | Retry | Pause | SignAgain | Stop | Split
+Action = Deliver | RetryUncounted | RetryCounted | Pause | RenewSignature | Stop | Bisect
 
 
-def decide(answer: Reply | NoReply) -> Action:
-    """What to do about the answer to a whole request."""
+def decide(answer: Answer) -> Action:
+    """Return what to do about the answer to a whole request."""
     if isinstance(answer, NoReply):
-        return Again(hold=answer.sent)
+        return RetryUncounted(hold=answer.sent)
     if answer.code == 0:
         return Deliver()
     verdict = rule_for(answer.code).verdict
     match verdict:
         case Verdict.TRANSIENT:
-            return Again(hold=False)
+            return RetryUncounted(hold=False)
         case Verdict.UNKNOWN:
-            return Retry(UNKNOWN_ATTEMPTS)
+            return RetryCounted(UNKNOWN_ATTEMPTS)
         case Verdict.RATE:
             return Pause(RATE_PAUSE)
         case Verdict.CREDENTIAL:
-            return SignAgain()
+            return RenewSignature()
         case Verdict.STOP:
             return Stop(BLOCKED_WAIT if answer.code == 70050 else 0.0)
         case Verdict.SHAPE | Verdict.USER:
-            return Split(names=answer.code in _NAMES_MAY_BE_UNSET)
+            return Bisect(names=answer.code in _NAMES_MAY_BE_UNSET)
         case _:
             assert_never(verdict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The bounds and the randomness that turn a decision about one user into its outcome."""
+    """The bounds that turn a decision about one user into its outcome. Times in seconds.
 
-    def __init__(
-        self, *, max_attempts: int, backoff_base: float, backoff_max: float, hold: float, rng: random.Random
-    ) -> None:
-        """`backoff_base`, `backoff_max` and `hold` in seconds."""
-        self._max_attempts = max_attempts
-        self._base, self._max = backoff_base, backoff_max
-        #: Seconds in which a call with an unknown outcome may still be applied.
-        self.hold = hold
-        self._rng = rng
+    `jitter` below is a number from 0 to 1 that spreads the users of a batch out.
+    """
+
+    max_attempts: int
+    backoff_base: float
+    backoff_max: float
+    #: How long a call with an unknown outcome may still be applied.
+    hold: float
 
     def exhausted(self, attempts: int, most: int | None = None) -> bool:
         """Whether one more failure uses up the attempts of a user who had `attempts` before."""
-        return attempts + 1 >= min(self._max_attempts, most or self._max_attempts)
+        return attempts + 1 >= min(self.max_attempts, most or self.max_attempts)
 
     def spent(self, attempts: int) -> bool:
         """Whether so many failures that were not the service's have used up a user's attempts."""
-        return attempts >= self._max_attempts
+        return attempts >= self.max_attempts
 
     def suspects(self, user: ClaimedUser) -> bool:
-        """Whether the user may spoil the call it is in, and must not share one with those who may not."""
-        return user.suspect or user.attempts >= min(SUSPECT_AFTER, self._max_attempts)
+        """Whether the user may spoil the call it is in, and so must not share one with users who do not."""
+        return user.suspect or user.attempts >= min(SUSPECT_AFTER, self.max_attempts)
 
-    def backoff(self, attempts: int) -> float:
-        """Seconds until the next attempt: exponential, with full jitter so that users spread out."""
+    def backoff(self, attempts: int, jitter: float) -> float:
+        """Seconds until the next attempt: exponential, with full jitter."""
         # The exponent is bounded only so that the power cannot overflow.
-        return self._rng.uniform(0, min(self._max, self._base * 2 ** min(attempts, 60)))
+        return jitter * min(self.backoff_max, self.backoff_base * 2.0 ** min(attempts, 60))
 
-    def retry(self, attempts: int) -> Retried:
+    def retry(self, attempts: int, jitter: float) -> Retried:
         """The outcome of a user who has attempts left."""
-        return Retried(self.backoff(attempts))
+        return Retried(self.backoff(attempts, jitter))
 
-    def again(self, action: Again, attempts: int) -> Retried:
-        """The same when it may have been the service's fault. After a hold, the old call can land no more."""
-        return Retried(self.backoff(attempts) + (self.hold if action.hold else 0.0), proven=False)
+    def retry_uncounted(self, action: RetryUncounted, attempts: int, jitter: float) -> Retried:
+        """The outcome if the service may be to blame. After a hold, the old call can no longer land."""
+        hold = self.hold if action.hold else 0.0
+        return Retried(self.backoff(attempts, jitter) + hold, proven=False)
 
-    def decide_user(self, code: int, info: str, attempts: int) -> Outcome:
-        """What to do about one user that the API refused by name, in `ErrorList` or in a batch of one."""
+    def decide_user(self, code: int, info: str, attempts: int, jitter: float) -> Outcome:
+        """The outcome of a user that the API refused by name, in `ErrorList`."""
         verdict = rule_for(code).verdict
         match verdict:
             case Verdict.USER | Verdict.SHAPE:
@@ -305,14 +307,14 @@ class Policy:
                 most = UNKNOWN_ATTEMPTS if verdict is Verdict.UNKNOWN else None
                 if self.exhausted(attempts, most):
                     return dead_letter(code, info)
-                return self.retry(attempts)
+                return self.retry(attempts, jitter)
             case _:
                 assert_never(verdict)
 
 
 def dead_letter(code: int, info: str) -> DeadLettered:
-    """A dead letter in plain words, the API's own behind ours."""
+    """Return a dead letter in plain words, with the API's own words after ours."""
     meaning = rule_for(code).meaning
-    # Half a character (a lone surrogate) in the API's words could not be stored.
+    # A lone surrogate in the API's words could not be stored.
     words = info[:200].encode(errors="replace").decode()
     return DeadLettered(code, f"{meaning} ({words})" if words else meaning)

@@ -1,7 +1,7 @@
-"""UserSig, version 2: the signature that proves who calls (Tencent Cloud Chat document 269/32688).
+"""UserSig, version 2: the signature that identifies the caller (Tencent Cloud Chat document 269/32688).
 
-Only the standard library: HMAC-SHA256 over four lines, packed as JSON, deflated, base64 with three
-characters exchanged so that it fits a URL.
+An HMAC-SHA256 over four lines, packed as JSON, deflated, and base64-encoded with three characters replaced so that it
+fits into a URL. Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: Seconds a signature is valid: the least the documents recommend, so a leaked one soon is worthless.
+#: Seconds a signature is valid: the shortest time the documents recommend, so that a leaked one soon expires.
 VALIDITY = 86_400
-#: The part of its life after which a signature is made anew.
+#: The share of its validity after which a signature is replaced.
 RENEW_AFTER = 0.8
-#: Seconds by which a time of signing that the fleet shares may be ahead of this machine's clock.
+#: Seconds by which a signing time shared by the fleet may be ahead of this machine's clock.
 CLOCK_SKEW = 60
 
 _TO_URL = str.maketrans("+/=", "*-_")
@@ -29,7 +29,7 @@ _FROM_URL = str.maketrans("*-_", "+/=")
 
 
 def signature(key: str, identifier: str, sdkappid: int, issued: int, expire: int) -> str:
-    """The `TLS.sig` field: base64 of the HMAC over the signed lines. `expire` is a duration, seconds."""
+    """Return the `TLS.sig` field: base64 of the HMAC over the signed lines. `expire` is a duration in seconds."""
     content = (
         f"TLS.identifier:{identifier}\nTLS.sdkappid:{sdkappid}\nTLS.time:{issued}\nTLS.expire:{expire}\n"
     )
@@ -37,7 +37,7 @@ def signature(key: str, identifier: str, sdkappid: int, issued: int, expire: int
 
 
 def sign(key: str, identifier: str, sdkappid: int, issued: int, expire: int = VALIDITY) -> str:
-    """A complete UserSig. All numbers must be integers: `1.0` would be signed as another text."""
+    """Return a complete UserSig. All numbers must be integers: `1.0` would be signed as a different text."""
     document = {
         "TLS.ver": "2.0",
         "TLS.identifier": identifier,
@@ -50,10 +50,9 @@ def sign(key: str, identifier: str, sdkappid: int, issued: int, expire: int = VA
 
 
 def decode(usersig: str) -> dict[str, Any]:
-    """The document inside a UserSig; raises `ValueError` when it is none.
+    """Return the document inside a UserSig; raises `ValueError` if there is none.
 
-    Encoded UserSigs must never be compared: key order, spacing and compression differ between correct
-    implementations.
+    Never compare encoded UserSigs: key order, spacing and compression differ between correct implementations.
     """
     try:
         inflater = zlib.decompressobj()
@@ -68,19 +67,19 @@ def decode(usersig: str) -> dict[str, Any]:
 
 
 class UserSig(NamedTuple):
-    """A UserSig and the time at which it was made, seconds since 1970."""
+    """A UserSig and when it was made, in seconds since 1970."""
 
     text: str
     issued: int
 
 
 class Signer:
-    """Keeps one valid UserSig and makes a new one at 80 % of its life. Thread-safe."""
+    """Keeps one valid UserSig and replaces it at 80 % of its validity. Thread-safe."""
 
     def __init__(
         self, key: Callable[[], str], identifier: str, sdkappid: int, *, now: Callable[[], float] = time.time
     ) -> None:
-        """`key` gives the secret key; it is asked anew for each signature, so that a key can be rotated."""
+        """`key` returns the secret key. It is called for every signature, so a key can be rotated without a restart."""
         self._key, self._identifier, self._sdkappid, self._now = key, identifier, sdkappid, now
         self._lock = threading.Lock()
         self._current = UserSig("", 0)
@@ -89,22 +88,22 @@ class Signer:
         return f"Signer({self._identifier!r}, {self._sdkappid})"
 
     def current(self) -> UserSig:
-        """A UserSig that stays valid for at least a fifth of `VALIDITY`."""
+        """Return a UserSig that stays valid for at least a fifth of `VALIDITY`."""
         now = int(self._now())
         with self._lock:
-            # A clock that was set back makes the signature one from the future: make it anew, too.
+            # After the clock was set back, the signature is from the future: replace that one, too.
             age = now - self._current.issued
             if not self._current.text or not -CLOCK_SKEW <= age < VALIDITY * RENEW_AFTER:
                 self._sign(now)
             return self._current
 
-    def sign_again(self) -> None:
+    def renew(self) -> None:
         """Make a new UserSig now."""
         with self._lock:
             self._sign(int(self._now()))
 
     def adopt(self, issued: int) -> None:
-        """Make the UserSig of that time (seconds since 1970), unless the current one is as new."""
+        """Sign as of `issued` (seconds since 1970), unless the current UserSig is as new."""
         with self._lock:
             if self._current.issued < issued:
                 self._sign(issued)

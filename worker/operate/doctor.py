@@ -20,7 +20,7 @@ from kombu.exceptions import OperationalError
 from worker import logs, runtime
 from worker.clock import Clock, SystemClock
 from worker.config import Settings
-from worker.delivery.api import NoReply, Reply
+from worker.delivery.answers import NoReply, Reply
 from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
 from worker.delivery.policy import Verdict, rule_for
 from worker.errors import CallFailed, ConfigError

@@ -1,0 +1,105 @@
+"""What the API answers, as values.
+
+Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/60565 (`timpush/set_attr`) and 1047/34620 (rules
+for all calls). The API answers HTTP 200 even on failure; the truth is in `ErrorCode` and, under a successful
+`ErrorCode`, in `ErrorList`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from worker.models import UserId
+
+#: `ActionStatus` is FAIL, or missing, under `ErrorCode` 0: a failure that the API did not number.
+UNNUMBERED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class UserError:
+    """One entry of `ErrorList`. `code` is `UNNUMBERED` when the entry has none."""
+
+    code: int
+    info: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A readable answer. `code` 0 means success for every user that is not in `errors`.
+
+    `info` and the entries' `info` are the API's own words. They may quote values, so they go into dead letters, never
+    into logs.
+    """
+
+    code: int
+    info: str = ""
+    errors: Mapping[UserId, UserError] = field(default_factory=dict)
+    request_id: str = ""
+    #: The app's attribute names, if the call asked for them.
+    names: frozenset[str] = frozenset()
+    #: When the UserSig of the call was made, seconds since 1970.
+    signed_at: int = field(default=0, compare=False)
+    #: The API's own time, as its `Date` header has it.
+    date: str = field(default="", compare=False)
+
+
+class Failure(StrEnum):
+    """Why there is no readable answer."""
+
+    UNREACHABLE = "unreachable"  # no connection: the request never left
+    TIMEOUT = "timeout"
+    BROKEN = "connection broken"
+    HTTP_STATUS = "http status"
+    UNREADABLE = "unreadable reply"
+
+
+@dataclass(frozen=True, slots=True)
+class NoReply:
+    """No readable answer. Unless `sent` is False, the API may have applied the call, or may still do so."""
+
+    failure: Failure
+    sent: bool = True
+    http_status: int | None = None
+
+
+Answer = Reply | NoReply
+
+#: Nothing left this machine.
+UNREACHABLE = NoReply(Failure.UNREACHABLE, sent=False)
+
+
+def read_reply(body: bytes) -> Answer:
+    """Read the body of an answer with HTTP status 200 by its documented fields; unknown fields are ignored."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return NoReply(Failure.UNREADABLE)
+    if not isinstance(answer, dict) or type(answer.get("ErrorCode")) is not int:
+        return NoReply(Failure.UNREADABLE)
+    entries, names = answer.get("ErrorList") or [], answer.get("AttrNames") or {}
+    if not isinstance(entries, list) or not isinstance(names, dict):
+        return NoReply(Failure.UNREADABLE)
+    code: int = answer["ErrorCode"]
+    if code == 0 and answer.get("ActionStatus") != "OK":
+        code = UNNUMBERED
+    return Reply(
+        code=code,
+        info=str(answer.get("ErrorInfo") or ""),
+        errors=dict(filter(None, map(_user_error, entries))),
+        request_id=str(answer.get("RequestId") or ""),
+        names=frozenset(name for name in names.values() if isinstance(name, str)),
+    )
+
+
+def _user_error(entry: Any) -> tuple[UserId, UserError] | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("To_Account"), str):
+        return None
+    code = entry.get("ErrorCode")
+    if code == 0:
+        return None
+    number = code if type(code) is int else UNNUMBERED
+    return entry["To_Account"], UserError(number, str(entry.get("ErrorInfo") or ""))
