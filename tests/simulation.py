@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import requests
 import tornado.httpserver
 
 from tests.conftest import SECRET_KEY
+from worker.delivery.answers import Answer, NoReply
+from worker.delivery.api import ChatApi
+from worker.models import Attributes, UserId
 from worker.sandbox.redis_server import free_port
 from worker.sandbox.simulator import Api, Fault, Faults, make_server
 
@@ -59,3 +62,12 @@ def simulation() -> Iterator[Simulation]:
 
 def control(url: str, what: str) -> requests.Response:
     return requests.get(f"{url}/simulator/{what}", timeout=10)
+
+
+def set_at_once(api: ChatApi, users: Iterable[tuple[UserId, Attributes]]) -> Answer:
+    """Make one call without waiting for a slot."""
+    call = api.prepare_set(users)
+    if isinstance(call, NoReply):
+        return call
+    call.send()
+    return call.answer()

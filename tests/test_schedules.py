@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,8 @@ from tests.schedules.pool import wire
 from tests.schedules.run import run
 from tests.schedules.wire import Wire
 from worker.delivery.loop import Delivery
-from worker.delivery.policy import Again, Policy
+from worker.delivery.plan import StopLine
+from worker.delivery.policy import Policy, RetryUncounted
 from worker.models import Retried
 from worker.state import scripts
 
@@ -117,10 +119,10 @@ def test_a_bug_in_a_script_is_found(bug: str, connected: Wire, monkeypatch: pyte
 def test_users_sent_again_while_the_old_call_can_still_land_are_found(
     connected: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_hold(self: Policy, action: Again, attempts: int) -> Retried:
-        return Retried(self.backoff(attempts), proven=False)
+    def without_hold(self: Policy, action: RetryUncounted, attempts: int, jitter: float) -> Retried:
+        return Retried(self.backoff(attempts, jitter), proven=False)
 
-    monkeypatch.setattr(Policy, "again", without_hold)
+    monkeypatch.setattr(Policy, "retry_uncounted", without_hold)
 
     assert "stale" in found(connected)
 
@@ -128,12 +130,12 @@ def test_users_sent_again_while_the_old_call_can_still_land_are_found(
 def test_a_stop_of_the_line_that_forgets_the_hold_is_found(
     connected: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop: Any = Delivery._stop
+    stop_line: Any = Delivery._stop_line
 
-    def without_hold(*args: Any, hold: bool = False, **options: Any) -> None:
-        stop(*args, **options)
+    def without_hold(self: Delivery, claim: Any, stop: StopLine) -> Any:
+        return stop_line(self, claim, dataclasses.replace(stop, hold=0.0))
 
-    monkeypatch.setattr(Delivery, "_stop", without_hold)
+    monkeypatch.setattr(Delivery, "_stop_line", without_hold)
 
     assert "stale" in found(connected)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import statistics
@@ -16,8 +15,10 @@ import redis
 import requests
 
 from tests.bench import APP, ATTRS, Results, console, cpu, server, users
+from tests.simulation import set_at_once
 from worker.clock import SystemClock
-from worker.delivery.api import ChatApi, Reply
+from worker.delivery.answers import Reply
+from worker.delivery.api import ChatApi
 from worker.delivery.usersig import Signer
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
@@ -146,11 +147,11 @@ def instrument(results: Results) -> None:
     with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), environ, plan) as sandbox:
         signer = Signer(lambda: "k" * 64, "administrator", APP)
         client = ChatApi(sandbox.api_url, signer, sdkappid=APP, identifier="administrator")
-        body = client.encode(users(100))
+        body = list(users(100))
         pid, calls = sandbox.pids()["simulator"], 1500
-        client.send(body, contextlib.nullcontext())
+        set_at_once(client, body)
         used = cpu(pid)
-        good = sum(client.send(body, contextlib.nullcontext()) == Reply(0) for _ in range(calls))
+        good = sum(set_at_once(client, body) == Reply(0) for _ in range(calls))
         used = cpu(pid) - used
     rate = calls / used
     results.add(

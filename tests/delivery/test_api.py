@@ -8,12 +8,14 @@ import json
 import logging
 import select
 import socket
+import ssl
+import struct
+import subprocess
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
@@ -23,7 +25,8 @@ import structlog
 from tests.conftest import SECRET_KEY
 from tests.simulation import APP, Simulation, simulation
 from worker import logs
-from worker.delivery.api import UNNUMBERED, ChatApi, Failure, NoReply, Reply, UserError, read_reply
+from worker.delivery.answers import UNNUMBERED, Answer, Failure, NoReply, Reply, UserError, read_reply
+from worker.delivery.api import Call, ChatApi
 from worker.delivery.usersig import Signer, decode
 from worker.models import Attributes
 from worker.sandbox.redis_server import free_port
@@ -38,6 +41,44 @@ def simulated() -> Iterator[Simulation]:
         yield running
 
 
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[socket.socket]:
+    """A server of TLS whose certificate is its own."""
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=127.0.0.1",
+            "-keyout",
+            str(tmp_path / "key.pem"),
+            "-out",
+            str(tmp_path / "cert.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        context.wrap_socket(server, server_side=True) as secure,
+    ):
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                secure.accept()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield secure
+
+
 @pytest.fixture(autouse=True)
 def no_faults(simulated: Simulation) -> None:
     simulated.fail()
@@ -49,15 +90,18 @@ def make_client(url: str, **options: Any) -> ChatApi:
     return ChatApi(url, signer, sdkappid=APP, identifier="administrator", **defaults | options)
 
 
-@contextlib.contextmanager
-def gate_that(does: Callable[[], object]) -> Iterator[None]:
-    """A gate that does this before it opens."""
-    does()
-    yield
+def prepare(client: ChatApi) -> Call:
+    call = client.prepare_set(USERS)
+    assert not isinstance(call, NoReply)
+    return call
 
 
-def call(client: ChatApi) -> Reply | NoReply:
-    return client.send(client.encode(USERS), contextlib.nullcontext())
+def call(client: ChatApi) -> Answer:
+    prepared = client.prepare_set(USERS)
+    if isinstance(prepared, NoReply):
+        return prepared
+    prepared.send()
+    return prepared.answer()
 
 
 class Wire:
@@ -166,31 +210,28 @@ def test_a_thread_keeps_its_connection_and_another_has_its_own() -> None:
         assert server.connections == 2
 
 
-def test_at_the_gate_the_connection_stands_and_nothing_is_sent() -> None:
+def test_a_prepared_call_has_its_connection_and_nothing_is_sent() -> None:
     with wire(saying(OK)) as server:
         client = make_client(server.url)
         seen: list[tuple[int, int]] = []
 
-        def gate() -> None:
-            # The accepting thread may need a moment; the connection stands before that.
+        for _ in range(2):
+            prepared = prepare(client)
+            # The accepting thread may need a moment; the connection is there before that.
             threading.Event().wait(0.05)
             seen.append((server.connections, len(server.requests)))
-
-        client.send(client.encode(USERS), gate_that(gate))
-        client.send(client.encode(USERS), gate_that(gate))
+            prepared.send()
+            prepared.answer()
 
     assert seen == [(1, 0), (1, 1)]
 
 
-def test_what_the_gate_raises_passes_through_and_the_client_lives_on(simulated: Simulation) -> None:
+def test_a_call_that_was_abandoned_is_never_sent_and_the_next_one_works(simulated: Simulation) -> None:
     client = make_client(simulated.url)
     before = simulated.api.counts.requests
 
-    def closed() -> None:
-        raise LookupError("no slot")
+    prepare(client).abandon()
 
-    with pytest.raises(LookupError, match="no slot"):
-        client.send(client.encode(USERS), gate_that(closed))
     assert simulated.api.counts.requests == before
     assert call(client) == Reply(0)
 
@@ -234,7 +275,7 @@ def test_what_the_gate_raises_passes_through_and_the_client_lives_on(simulated: 
         (None, NoReply(Failure.UNREADABLE)),
     ],
 )
-def test_an_answer_is_read_completely(body: object, expected: Reply | NoReply) -> None:
+def test_an_answer_is_read_completely(body: object, expected: Answer) -> None:
     assert read_reply(json.dumps(body).encode()) == expected
 
 
@@ -258,7 +299,7 @@ SIMULATED = [
 
 
 @pytest.mark.parametrize(("fault", "expected"), SIMULATED, ids=lambda value: str(value)[:40])
-def test_a_failure_becomes_a_value(fault: Fault, expected: Reply | NoReply, simulated: Simulation) -> None:
+def test_a_failure_becomes_a_value(fault: Fault, expected: Answer, simulated: Simulation) -> None:
     client = make_client(simulated.url)
     simulated.fail(fault)
 
@@ -311,13 +352,13 @@ def test_a_refused_connection_was_never_sent() -> None:
     assert call(client) == NoReply(Failure.UNREACHABLE, sent=False)
 
 
-def test_a_refused_signature_is_made_anew(simulated: Simulation) -> None:
+def test_a_refused_signature_is_renewed(simulated: Simulation) -> None:
     moments = iter([1_700_000_000, 1_700_000_000, 1_900_000_000, 1_900_000_000])
     signer = Signer(lambda: SECRET_KEY, "administrator", APP, now=lambda: next(moments))
     client = ChatApi(simulated.url, signer, sdkappid=APP, identifier="administrator")
 
     assert call(client) == Reply(70001, "UserSig has expired")
-    client.sign_again()
+    client.renew_signature()
     assert call(client) == Reply(0)
 
 
@@ -377,7 +418,7 @@ def test_random_is_new_for_every_call() -> None:
         assert len({parameters_of(request)["random"] for request in server.requests}) == 2
 
 
-def test_a_signature_is_kept_until_it_is_made_again() -> None:
+def test_a_signature_is_kept_until_it_is_renewed() -> None:
     seconds = itertools.count(1_700_000_000)
     signer = Signer(lambda: SECRET_KEY, "administrator", APP, now=lambda: next(seconds))
     with wire(saying(OK)) as server:
@@ -385,7 +426,7 @@ def test_a_signature_is_kept_until_it_is_made_again() -> None:
 
         call(client)
         call(client)
-        client.sign_again()
+        client.renew_signature()
         call(client)
 
         first, second, third = (parameters_of(request)["usersig"] for request in server.requests)
@@ -401,95 +442,118 @@ def answer_once(connection: socket.socket) -> None:
             pass
 
 
-def test_not_one_byte_arrives_before_the_gate_returns() -> None:
-    arrived_early: list[bool] = []
+def test_not_one_byte_arrives_before_the_call_is_sent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(5)
-        client = make_client(f"http://127.0.0.1:{server.getsockname()[1]}")
+        prepared = prepare(make_client(f"http://127.0.0.1:{server.getsockname()[1]}"))
+        connection, _ = server.accept()
+        readable, _, _ = select.select([connection], [], [], 0.1)
+        threading.Thread(target=answer_once, args=(connection,)).start()
+        prepared.send()
 
-        def gate() -> None:
-            connection, _ = server.accept()
-            readable, _, _ = select.select([connection], [], [], 0.1)
-            arrived_early.append(bool(readable))
-            threading.Thread(target=answer_once, args=(connection,)).start()
+        assert prepared.answer() == Reply(0)
 
-        reply = client.send(client.encode(USERS), gate_that(gate))
-
-    assert arrived_early == [False]
-    assert reply == Reply(0)
+    assert not readable
 
 
-def test_a_request_leaves_in_one_write(simulated: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_leaves_in_one_write(simulated: Simulation) -> None:
     # Between two, other threads get their turn, and the call arrives late.
-    happened: list[str | bytes] = []
-    write = HTTPConnection.send
-
-    def send(self: HTTPConnection, data: bytes) -> None:
-        write(self, data)
-        happened.append(data[-len(body) - 4 :])
-
-    @contextlib.contextmanager
-    def gate() -> Iterator[None]:
-        happened.append("entered")
-        yield
-        happened.append("left")
-
-    monkeypatch.setattr(HTTPConnection, "send", send)
+    writes: list[bytes] = []
     client = make_client(simulated.url)
-    body = client.encode(USERS)
+    for _ in range(2):
+        prepared: Any = prepare(client)
+        connection = prepared._exchange._connection
+        connection.sock = connection.sock if writes else Written(connection.sock, writes)
+        prepared.send()
+        assert prepared.answer() == Reply(0)
 
-    client.send(body, gate())
-    client.send(body, gate())
+    assert len(writes) == 2
+    assert all(data.startswith(b"POST /v4/all_member_push/im_set_attr?") for data in writes)
+    assert all(data.endswith(b'"Attrs":{"level":"Gold"}}]}') for data in writes)
 
-    assert happened == 2 * ["entered", b"\r\n\r\n" + body, "left"]
+
+class Written:
+    """A socket that keeps what is written to it."""
+
+    def __init__(self, sock: socket.socket, writes: list[bytes]) -> None:
+        self._sock, self._writes = sock, writes
+
+    def sendall(self, data: bytes) -> None:
+        self._writes.append(data)
+        self._sock.sendall(data)
+
+    def send(self, data: bytes) -> int:
+        self._writes.append(data)
+        return self._sock.send(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
 
 
 @pytest.mark.parametrize("fault", [Fault("reset"), Fault("status", code=502), Fault("truncated")], ids=str)
-def test_a_failed_call_passes_the_gate_once(fault: Fault, simulated: Simulation) -> None:
+def test_a_failed_call_is_not_repeated(fault: Fault, simulated: Simulation) -> None:
     client = make_client(simulated.url)
     call(client)
-    passed: list[None] = []
+    before = simulated.api.counts.requests
     simulated.fail(fault)
 
-    client.send(client.encode(USERS), gate_that(lambda: passed.append(None)))
+    assert isinstance(call(client), NoReply)
 
-    assert len(passed) == 1
+    assert simulated.api.counts.requests == before + 1
 
 
-def test_without_a_connection_the_gate_is_not_reached() -> None:
+def test_without_a_connection_there_is_nothing_to_send() -> None:
     client = make_client(f"http://127.0.0.1:{free_port()}")
-    passed: list[None] = []
 
-    client.send(client.encode(USERS), gate_that(lambda: passed.append(None)))
-
-    assert passed == []
+    assert client.prepare_set(USERS) == NoReply(Failure.UNREACHABLE, sent=False)
 
 
-def test_a_gate_that_raises_on_a_kept_connection_does_no_harm() -> None:
-    def closed() -> None:
-        raise LookupError
-
+def test_a_call_abandoned_on_a_kept_connection_does_no_harm() -> None:
     with wire(saying(OK)) as server:
         client = make_client(server.url)
         call(client)
 
-        with pytest.raises(LookupError):
-            client.send(client.encode(USERS), gate_that(closed))
+        prepare(client).abandon()
 
         assert call(client) == Reply(0)
         assert len(server.requests) == 2
 
 
-def test_waiting_long_at_the_gate_does_not_make_a_good_reply_late() -> None:
+def test_waiting_long_for_the_slot_does_not_make_a_good_reply_late() -> None:
     with wire(saying(OK)) as server:
-        client = make_client(server.url, connect_timeout=0.25, read_timeout=0.25)
+        prepared = prepare(make_client(server.url, connect_timeout=0.25, read_timeout=0.25))
+        threading.Event().wait(0.6)
+        prepared.send()
 
-        def gate() -> None:
-            threading.Event().wait(0.6)
+        assert prepared.answer() == Reply(0)
 
-        reply = client.send(client.encode(USERS), gate_that(gate))
 
-    assert reply == Reply(0)
+def test_a_connection_that_is_closed_while_it_waits_for_the_slot_is_broken() -> None:
+    # Whether the request has arrived nobody knows: it counts as sent.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        prepared = prepare(make_client(f"http://127.0.0.1:{server.getsockname()[1]}"))
+        connection, _ = server.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        threading.Event().wait(0.05)
+        prepared.send()
+
+        assert prepared.answer() == NoReply(Failure.BROKEN, sent=True)
+
+
+def test_a_certificate_that_nobody_trusts_is_unreachable_and_nothing_is_sent(tls: socket.socket) -> None:
+    client = make_client(f"https://127.0.0.1:{tls.getsockname()[1]}")
+
+    assert call(client) == NoReply(Failure.UNREACHABLE, sent=False)
+
+
+def test_proxies_of_the_environment_are_ignored(
+    simulated: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+
+    assert call(make_client(simulated.url)) == Reply(0)
 
 
 @pytest.mark.parametrize(
@@ -564,12 +628,12 @@ CHUNKED = (
     [(CHUNKED + b"0\r\n\r\n", Reply(0)), (CHUNKED, NoReply(Failure.BROKEN))],
     ids=["whole", "without its end"],
 )
-def test_a_chunked_answer_needs_its_end(data: bytes, expected: Reply | NoReply) -> None:
+def test_a_chunked_answer_needs_its_end(data: bytes, expected: Answer) -> None:
     with wire(saying_and_closing(data)) as server:
         assert call(make_client(server.url)) == expected
 
 
-def test_a_connection_closed_between_two_calls_is_made_anew() -> None:
+def test_a_connection_closed_between_two_calls_is_opened_again() -> None:
     closed = threading.Event()
 
     def answer_and_close(connection: socket.socket) -> None:
@@ -674,7 +738,7 @@ class Watch:
     caplog: pytest.LogCaptureFixture
     capsys: pytest.CaptureFixture[str]
 
-    def call(self, url: str) -> Reply | NoReply:
+    def call(self, url: str) -> Answer:
         client, sig = signed_client(url)
         with product_logs(self.caplog):
             result = call(client)
@@ -744,17 +808,3 @@ def test_a_failure_on_the_wire_shows_no_secret(answer: Callable[[socket.socket],
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_refused_connection_shows_no_secret(scheme: str, watch: Watch) -> None:
     assert isinstance(watch.call(f"{scheme}://127.0.0.1:{free_port()}"), NoReply)
-
-
-def test_what_the_gate_raises_brings_no_secret_along(simulated: Simulation, watch: Watch) -> None:
-    client, sig = signed_client(simulated.url)
-
-    def closed() -> None:
-        raise LookupError("no slot")
-
-    with product_logs(watch.caplog), pytest.raises(LookupError) as caught:
-        client.send(client.encode(USERS), gate_that(closed))
-
-    # Source lines are not secrets; only the signature's text would be.
-    assert sig not in "".join(traceback.format_exception(caught.value))
-    watch.check(sig, repr(caught.value))

@@ -136,7 +136,7 @@ def test_a_forgotten_signature_is_made_again(wall: Wall) -> None:
     first = signer.current().text
     wall.now += 1
 
-    signer.sign_again()
+    signer.renew()
 
     assert signer.current().text != first
 
@@ -165,7 +165,7 @@ def test_each_signature_is_made_with_the_key_as_it_is_then(wall: Wall) -> None:
     signer = Signer(lambda: next(keys), "administrator", 1400000000, now=wall)
     signer.current()
 
-    signer.sign_again()
+    signer.renew()
 
     document = usersig.decode(signer.current().text)
     expected = usersig.signature(K2, "administrator", 1400000000, document["TLS.time"], VALIDITY)

@@ -13,7 +13,7 @@ from tests.conftest import SECRET_KEY, ManualClock
 from tests.simulation import Simulation, simulation
 from worker import runtime
 from worker.config import Secret, Settings
-from worker.delivery.api import Failure, NoReply, Reply
+from worker.delivery.answers import Failure, NoReply, Reply
 from worker.delivery.attribute_catalog import FIXES, AttributeCatalog
 from worker.delivery.policy import TABLE
 from worker.errors import CallFailed

@@ -2,7 +2,7 @@
 
 from tests.fleet import Fleet, Request
 from tests.scenarios import Figures, figures, people
-from worker.delivery.api import Failure, NoReply, Reply
+from worker.delivery.answers import Failure, NoReply, Reply
 
 
 def run(fleet: Fleet) -> Figures:

@@ -2,7 +2,7 @@
 
 from tests.fleet import Fleet
 from tests.scenarios import Figures, figures, left, people
-from worker.delivery.api import Reply, UserError
+from worker.delivery.answers import Reply, UserError
 
 
 def run(fleet: Fleet) -> Figures:

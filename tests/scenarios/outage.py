@@ -5,7 +5,7 @@ from itertools import cycle
 
 from tests.fleet import Fleet
 from tests.scenarios import Figures, figures, left, people
-from worker.delivery.api import Failure, NoReply, Reply
+from worker.delivery.answers import Failure, NoReply, Reply
 
 
 def run(fleet: Fleet) -> Figures:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 
-from worker.delivery.api import ChatApi, Reply
+from tests.simulation import set_at_once
+from worker.delivery.answers import Reply
+from worker.delivery.api import ChatApi
 from worker.delivery.usersig import Signer
 from worker.models import Attributes, UserId
 
@@ -30,6 +31,6 @@ class CallFailed(Exception):
 
 def call(users: Mapping[UserId, Attributes]) -> None:
     """Set these users' attributes with one call."""
-    answer = _client.send(_client.encode(users.items()), contextlib.nullcontext())
+    answer = set_at_once(_client, users.items())
     if answer != Reply(0):
         raise CallFailed(f"code {answer.code}" if isinstance(answer, Reply) else answer.failure)
