@@ -407,7 +407,7 @@ def test_every_code_has_a_meaning_and_a_fix(
 
     rate = code in (60007, 60011, 60018, 60019)
     assert finding.level == ("warning" if rate else "error")
-    assert finding.fix == FIXES.get(code, "ask Tencent's support, and name the code")
+    assert finding.fix == FIXES.get(code, "ask Tencent support, quoting the code")
     assert ("another program" in finding.fix) == rate
     assert "on purpose" not in finding.found, "its words may quote what it was sent"
     assert clock.check == "api clock"
@@ -418,8 +418,8 @@ def test_every_code_has_a_meaning_and_a_fix(
     [
         (Fault("status", 502), "HTTP status 502", "wait"),
         (Fault("status", 404), "HTTP status 404", "IMATTR_API_URL"),
-        (Fault("truncated"), "no Tencent API", "IMATTR_API_URL"),
-        (Fault("reset"), "breaks", "network"),
+        (Fault("truncated"), "not Tencent", "IMATTR_API_URL"),
+        (Fault("reset"), "broke", "network"),
     ],
 )
 def test_no_readable_answer_is_explained(
@@ -583,7 +583,7 @@ def test_a_refusal_is_told_in_the_apis_own_words_without_secrets(
 
     with pytest.raises(
         CallFailed,
-        match=r"refuses with 90033, .*: attrName:vip already exists at index:2, see \?usersig=\*\*\*;",
+        match=r"refused with 90033, .*: attrName:vip already exists at index:2, see \?usersig=\*\*\*;",
     ):
         app_names.add(["vip"])
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from tests.simulation import set_at_once
-from worker.delivery.answers import Reply
+from worker.delivery.answers import NoReply, Reply
 from worker.delivery.api import ChatApi
 from worker.delivery.usersig import Signer
 from worker.models import Attributes, UserId
@@ -31,6 +30,10 @@ class CallFailed(Exception):
 
 def call(users: Mapping[UserId, Attributes]) -> None:
     """Set these users' attributes with one call."""
-    answer = set_at_once(_client, users.items())
+    prepared = _client.prepare_set(users.items())
+    if isinstance(prepared, NoReply):
+        raise CallFailed(prepared.failure)
+    prepared.send()
+    answer = prepared.answer()
     if answer != Reply(0):
         raise CallFailed(f"code {answer.code}" if isinstance(answer, Reply) else answer.failure)
