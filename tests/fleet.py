@@ -22,7 +22,7 @@ from worker.clock import Clock
 from worker.delivery.answers import Answer, Failure, NoReply, Reply, read_reply
 from worker.delivery.api import ChatApi
 from worker.delivery.connection import RawAnswer
-from worker.delivery.dispatcher import Dispatcher
+from worker.delivery.dispatcher import TERM, TURN, Dispatcher
 from worker.delivery.loop import Delivery, Summary
 from worker.delivery.policy import Policy
 from worker.delivery.usersig import Signer
@@ -32,6 +32,7 @@ from worker.sandbox.simulator import Api, Quirks
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
 from worker.state.dead_letters import DeadLetters
+from worker.state.leader import Leader
 from worker.state.line import Line, LineState
 
 #: What the network or the service does to a request instead of answering by the rules; None = nothing.
@@ -70,6 +71,10 @@ class Limits:
     backoff_max: float = 300.0
     shadow_ttl: float = 10**6
     shadow_max_users: int = 1_000_000
+
+
+#: Seconds between two turns of a dispatcher that finds nothing to do.
+SLOWEST_TURN = 0.25
 
 
 class StraightCall:
@@ -140,6 +145,8 @@ class Fleet:
     stall: Callable[[], float] = lambda: 0.0
     summaries: list[Summary] = field(default_factory=list)
     tickets: list[BatchId] = field(default_factory=list)
+    #: How many tickets there have been.
+    issued: int = 0
     requests: list[Request] = field(default_factory=list)
     #: The answers that were errors, by the request they answer.
     errors: list[tuple[Request, int]] = field(default_factory=list)
@@ -235,10 +242,11 @@ class Fleet:
     def new_dispatcher(self, worker: str) -> Dispatcher:
         """The dispatcher of one process."""
         limits = self.limits
+        leader = Leader(self.redis, self.buffer._keys.dispatcher, worker, self.world, term=TERM)
         return Dispatcher(
+            leader,
             self.buffer,
             self._publish,
-            worker=worker,
             batch_size=limits.batch_size,
             linger=limits.linger,
             quota=limits.quota,
@@ -253,10 +261,16 @@ class Fleet:
                 self.history.append(self.line.read())
 
     def _dispatch_for_ever(self, dispatcher: Dispatcher) -> None:
+        # Ever more slowly while there is nothing to do: turns that find nothing would be most of a long story's cost.
+        wait, issued = TURN, 0
         while True:
-            self.world.sleep(dispatcher.turn())
+            pause = dispatcher.turn()
+            wait = TURN if self.issued != issued else min(1.5 * wait, SLOWEST_TURN)
+            issued = self.issued
+            self.world.sleep(max(pause, wait))
 
     def _publish(self, ticket: BatchId) -> None:
+        self.issued += 1
         self.tickets.append(ticket)
         self.world.unpark()
 

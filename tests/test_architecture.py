@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LUA = sorted((ROOT / "worker" / "state" / "lua").glob("*.lua"))
+PRELUDE = ROOT / "worker" / "state" / "lua" / "prelude.lua"
+SCRIPTS = [file for file in LUA if file != PRELUDE]
 
 #: The rooms from the bottom up. A module imports its own room and lower ones only; modules at the root of `worker/`, which
 #: others import or start, stand alone. The list is the map of the project.
@@ -106,9 +108,9 @@ def test_a_room_re_exports_nothing(package: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("file", LUA, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_a_lua_header_documents_exactly_the_inputs_used(file: Path) -> None:
-    header, _, code = file.read_text().partition("]]")
+    header, _, code = file.read_text().partition("]]\n")
     assert header.startswith("--[[")
     assert re.search(r"^Returns ", header, re.MULTILINE)
 
@@ -121,20 +123,36 @@ def test_a_lua_header_documents_exactly_the_inputs_used(file: Path) -> None:
         assert not re.search(rf"{table}\[\D", code)
 
 
-@pytest.mark.parametrize("file", LUA, ids=lambda file: file.stem)
-def test_a_script_names_its_arguments_at_once_and_builds_no_keys(file: Path) -> None:
-    code = file.read_text().partition("]]")[2].strip()
-    named, _, rest = code.partition("\nlocal time")
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_a_script_names_its_keys_and_arguments_at_once(file: Path) -> None:
+    names, _, body = file.read_text().partition("]]\n")[2].partition("\n\n")
 
-    assert "ARGV" not in rest
-    assert named.startswith("local ")
+    assert "KEYS" in names
+    assert all(re.match(r"(local [\w, ]+ =|  )", line) for line in names.splitlines())
+    assert not re.search(r"KEYS|ARGV", body)
+
+
+@pytest.mark.parametrize("file", LUA, ids=lambda file: file.stem)
+def test_a_script_builds_no_keys_searches_none_and_can_be_read(file: Path) -> None:
+    code = file.read_text().partition("]]\n")[2]
+
     assert not re.search(r"redis\.call\('(KEYS|SCAN)'", code)
+    assert len(code.splitlines()) <= 130
+
+
+def test_the_prelude_has_only_what_several_scripts_share() -> None:
+    functions = re.findall(r"^local function (\w+)", PRELUDE.read_text(), re.MULTILINE)
+
+    assert functions
+    for function in functions:
+        users = [file.stem for file in LUA if re.search(rf"(?<!function )\b{function}\(", file.read_text())]
+        assert len(users) >= 2, f"{function} is used by {users}"
 
 
 def test_each_script_is_loaded_once() -> None:
     source = "".join(file.read_text() for file in ROOT.glob("worker/**/*.py"))
 
-    assert sorted(re.findall(r'scripts\.load\(\w+, "(\w+)"\)', source)) == sorted(f.stem for f in LUA)
+    assert sorted(re.findall(r'scripts\.load\(\w+, "(\w+)"\)', source)) == sorted(f.stem for f in SCRIPTS)
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"])

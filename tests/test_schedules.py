@@ -64,15 +64,15 @@ SEEDS = 600
 SCRIPT_BUGS = {
     "a reclaimed batch can still be settled": (
         "reclaim",
-        "redis.call('HDEL', KEYS[1], expired)",
+        "redis.call('HDEL', batches, expired)",
         "local _ = 0",
     ),
-    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', KEYS[1], batch) == 0", "false"),
-    "a ticket is good for two claims": ("claim", "redis.call('ZREM', KEYS[8], batch) == 0", "false"),
+    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', batches, batch) == 0", "false"),
+    "a ticket is good for two claims": ("claim", "redis.call('ZREM', tickets, batch) == 0", "false"),
     "a batch that comes back overwrites what is newer": (
         "settle",
-        "      record.a[name] = pair\n",
-        "      record.a[name] = record.a[name] or pair\n",
+        "    for name, pair in pairs(newer.a) do\n      record.a[name] = pair\n",
+        "    for name, pair in pairs(newer.a) do\n      record.a[name] = record.a[name] or pair\n",
     ),
     "an event from the past wins": ("add", "version >= known[2]", "version >= 0"),
     "a clock set back makes new values old": ("add", "math.max(now, floor)", "now"),
@@ -83,12 +83,12 @@ SCRIPT_BUGS = {
     ),
     "a claimed user stays in its lane": (
         "claim",
-        "  redis.call('ZREM', KEYS[2], unpack(users))",
+        "  redis.call('ZREM', live, unpack(users))",
         "  local _ = 0",
     ),
     "two slots for one": ("reserve", "slot + width))", "slot + math.floor(width / 2)))"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
-    "a redrive is not counted": ("redrive", "redriven = redriven + 1", "local _ = 0"),
+    "a redrive is not counted": ("redrive", "counts.redriven = counts.redriven + 1", "local _ = 0"),
     "a lease that ended is not reclaimed": ("reclaim", "'(' .. now", "'(' .. 0"),
     "nobody probes": ("dispatch", "next_probe <= now", "false"),
 }

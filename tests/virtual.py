@@ -22,9 +22,9 @@ from worker.state import scripts
 #: What the servers' clock shows when the world's clock shows 0, us since 1970.
 EPOCH_US = 1_700_000_000_000_000
 #: Scripts that reckon in microseconds, and those that take no time.
-_MICROSECONDS, _TIMELESS = {"reserve", "pause", "reopen"}, {"redrive", "elect"}
+_MICROSECONDS, _TIMELESS = {"reserve", "pause", "reopen"}, {"redrive", "campaign"}
 
-#: Put before the dispatcher's script: the term of who is elected ends by our clock, too.
+#: Put before the election: the term ends by our clock, too, which comes as one more argument.
 _TERM_BY_OUR_CLOCK = """
 local server, redis = redis, {}
 function redis.call(verb, key, ...)
@@ -34,10 +34,10 @@ function redis.call(verb, key, ...)
   local ends = key .. ':ends'
   if verb == 'SET' then
     local worker, _, term = ...
-    server.call('SET', ends, string.format('%.0f', ARGV[1] + term))
+    server.call('SET', ends, string.format('%.0f', ARGV[3] + term))
     return server.call('SET', key, worker)
   end
-  local left = (tonumber(server.call('GET', ends)) or 0) - ARGV[1]
+  local left = (tonumber(server.call('GET', ends)) or 0) - ARGV[3]
   if verb == 'PTTL' then
     return left
   end
@@ -57,7 +57,7 @@ def terms_on_our_clock() -> Iterator[None]:
     source = scripts.source
 
     def with_our_term(name: str) -> str:
-        return _TERM_BY_OUR_CLOCK + source(name) if name == "dispatch" else source(name)
+        return _TERM_BY_OUR_CLOCK + source(name) if name == "campaign" else source(name)
 
     scripts.source = with_our_term
     try:
@@ -75,6 +75,8 @@ def scripts_on(us: Callable[[], int]) -> Iterator[None]:
         script = load(redis, name)
 
         def call(keys: Sequence[str], args: Sequence[scripts.Argument]) -> Any:
+            if name == "campaign":
+                return script(keys, (*args, us() // 1000))
             now = now_for(name, us())
             if now is not None and args[0] == "":
                 args = (now, *args[1:])

@@ -201,9 +201,8 @@ class DispatcherStep(bootsteps.StartStopStep):
                 runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
             )
         self._dispatcher = Dispatcher(
-            runtime.build_buffer(settings, runtime.connect(settings)),
+            *runtime.build_dispatch(settings, f"{worker.hostname or socket.gethostname()}"),
             self._publish,
-            worker=f"{worker.hostname or socket.gethostname()}",
             batch_size=settings.batch_size,
             linger=settings.linger,
             quota=settings.quota,

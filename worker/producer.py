@@ -153,10 +153,7 @@ class Producer:
 
     def has_room(self, share: float = 0.0) -> bool:
         """Whether new users are accepted now; with a `share`, whether that part of the room is free."""
-        if self._memory.is_short():
-            return False
-        pending: int = self._redis.hlen(self._keys.pending)
-        return not self._max_pending or pending < self._max_pending * (1 - share)
+        return not self._memory.is_short() and self._buffer.has_room(self._max_pending, share)
 
     def _full(self, user: UserId) -> BufferFull:
         return BufferFull(user, None if self._memory.is_short() else self._max_pending or None)

@@ -38,6 +38,7 @@ from .clock import Clock, SystemClock
 from .state import scripts
 from .state.connection import Redis, connect
 from .state.keys import Keys
+from .state.scripts import text
 
 #: Slots are this much further apart than 1 / quota.
 SPACING = 1.02
@@ -70,6 +71,18 @@ class Permit:
     due: float
     epoch: int
     limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RateState:
+    """What the limiter does now. Times in seconds since 1970 on Redis' clock."""
+
+    #: Calls a second that are tried while that is below the quota, else None.
+    limit: int | None = None
+    paused_at: float = 0.0
+    paused_until: float = 0.0
+    reason: str = ""
+    code: int | None = None
 
 
 class ClockSync:
@@ -212,6 +225,19 @@ class RateLimiter:
         bounds = (_us(DWELL), _us(SHORTEST_HOLD), _us(LONGEST_HOLD))
         args = (now, _us(seconds), reason, "" if code is None else code, permit_epoch, limit, *bounds)
         return bool(self._pause(self._keys, args))
+
+
+def read_rate(redis: Redis, keys: Keys) -> RateState:
+    """Return what an app's limiter does now."""
+    fields = ("limit", "paused_at", "paused_until", "reason", "code")
+    limit, paused_at, paused_until, reason, code = redis.hmget(keys.rate, fields)
+    return RateState(
+        limit=int(limit) if limit else None,
+        paused_at=int(paused_at or 0) / 1e6,
+        paused_until=int(paused_until or 0) / 1e6,
+        reason=text(reason or b""),
+        code=int(code) if code else None,
+    )
 
 
 def _us(seconds: float) -> int:

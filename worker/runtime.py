@@ -10,6 +10,7 @@ import threading
 from worker import logs
 from worker.clock import SystemClock
 from worker.config import Settings
+from worker.delivery import dispatcher
 from worker.delivery.api import ChatApi
 from worker.delivery.attribute_catalog import AttributeCatalog
 from worker.delivery.loop import Delivery
@@ -23,6 +24,7 @@ from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
 from worker.state.keys import Keys
+from worker.state.leader import Leader
 from worker.state.line import Line
 from worker.state.refused import Refused
 
@@ -105,6 +107,13 @@ def build_delivery(settings: Settings, redis: Redis) -> Delivery:
         rng=random.Random(),
         stopping=stopping.is_set,
     )
+
+
+def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer]:
+    """What the dispatcher of `worker` needs to know about the fleet."""
+    redis, keys = connect(settings), Keys(settings.sdkappid)
+    leader = Leader(redis, keys.dispatcher, worker, SystemClock(), term=dispatcher.TERM)
+    return leader, build_buffer(settings, redis)
 
 
 def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from worker.delivery.dispatcher import RETRY_AFTER, TURN, Dispatcher
+from worker.clock import SystemClock
+from worker.delivery.dispatcher import TERM, TURN, Dispatcher
 from worker.models import BatchId, Update
 from worker.state.buffer import Buffer
 from worker.state.keys import Keys
+from worker.state.leader import RETRY_AFTER, Leader
 
 
 @pytest.fixture
@@ -21,7 +23,8 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
 
 
 def dispatcher(buffer: Buffer, publish: Callable[[BatchId], None], worker: str = "w1") -> Dispatcher:
-    return Dispatcher(buffer, publish, worker=worker, batch_size=100, linger=0.25, quota=100)
+    leader = Leader(buffer._redis, buffer._keys.dispatcher, worker, SystemClock(), term=TERM)
+    return Dispatcher(leader, buffer, publish, batch_size=100, linger=0.25, quota=100)
 
 
 def test_a_ticket_is_published_for_every_full_batch(buffer: Buffer) -> None:
@@ -83,7 +86,7 @@ def test_the_thread_outlives_any_failure_and_says_so_once(
     assert waits[:2] == [RETRY_AFTER, RETRY_AFTER]
 
 
-def test_a_dispatcher_that_ends_resigns(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
+def test_a_dispatcher_that_ends_steps_down(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
     ending = dispatcher(buffer, lambda ticket: None)
     ending.turn()
     ending.stop()
@@ -95,13 +98,13 @@ def test_a_dispatcher_that_ends_resigns(buffer: Buffer, client: redis.Redis, key
 
 def test_expired_leases_are_reclaimed(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
     tickets: list[BatchId] = []
-    acting = dispatcher(buffer, tickets.append)
-    acting.turn()
+    leading = dispatcher(buffer, tickets.append)
+    leading.turn()
     buffer.claim(tickets[0], 100)
     client.zadd(keys.leases, {tickets[0]: 1})
 
     for _ in range(30):
-        acting.turn()
+        leading.turn()
 
     assert buffer.snapshot().in_flight == 0
     assert buffer.snapshot().live == 300

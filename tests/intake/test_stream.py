@@ -12,12 +12,13 @@ import pytest
 import redis
 
 from tests.conftest import ManualClock
-from worker.intake.stream import FULL_PAUSE, GROUP, RETRY_AFTER, TERM, Entry, StreamConsumer
+from worker.intake.stream import FULL_PAUSE, GROUP, TERM, Entry, StreamConsumer
 from worker.models import Acked, Update
 from worker.producer import Producer
 from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.buffer import Added, Buffer, new_batch_id
 from worker.state.keys import Keys
+from worker.state.leader import RETRY_AFTER
 from worker.state.refused import Refused
 from worker.state.scripts import text
 
@@ -296,7 +297,7 @@ def test_the_thread_outlives_failures_and_a_deleted_stream(
 
     assert waits[:3] == [RETRY_AFTER, RETRY_AFTER, 0.0]
     assert list(pending(client, keys)) == ["ann"]
-    assert client.get(keys.consumer) is None, "one that ends resigns"
+    assert client.get(keys.consumer) is None, "one that ends steps down"
 
 
 def test_what_was_taken_when_redis_failed_comes_again_before_what_is_newer(

@@ -440,6 +440,7 @@ def test_no_readable_answer_is_explained(
         (f"http://127.0.0.1:{free_port()}", "cannot be reached"),
         ("https://no.such.host.invalid", "cannot be reached"),
     ],
+    ids=["no server", "no host"],
 )
 def test_an_api_that_is_not_there_is_explained(environ: Environ, url: str, found: str) -> None:
     finding = examine(environ | {"IMATTR_API_URL": url})["api"]

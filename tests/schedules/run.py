@@ -22,17 +22,17 @@ from tests.history import Applied, Call, History, Offer, Violation
 from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
-from worker.delivery import dispatcher
 from worker.delivery.answers import Answer, Failure, NoReply, Reply
-from worker.delivery.dispatcher import RETRY_AFTER, TERM, Dispatcher
+from worker.delivery.dispatcher import TERM, Dispatcher
 from worker.delivery.loop import Delivery
 from worker.models import BatchId, Update
 from worker.sandbox.simulator import Api, Quirks, at_once, never
-from worker.state import buffer, scripts
+from worker.state import buffer, leader, scripts
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer
 from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
+from worker.state.leader import RETRY_AFTER
 from worker.state.line import Line
 
 #: Attributes of updates without, and with event times; never mixed, since only one of both orders can be judged.
@@ -105,7 +105,7 @@ class Schedule(Fleet):
         self._ledgers: list[dict[str, int]] = []
         self._values, self._events_ms = 0, set[int]()
         self._last: dict[tuple[str, str], str | None] = {}
-        self._issued = 0
+        self.issued = 0
         self._workers: list[Worker] = []
         self._writing = self.plan.writers
         self._operator = Process("operator")
@@ -377,18 +377,18 @@ class Schedule(Fleet):
         # nothing are most of what a schedule would cost.
         wait = shortest = self.plan.turn
         while not worker.stopping:
-            issued = self._issued
+            issued = self.issued
             try:
                 pause = dispatcher.turn()
             except (*_LOST_REPLIES, BrokerDown):
                 pause = RETRY_AFTER
-            wait = shortest if self._issued != issued else min(2 * wait, 0.9 * TERM)
+            wait = shortest if self.issued != issued else min(2 * wait, 0.9 * TERM)
             self.world.sleep(max(pause, wait))
         with contextlib.suppress(*_LOST_REPLIES):
-            self.buffer.step_down(worker.name)
+            dispatcher.leader.step_down()
 
     def _publish(self, ticket: BatchId) -> None:
-        self._issued += 1
+        self.issued += 1
         match self._strikes("a ticket"):
             case "lost":
                 return
@@ -699,7 +699,7 @@ def _deterministic(seed: int) -> Iterator[None]:
 
     with (
         mock.patch.object(buffer, "new_batch_id", new_batch_id),
-        mock.patch.object(dispatcher, "random", random.Random(f"{seed} dispatchers")),
+        mock.patch.object(leader, "random", random.Random(f"{seed} dispatchers")),
     ):
         yield
 

@@ -23,8 +23,8 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
     return Buffer(client, keys)
 
 
-def turn(buffer: Buffer, worker: str = "w1", *, now_ms: int = NOW, most: int = 10) -> Tick:
-    return buffer.tick(worker, term=2.0, size=100, linger=0.25, ticket_ttl=10.0, most=most, now_ms=now_ms)
+def turn(buffer: Buffer, *, now_ms: int = NOW, most: int = 10) -> Tick:
+    return buffer.tick(size=100, linger=0.25, ticket_ttl=10.0, most=most, now_ms=now_ms)
 
 
 def claim(buffer: Buffer, client: redis.Redis, *, now_ms: int = NOW) -> tuple[BatchId, list[ClaimedUser]]:
@@ -42,7 +42,7 @@ def updates(count: int, value: str = "Paris") -> list[Update]:
 def test_a_lone_update_lingers_for_company(buffer: Buffer) -> None:
     buffer.add(updates(1), now_ms=NOW)
 
-    assert turn(buffer, now_ms=NOW + 100) == Tick(True, (), 0.15)
+    assert turn(buffer, now_ms=NOW + 100) == Tick((), 0.15)
     assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
 
 
@@ -83,24 +83,11 @@ def test_a_released_ticket_is_replaced_at_once(buffer: Buffer) -> None:
     assert len(turn(buffer).tickets) == 1
 
 
-def test_one_dispatcher_acts_until_it_resigns(buffer: Buffer) -> None:
-    assert turn(buffer, "w1").acting
-    waiting = turn(buffer, "w2")
-    assert not waiting.acting
-    assert waiting.next_due is not None
-    assert 0 < waiting.next_due <= 2.0
-
-    buffer.step_down("w2")
-    assert not turn(buffer, "w2").acting, "only the acting one can resign"
-    buffer.step_down("w1")
-    assert turn(buffer, "w2").acting
-
-
 def test_nothing_is_issued_during_a_pause(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
     buffer.add(updates(100), now_ms=NOW)
     client.hset(keys.rate, mapping={"paused_at": NOW * 1000, "paused_until": (NOW + 1500) * 1000})
 
-    assert turn(buffer, now_ms=NOW + 1000) == Tick(True, (), 0.5)
+    assert turn(buffer, now_ms=NOW + 1000) == Tick((), 0.5)
     assert len(turn(buffer, now_ms=NOW + 1500).tickets) == 1
 
 

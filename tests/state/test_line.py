@@ -27,7 +27,7 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
 
 
 def turn(buffer: Buffer, now_ms: int) -> Tick:
-    return buffer.tick("w", term=60, size=100, linger=0.25, ticket_ttl=10, most=10, now_ms=now_ms)
+    return buffer.tick(size=100, linger=0.25, ticket_ttl=10, most=10, now_ms=now_ms)
 
 
 def stop(

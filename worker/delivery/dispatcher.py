@@ -1,23 +1,19 @@
 """The dispatcher: turns "there is work" into tickets, one Celery message each.
 
-Every worker runs one in a thread of its own; a short term in Redis elects which of them acts. All
-decisions are made in one script (`lua/dispatch.lua`), so a turn costs one call, and two dispatchers that
-both believe to act cannot issue too much. A ticket that is lost costs nothing but time: the users stay
-in their lanes, and the next turn issues another.
+Every worker runs one in a thread of its own; the leader among them acts. All decisions are made in one script
+(`state/lua/dispatch.lua`), so a turn costs one call, and two dispatchers that both believe they lead cannot issue too
+much. A ticket that is lost costs nothing but time: the users stay in their lanes, and the next turn issues another.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-import threading
 from collections.abc import Callable
 
 import structlog
 
 from worker.models import BatchId
 from worker.state.buffer import Buffer
-from worker.state.connection import RedisError
+from worker.state.leader import Leader, LeaderLoop
 
 log = structlog.get_logger()
 
@@ -27,21 +23,21 @@ TURN = 0.05
 TERM = 2.0
 #: Age at which an unclaimed ticket counts as lost, seconds. Longer than it should ever wait.
 TICKET_TTL = 10.0
-#: Seconds between two looks for expired leases.
+#: Seconds between two searches for expired leases.
 RECLAIM_EVERY = 1.0
-#: Seconds between two tries when Redis or the broker does not answer.
-RETRY_AFTER = 1.0
 
 
-class Dispatcher:
-    """One worker's dispatcher: `run` until `stop`."""
+class Dispatcher(LeaderLoop):
+    """One worker's dispatcher."""
+
+    interrupted = "dispatcher_interrupted"
 
     def __init__(
         self,
+        leader: Leader,
         buffer: Buffer,
         publish: Callable[[BatchId], None],
         *,
-        worker: str,
         batch_size: int,
         linger: float,
         quota: float,
@@ -49,53 +45,24 @@ class Dispatcher:
     ) -> None:
         """`publish` sends one ticket on its way; `linger` in seconds, `quota` in calls a second.
 
-        `on_turn` is called before every turn, also while Redis is away: the sign of life.
+        `on_turn` is called before every turn, also while Redis is away.
         """
-        self._buffer, self._publish, self._worker = buffer, publish, worker
-        self._on_turn = on_turn
-        # Unclaimed tickets for one second of full speed keep the line busy while a new dispatcher is
-        # elected, and few enough that each still finds a slot within patience.
+        super().__init__(leader)
+        self._buffer, self._publish, self._on_turn = buffer, publish, on_turn
+        # Unclaimed tickets for one second of full speed keep the line busy while a new dispatcher is elected, and are few
+        # enough that each still finds a slot within patience.
         self._most = max(2, round(quota))
         self._batch_size, self._linger = batch_size, linger
-        self._stopped = threading.Event()
-        self._failing = False
         self._reclaim_in = 0.0
 
-    def run(self) -> None:
-        """Take turns until `stop`; outlives any outage of Redis and the broker."""
-        while not self._stopped.is_set():
-            self._on_turn()
-            try:
-                pause = self.turn()
-                self._failing = False
-            # A publishing failure may be of any kind, by the broker in use. The thread must survive it.
-            except Exception as error:
-                pause = RETRY_AFTER
-                if not self._failing:
-                    log.warning("dispatcher_waits", reason=type(error).__name__)
-                self._failing = True
-            self._stopped.wait(pause)
-        # Without it the term ends by itself.
-        with contextlib.suppress(RedisError):
-            self._buffer.step_down(self._worker)
+    def sign_of_life(self) -> None:
+        self._on_turn()
 
-    def stop(self) -> None:
-        """End `run` soon."""
-        self._stopped.set()
-
-    def turn(self) -> float:
-        """Look once, issue what is due; returns the seconds until the next look."""
+    def lead(self) -> float:
+        """Issue the tickets that are due, and reclaim expired leases now and then."""
         tick = self._buffer.tick(
-            self._worker,
-            term=TERM,
-            size=self._batch_size,
-            linger=self._linger,
-            ticket_ttl=TICKET_TTL,
-            most=self._most,
+            size=self._batch_size, linger=self._linger, ticket_ttl=TICKET_TTL, most=self._most
         )
-        if not tick.acting:
-            # Followers do not all look at the same moment.
-            return min(TERM, tick.next_due or 0.0) + random.uniform(0.01, 0.1)
         for position, ticket in enumerate(tick.tickets):
             try:
                 self._publish(ticket)
@@ -110,7 +77,7 @@ class Dispatcher:
         return pause
 
     def _reclaim(self) -> None:
-        # Bounded: at full speed a dead fleet leaves a hundred batches or so.
+        # Bounded: at full speed a dead fleet leaves about a hundred batches.
         for _ in range(200):
             batch = self._buffer.reclaim()
             if batch is None:

@@ -11,11 +11,7 @@ among the refused ones; taking one twice is harmless, because its id is its even
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import random
-import threading
 from typing import Any, NamedTuple
 
 import structlog
@@ -24,9 +20,9 @@ from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.models import Update, check_update, check_user
 from worker.producer import Producer
-from worker.state import scripts
-from worker.state.connection import Redis, RedisError, ResponseError
+from worker.state.connection import Redis, ResponseError
 from worker.state.keys import Keys
+from worker.state.leader import Leader, LeaderLoop
 from worker.state.refused import Refused
 
 log = structlog.get_logger()
@@ -42,8 +38,6 @@ TERM = 3.0
 BLOCK = 0.25
 #: Seconds until entries for which there was no room are offered again.
 FULL_PAUSE = 1.0
-#: Seconds between two tries when Redis does not answer.
-RETRY_AFTER = 1.0
 
 #: Where to read from: what was taken and not acknowledged, or what nobody has taken yet.
 _UNSETTLED, _NEW = "0", ">"
@@ -58,68 +52,35 @@ class Entry(NamedTuple):
     fields: dict[bytes, bytes]
 
 
-class StreamConsumer:
-    """One worker's consumer of the stream: `run` until `stop`."""
+class StreamConsumer(LeaderLoop):
+    """One worker's consumer of the stream."""
+
+    interrupted = "stream_interrupted"
 
     def __init__(
         self, redis: Redis, keys: Keys, producer: Producer, refused: Refused, clock: Clock, *, worker: str
     ) -> None:
         """`redis` has a connection to itself: a read blocks it for `BLOCK` seconds."""
-        self._redis, self._keys, self._worker = redis, keys, worker
+        super().__init__(Leader(redis, keys.consumer, worker, clock, term=TERM))
+        self._redis, self._keys = redis, keys
         self._producer, self._refused, self._clock = producer, refused, clock
-        self._elect = scripts.load(redis, "elect")
-        self._stopped = threading.Event()
-        self._failing = self._full = False
+        self._full = False
         self._from = _UNSETTLED
-        self._elected_at = -math.inf
 
-    def run(self) -> None:
-        """Take turns until `stop`; outlives any outage of Redis."""
-        while not self._stopped.is_set():
-            try:
-                pause = self.turn()
-                self._failing = False
-            # Whatever it is, the thread must survive it: nobody else takes its place while it is elected.
-            except Exception as error:
-                pause = RETRY_AFTER
-                self._from, self._elected_at = _UNSETTLED, -math.inf
-                if not self._failing:
-                    log.warning("stream_interrupted", reason=type(error).__name__)
-                self._failing = True
-            self._stopped.wait(pause)
-        # Without it the term ends by itself.
-        with contextlib.suppress(RedisError):
-            self._resign()
+    def follow(self) -> None:
+        self._from = _UNSETTLED
 
-    def stop(self) -> None:
-        """End `run` soon."""
-        self._stopped.set()
-
-    def turn(self) -> float:
-        """Take up to `MOST` entries, if this worker acts; returns the seconds until the next look."""
-        if other_acts_for := self._stand():
-            self._from = _UNSETTLED
-            # Followers do not all look at the same moment.
-            return min(TERM, other_acts_for) + random.uniform(0.01, 0.1)
+    def lead(self) -> float:
+        """Take up to `MOST` entries."""
         entries = self._read()
-        # A machine that slept in between acts no longer: its successor takes these entries.
-        if self._clock.monotonic() - self._elected_at >= TERM:
+        # After a machine slept in between, these entries are its successor's.
+        if not self.leader.leads:
             self._from = _UNSETTLED
             return 0.0
         if entries:
             return self._take(entries)
         self._from = _NEW
         return 0.0
-
-    def _stand(self) -> float:
-        """Stay or become the one that acts: 0, or the seconds until the other one's term ends."""
-        now = self._clock.monotonic()
-        if now - self._elected_at < TERM / 3:
-            return 0.0
-        other_acts_for: int = self._elect([self._keys.consumer], [self._worker, round(TERM * 1000)])
-        if not other_acts_for:
-            self._elected_at = now
-        return other_acts_for / 1000
 
     def _read(self) -> list[Entry]:
         try:
@@ -181,11 +142,6 @@ class StreamConsumer:
         self._full = full
         if full:
             self._from = _UNSETTLED
-
-    def _resign(self) -> None:
-        # Not atomic, and need not be: at worst another worker's term ends early.
-        if self._redis.get(self._keys.consumer) == self._worker.encode():
-            self._redis.delete(self._keys.consumer)
 
 
 def _update(entry: Entry, names: frozenset[str]) -> Update:

@@ -26,8 +26,8 @@ from worker.delivery.policy import Verdict, rule_for
 from worker.errors import CallFailed, ConfigError
 from worker.state.connection import Redis, RedisError
 from worker.state.keys import Keys
+from worker.state.leader import current_leader
 from worker.state.line import Kind, Line, LineState
-from worker.state.scripts import text
 
 Level = Literal["ok", "warning", "error"]
 
@@ -246,9 +246,9 @@ def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
 
 def workers(redis: Redis, keys: Keys) -> Finding:
     """Whether any worker hands out work."""
-    acting = redis.get(keys.dispatcher)
-    if acting:
-        return Finding("workers", "ok", f"at work, {text(acting)} hands out the batches")
+    leader = current_leader(redis, keys.dispatcher)
+    if leader:
+        return Finding("workers", "ok", f"running, {leader} hands out the batches")
     fix = "start one: celery -A worker worker --pool threads --concurrency 16"
     return Finding("workers", "warning", "none is at work: updates are accepted and wait", fix)
 

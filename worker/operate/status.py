@@ -6,12 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from worker.config import Settings
-from worker.ratelimit import SPACING
+from worker.ratelimit import SPACING, RateState, read_rate
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
 from worker.state.keys import Keys
 from worker.state.line import Line, LineState
-from worker.state.scripts import text
 
 #: Who has to do something about each kind of stop.
 _ADVICE = {
@@ -27,8 +26,9 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     snapshot = Buffer(redis, keys).snapshot()
     seconds, micros = redis.time()
     now = seconds + micros / 1e6
-    line = _line(redis, keys, now)
-    limit = min(int(redis.hget(keys.rate, "limit") or settings.quota), settings.quota)
+    rate = read_rate(redis, keys)
+    line = _line(Line(redis, keys).read(), rate, now)
+    limit = min(rate.limit or settings.quota, settings.quota)
     current = round(limit / SPACING, 1) if line.state == "open" else 0.0
     users = snapshot.pending + snapshot.in_flight
     eta = users / (current * settings.batch_size) if current else None
@@ -58,19 +58,11 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _line(redis: Redis, keys: Keys, now: float) -> LineState:
+def _line(state: LineState, rate: RateState, now: float) -> LineState:
     """The line's own state, or a pause that the API's rate limit asked for."""
-    line = Line(redis, keys).read()
-    return line if line.state != "open" else _rate_pause(redis, keys, now)
-
-
-def _rate_pause(redis: Redis, keys: Keys, now: float) -> LineState:
-    fields = ("paused_at", "paused_until", "reason", "code")
-    paused_at, paused_until, reason, code = redis.hmget(keys.rate, fields)
-    since, until = int(paused_at or 0) / 1e6, int(paused_until or 0) / 1e6
-    if not since <= now < until:
-        return LineState()
-    return LineState("paused", text(reason or b""), int(code) if code else None, since, until)
+    if state.state != "open" or not rate.paused_at <= now < rate.paused_until:
+        return state
+    return LineState("paused", rate.reason, rate.code, rate.paused_at, rate.paused_until)
 
 
 def _words(line: LineState, limit: int, quota: int, now: float) -> str:

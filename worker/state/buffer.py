@@ -60,9 +60,8 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A dispatcher's turn: whether it acts, the tickets issued, seconds until it should look again."""
+    """A dispatcher's turn: the tickets issued, and the seconds until something may become due, if known."""
 
-    acting: bool
     tickets: tuple[BatchId, ...]
     next_due: float | None
 
@@ -142,7 +141,7 @@ class Buffer:
         self._extend = scripts.load(redis, "extend")
         self._reclaim = scripts.load(redis, "reclaim")
         self._dispatch = scripts.load(redis, "dispatch")
-        self._dispatch_keys = [k.dispatcher, k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line]
+        self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line]
 
     def add(
         self,
@@ -161,6 +160,10 @@ class Buffer:
         packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
         reply = self._add(self._add_keys, (_argument(now_ms), lane, max_pending, packed))
         return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
+
+    def has_room(self, max_pending: int, share: float = 0.0) -> bool:
+        """Whether fewer than `max_pending` users are pending; with a `share`, whether that part is free. 0 = no limit."""
+        return not max_pending or self._redis.hlen(self._keys.pending) < max_pending * (1 - share)
 
     def claim(
         self, ticket: BatchId, size: int, *, epoch: int | None = None, now_ms: int | None = None
@@ -230,32 +233,18 @@ class Buffer:
         return BatchId(expired.decode())
 
     def tick(
-        self,
-        worker: str,
-        *,
-        term: float,
-        size: int,
-        linger: float,
-        ticket_ttl: float,
-        most: int,
-        now_ms: int | None = None,
+        self, *, size: int, linger: float, ticket_ttl: float, most: int, now_ms: int | None = None
     ) -> Tick:
-        """Stand for dispatcher and, when acting, issue tickets; `term`, `linger`, `ticket_ttl` in seconds."""
+        """Issue the tickets that are due, `most` outstanding; `linger` and `ticket_ttl` in seconds."""
         ids = [new_batch_id() for _ in range(most)]
-        times = (round(term * 1000), size, round(linger * 1000), round(ticket_ttl * 1000))
-        args = (_argument(now_ms), worker, *times, most, _encode(ids))
-        acting, issued, next_due = self._dispatch(self._dispatch_keys, args)
-        return Tick(bool(acting), tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
+        times = (round(linger * 1000), round(ticket_ttl * 1000))
+        args = (_argument(now_ms), size, *times, most, _encode(ids))
+        issued, next_due = self._dispatch(self._dispatch_keys, args)
+        return Tick(tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
 
     def release_tickets(self, tickets: Iterable[BatchId]) -> None:
         """Give tickets back that will not be used, so that the dispatcher issues others at once."""
         self._redis.zrem(self._keys.tickets, *tickets)
-
-    def step_down(self, worker: str) -> None:
-        """Stop acting as dispatcher, if this worker does, so that another need not wait."""
-        # Not atomic, and need not be: at worst another worker's term ends early.
-        if self._redis.get(self._keys.dispatcher) == worker.encode():
-            self._redis.delete(self._keys.dispatcher)
 
     def snapshot(self) -> Snapshot:
         """Count everything at one instant."""

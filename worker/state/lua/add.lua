@@ -1,11 +1,9 @@
 --[[
-Merge updates into what is pending; of each attribute the newest version wins.
+Merge updates into what is pending; of each attribute, the newest version wins.
 
-An update without an event time is newer than everything known: order of arrival rules. The known
-version of an attribute is that of the pending value, else of the value in flight, else of the shadow:
-each was checked against the next when it was accepted, so the first one found is the highest. A newer value
-takes the old one out of the user's dead letter: redriving it could only be wrong. Where nothing else is remembered,
-and the clock was set back, the letter alone knows how new an update without an event time must be.
+An update without an event time is newer than everything known: the order of arrival rules. A newer value takes the old
+one out of the user's dead letter, since redriving it could only be wrong. If the clock was set back and nothing else is
+remembered, the dead letter alone knows how new an update without an event time must be.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -22,87 +20,97 @@ ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pe
 ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in ms or 0], at most 200
 Returns  {accepted, coalesced, unchanged, stale, index of a refused update from 0, ...}
 ]]
-local now, lane, max_pending, updates = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
-local time = not now and redis.call('TIME')
-now = now or time[1] * 1000 + math.floor(time[2] / 1000)
+local pending, live, backfill, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local shadow, shadow_at, ledger, dead, dead_at = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local now, lane, max_pending, updates = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
 
 local users = {}
 for i, update in ipairs(updates) do
   users[i] = update[1]
 end
-local pending = redis.call('HMGET', KEYS[1], unpack(users))
-local flight = redis.call('HMGET', KEYS[4], unpack(users))
-local shadow = redis.call('HMGET', KEYS[5], unpack(users))
-local dead = redis.call('HMGET', KEYS[8], unpack(users))
-local pending_count = max_pending > 0 and redis.call('HLEN', KEYS[1]) or 0
+local was_pending = redis.call('HMGET', pending, unpack(users))
+local in_flight = redis.call('HMGET', flight, unpack(users))
+local delivered = redis.call('HMGET', shadow, unpack(users))
+local given_up = redis.call('HMGET', dead, unpack(users))
+local pending_count = max_pending > 0 and redis.call('HLEN', pending) or 0
 
--- A user may stand in the array twice: what the first update changed is what the second one finds.
-local records, shadows, letters = {}, {}, {}
-local entries = { lane == 'live' and KEYS[2] or KEYS[3] }
-local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
+-- A user may be in the array twice: what the first update changed is what the second one finds.
+local records, memories, letters = {}, {}, {}
+local entries = { lane == 'live' and live or backfill }
+local counts, refused = { accepted = 0, coalesced = 0, unchanged = 0, stale = 0 }, {}
+
+-- Values that are newer than what is known; whether others repeat what was delivered, which then is as new as they.
+local function compare(attrs, occurred, waiting, sent, memory, letter)
+  local fresh, repeated = {}, false
+  for name, value in pairs(attrs) do
+    value = value ~= cjson.null and value
+    local known = newest(name, waiting, sent, memory)
+    local lost = letter[name]
+    local floor = math.max(known and known[2] or 0, lost and lost[2] or 0)
+    local version = occurred > 0 and occurred or math.max(now, floor)
+    if not known or version >= known[2] then
+      if known and known == memory[name] and known[1] == value then
+        repeated, known[2] = true, version
+      else
+        fresh[name] = { value, version }
+      end
+    end
+  end
+  return fresh, repeated
+end
+
+-- The user's record with newer values in it.
+local function merged(i, user, record, fresh, letter)
+  if record then
+    counts.coalesced = counts.coalesced + 1
+  else
+    record = { t = now, a = {}, b = lane == 'backfill' and 1 or nil }
+    pending_count = pending_count + 1
+    -- A user in flight waits outside the lanes until its batch is settled.
+    if not in_flight[i] then
+      entries[#entries + 1] = now
+      entries[#entries + 1] = user
+    end
+  end
+  for name, pair in pairs(fresh) do
+    record.a[name] = pair
+    if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
+      letter.a[name], letters[user] = nil, letter
+    end
+  end
+  if record.b and lane == 'live' then
+    record.b = nil
+    if redis.call('ZREM', backfill, user) == 1 then
+      enter_lane(live, backfill, user, record)
+    end
+  end
+  return record
+end
 
 for i, update in ipairs(updates) do
   local user, attrs, occurred = update[1], update[2], update[3]
-  local record = records[user] or (pending[i] and cjson.decode(pending[i]))
-  if max_pending ~= 0 and not record and not flight[i] and pending_count >= max_pending then
+  local record = records[user] or (was_pending[i] and cjson.decode(was_pending[i]))
+  if max_pending ~= 0 and not record and not in_flight[i] and pending_count >= max_pending then
     refused[#refused + 1] = i - 1
   else
-    local sent = flight[i] and cjson.decode(flight[i]).a or {}
-    local seen = shadows[user] or (shadow[i] and cjson.decode(shadow[i]))
-    local waiting = record and record.a or {}
-    local letter = letters[user] or (dead[i] and cjson.decode(dead[i]))
-    local given_up = letter and letter.a or {}
-    local fresh, any_fresh, any_same = {}, false, false
-    for name, value in pairs(attrs) do
-      value = value ~= cjson.null and value
-      local delivered = seen and seen.a[name]
-      local known = waiting[name] or sent[name] or delivered
-      local floor = math.max(known and known[2] or 0, given_up[name] and given_up[name][2] or 0)
-      local version = occurred > 0 and occurred or math.max(now, floor)
-      if not known or version >= known[2] then
-        if known and known == delivered and known[1] == value then
-          any_same, delivered[2], shadows[user] = true, version, seen
-        else
-          any_fresh, fresh[name] = true, { value, version }
-        end
-      end
+    local memory = memories[user] or (delivered[i] and cjson.decode(delivered[i]))
+    local letter = letters[user] or (given_up[i] and cjson.decode(given_up[i]))
+    local fresh, repeated = compare(attrs, occurred, record and record.a or {}, attributes(in_flight[i]),
+      memory and memory.a or {}, letter and letter.a or {})
+    counts.accepted = counts.accepted + 1
+    if repeated then
+      memories[user] = memory
     end
-
-    accepted = accepted + 1
-    if any_fresh then
-      if record then
-        coalesced = coalesced + 1
-      else
-        record = { t = now, a = {}, b = lane == 'backfill' and 1 or nil }
-        pending_count = pending_count + 1
-        -- A user in flight waits outside the lanes until the batch is settled.
-        if not flight[i] then
-          entries[#entries + 1] = now
-          entries[#entries + 1] = user
-        end
-      end
-      for name, pair in pairs(fresh) do
-        record.a[name] = pair
-        if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
-          letter.a[name], letters[user] = nil, letter
-        end
-      end
-      if record.b and lane == 'live' then
-        record.b = nil
-        if redis.call('ZREM', KEYS[3], user) == 1 then
-          redis.call('ZADD', KEYS[2], record.t, user)
-        end
-      end
-      records[user] = record
-    elseif any_same then
-      unchanged = unchanged + 1
+    if next(fresh) then
+      records[user] = merged(i, user, record, fresh, letter)
     else
-      stale = stale + 1
+      local fate = repeated and 'unchanged' or 'stale'
+      counts[fate] = counts[fate] + 1
     end
   end
 end
 
-local fields = { KEYS[1] }
+local fields = { pending }
 for user, record in pairs(records) do
   fields[#fields + 1] = user
   fields[#fields + 1] = cjson.encode(record)
@@ -113,25 +121,17 @@ end
 if #entries > 1 then
   redis.call('ZADD', unpack(entries))
 end
-for user, seen in pairs(shadows) do
-  redis.call('HSET', KEYS[5], user, cjson.encode(seen))
-  redis.call('ZADD', KEYS[6], now, user)
+for user, memory in pairs(memories) do
+  redis.call('HSET', shadow, user, cjson.encode(memory))
+  redis.call('ZADD', shadow_at, now, user)
 end
 for user, letter in pairs(letters) do
   if next(letter.a) then
-    redis.call('HSET', KEYS[8], user, cjson.encode(letter))
+    redis.call('HSET', dead, user, cjson.encode(letter))
   else
-    redis.call('HDEL', KEYS[8], user)
-    redis.call('ZREM', KEYS[9], user)
+    redis.call('HDEL', dead, user)
+    redis.call('ZREM', dead_at, user)
   end
 end
-local function count(counter, by)
-  if by > 0 then
-    redis.call('HINCRBY', KEYS[7], counter, by)
-  end
-end
-count('accepted', accepted)
-count('coalesced', coalesced)
-count('unchanged', unchanged)
-count('stale', stale)
-return { accepted, coalesced, unchanged, stale, unpack(refused) }
+count(ledger, counts)
+return { counts.accepted, counts.coalesced, counts.unchanged, counts.stale, unpack(refused) }

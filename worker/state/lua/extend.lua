@@ -9,20 +9,18 @@ ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id
 ARGV[3]  lease in ms
 ARGV[4]  epoch of the permit it will use, empty = none yet
-Returns  1, 0 when the batch is not held any more, or -1 when it is, but must not send: the line is stopped,
-         or the permit has lapsed
+Returns  1; 0 if the batch is not held any more; -1 if it is, but must not send: the line is stopped, or the permit has
+         lapsed
 ]]
-local now, batch, lease, epoch = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local time = not now and redis.call('TIME')
-now = now or time[1] * 1000 + math.floor(time[2] / 1000)
+local batches, leases, rate, line = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local now, batch, lease, epoch = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
-if redis.call('HEXISTS', KEYS[1], batch) == 0 then
+if redis.call('HEXISTS', batches, batch) == 0 then
   return 0
 end
-redis.call('ZADD', KEYS[2], now + lease, batch)
-local line = redis.call('HMGET', KEYS[4], 'state', 'probe')
-local lapsed = epoch ~= '' and epoch ~= (redis.call('HGET', KEYS[3], 'epoch') or '0')
-if lapsed or (line[1] and line[2] ~= batch) then
+redis.call('ZADD', leases, now + lease, batch)
+local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
+if has_lapsed(rate, epoch) or (state and probe ~= batch) then
   return -1
 end
 return 1

@@ -1,7 +1,7 @@
 --[[
-Count users that became dead letters, and tell whether they come in masses: many in a row with the same
-code and nobody delivered in between, or a good part of all users within a minute. A bad deployment must
-not empty the buffer into the dead letters.
+Count users that became dead letters, and say whether they are too many: many in a row with the same code and nobody
+delivered in between, or a good part of all users within a minute. A bad deployment must not empty the buffer into the
+dead letters.
 
 KEYS[1]  hash, health: "dead_code", "dead_row", "dead_seen", "dead_since" ms, "dead_count", "dead_base"
 KEYS[2]  hash, ledger
@@ -9,28 +9,26 @@ ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  error code
 ARGV[3]  how many users
 ARGV[4]  how many in a row are too many
-ARGV[5]  how many in the window are looked at
-ARGV[6]  what part of the window's users is too much
+ARGV[5]  how many within the window are looked at
+ARGV[6]  what share of the window's users is too much
 ARGV[7]  length of the window, ms
-Returns  1 when they come in masses, else 0
+Returns  1 if they are too many, else 0
 ]]
-local now, code, count = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-local row_max, window_max, part, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local time = not now and redis.call('TIME')
-now = now or time[1] * 1000 + math.floor(time[2] / 1000)
+local health, ledger = KEYS[1], KEYS[2]
+local now, code, users = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local row_max, window_max, share, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
-local fields = { 'dead_code', 'dead_row', 'dead_seen', 'dead_since', 'dead_count', 'dead_base' }
-local health = redis.call('HMGET', KEYS[1], unpack(fields))
-local row, seen, since = tonumber(health[2]) or 0, tonumber(health[3]) or 0, tonumber(health[4]) or 0
-local total, base = tonumber(health[5]) or 0, tonumber(health[6]) or 0
-local delivered = tonumber(redis.call('HGET', KEYS[2], 'delivered')) or 0
+local same = redis.call('HGET', health, 'dead_code') == code
+local row, seen, since, total, base =
+  numbers(health, 'dead_row', 'dead_seen', 'dead_since', 'dead_count', 'dead_base')
+local delivered = numbers(ledger, 'delivered')
 
-if health[1] ~= code or now < since or now - since > window then
-  row, since, total, base = health[1] == code and row or 0, now, 0, delivered
+if not same or now < since or now - since > window then
+  row, since, total, base = same and row or 0, now, 0, delivered
 end
-row = delivered > seen and 0 or row + count
-total = total + count
-redis.call('HSET', KEYS[1], 'dead_code', code, 'dead_row', row, 'dead_seen', delivered)
-redis.call('HSET', KEYS[1], 'dead_since', since, 'dead_count', total, 'dead_base', base)
-local masses = total >= window_max and total >= part * (total + delivered - base)
-return (row >= row_max or masses) and 1 or 0
+row = delivered > seen and 0 or row + users
+total = total + users
+redis.call('HSET', health, 'dead_code', code, 'dead_row', row, 'dead_seen', delivered)
+redis.call('HSET', health, 'dead_since', since, 'dead_count', total, 'dead_base', base)
+local too_many = total >= window_max and total >= share * (total + delivered - base)
+return (row >= row_max or too_many) and 1 or 0

@@ -1,8 +1,8 @@
 --[[
 Put dead letters back to pending, merged under anything newer: an old value never comes back.
 
-An attribute returns unless something newer is pending, in flight or delivered. Redriven users join the
-lane `backfill`: live updates go first.
+An attribute returns unless something newer is pending, in flight or delivered. Redriven users join the lane `backfill`:
+live updates go first.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `backfill`
@@ -14,46 +14,40 @@ KEYS[7]  hash, ledger
 ARGV[1]  JSON array of users, at most 500
 Returns  {dead letters put back, those of them that were outdated altogether}
 ]]
+local pending, backfill, flight, shadow, dead, dead_at, ledger =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local users = cjson.decode(ARGV[1])
 
-local redriven, outdated, coalesced = 0, 0, 0
+local counts = { redriven = 0, stale = 0, coalesced = 0 }
 for _, user in ipairs(users) do
-  local packed = redis.call('HGET', KEYS[5], user)
+  local packed = redis.call('HGET', dead, user)
   if packed then
     local letter = cjson.decode(packed)
-    local pending, flight = redis.call('HGET', KEYS[1], user), redis.call('HGET', KEYS[3], user)
-    local shadow = redis.call('HGET', KEYS[4], user)
-    local record = pending and cjson.decode(pending) or { t = letter.t, a = {}, b = 1 }
-    local sent = flight and cjson.decode(flight).a or {}
-    local seen = shadow and cjson.decode(shadow).a or {}
+    local waiting, sent = redis.call('HGET', pending, user), redis.call('HGET', flight, user)
+    local record = waiting and cjson.decode(waiting) or { t = letter.t, a = {}, b = 1 }
+    local in_flight, delivered = attributes(sent), attributes(redis.call('HGET', shadow, user))
     local any = false
     for name, pair in pairs(letter.a) do
-      local known = record.a[name] or sent[name] or seen[name]
-      -- The shadow has the version of what was buried itself, with an unknown value.
+      local known = newest(name, record.a, in_flight, delivered)
+      -- The shadow has the version of the dead letter itself, with an unknown value.
       if not known or pair[2] > known[2] or (known[1] == cjson.null and pair[2] == known[2]) then
         any, record.a[name] = true, pair
       end
     end
 
-    redriven = redriven + 1
-    redis.call('HDEL', KEYS[5], user)
-    redis.call('ZREM', KEYS[6], user)
+    counts.redriven = counts.redriven + 1
+    redis.call('HDEL', dead, user)
+    redis.call('ZREM', dead_at, user)
     if not any then
-      outdated = outdated + 1
+      counts.stale = counts.stale + 1
     else
-      coalesced = coalesced + (pending and 1 or 0)
-      redis.call('HSET', KEYS[1], user, cjson.encode(record))
-      if not pending and not flight then
-        redis.call('ZADD', KEYS[2], record.t, user)
+      counts.coalesced = counts.coalesced + (waiting and 1 or 0)
+      redis.call('HSET', pending, user, cjson.encode(record))
+      if not waiting and not sent then
+        redis.call('ZADD', backfill, record.t, user)
       end
     end
   end
 end
-
-local counts = { redriven = redriven, stale = outdated, coalesced = coalesced }
-for counter, count in pairs(counts) do
-  if count > 0 then
-    redis.call('HINCRBY', KEYS[7], counter, count)
-  end
-end
-return { redriven, outdated }
+count(ledger, counts)
+return { counts.redriven, counts.stale }

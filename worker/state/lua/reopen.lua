@@ -1,6 +1,6 @@
 --[[
-Open the line again, because its probe has passed. The rate climbs from a tenth, so that a service that
-has just come back is not run over.
+Open the line again, because its probe has passed. The rate climbs from a tenth of the quota, so that a service that has
+just recovered is not overrun.
 
 KEYS[1]  hash, line
 KEYS[2]  hash, health
@@ -9,26 +9,23 @@ ARGV[1]  now in us, empty = the server's clock
 ARGV[2]  batch id of the probe
 ARGV[3]  the quota configured, calls a second
 ARGV[4]  how long a limit is tried before the next one, us
-ARGV[5]  time at which the probe's signature was made, s: older ones may be bad
-Returns  1, or 0 when this is not the probe of a stopped line (any more)
+ARGV[5]  when the probe was signed, s: older signatures may be bad
+Returns  1, or 0 if this is not (or no longer) the probe of a stopped line
 ]]
-local now, batch, quota, dwell = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local signed_at = ARGV[5]
-local time = not now and redis.call('TIME')
-now = now or time[1] * 1000000 + time[2]
+local line, health, rate = KEYS[1], KEYS[2], KEYS[3]
+local now, batch, quota, dwell, signed_at = now_us(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
-local line = redis.call('HMGET', KEYS[1], 'state', 'probe')
-if line[1] ~= 'stopped' or line[2] ~= batch then
+local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
+if state ~= 'stopped' or probe ~= batch then
   return 0
 end
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[2], 'signed_at', signed_at, 'failures', 0, 'calm_at', string.format('%.0f', now / 1000))
-local rate = redis.call('HMGET', KEYS[3], 'limit', 'bad')
-local limit, step = math.max(1, math.floor(quota / 10)), math.max(1, math.floor(quota / 10))
-if limit < (tonumber(rate[1]) or quota) then
+redis.call('DEL', line)
+redis.call('HSET', health, 'signed_at', signed_at, 'failures', 0, 'calm_at', whole(now / 1000))
+local limit, bad = unpack(redis.call('HMGET', rate, 'limit', 'bad'))
+local lower, step = math.max(1, math.floor(quota / 10)), math.max(1, math.floor(quota / 10))
+if lower < (tonumber(limit) or quota) then
   -- A ceiling that was met before is still the best guess.
-  local climb_at = string.format('%.0f', now + dwell)
-  redis.call('HSET', KEYS[3], 'limit', limit, 'good', 0, 'bad', rate[2] or 0, 'step', step)
-  redis.call('HSET', KEYS[3], 'granted', 0, 'climb_at', climb_at)
+  redis.call('HSET', rate, 'limit', lower, 'good', 0, 'bad', bad or 0, 'step', step)
+  redis.call('HSET', rate, 'granted', 0, 'climb_at', whole(now + dwell))
 end
 return 1
