@@ -75,7 +75,7 @@ SCRIPT_BUGS = {
         "    for name, pair in pairs(newer.a) do\n      record.a[name] = record.a[name] or pair\n",
     ),
     "an event from the past wins": ("add", "version >= known[2]", "version >= 0"),
-    "a clock set back makes new values old": ("add", "math.max(now, floor)", "now"),
+    "a clock set back makes new values old": ("add", "math.max(now, known and known[2] or 0, lost and lost[2] or 0)", "now"),
     "what arrived during the flight is forgotten": (
         "settle",
         "  if newer then\n    enter_lane",

@@ -44,10 +44,10 @@ local function compare(attrs, occurred, waiting, sent, memory, letter)
   local fresh, repeated = {}, false
   for name, value in pairs(attrs) do
     value = value ~= cjson.null and value
-    local known = newest(name, waiting, sent, memory)
-    local lost = letter[name]
-    local floor = math.max(known and known[2] or 0, lost and lost[2] or 0)
-    local version = occurred > 0 and occurred or math.max(now, floor)
+    local known, lost, version = newest(name, waiting, sent, memory), letter[name], occurred
+    if occurred == 0 then
+      version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
+    end
     if not known or version >= known[2] then
       if known and known == memory[name] and known[1] == value then
         repeated, known[2] = true, version
@@ -95,8 +95,8 @@ for i, update in ipairs(updates) do
   else
     local memory = memories[user] or (delivered[i] and cjson.decode(delivered[i]))
     local letter = letters[user] or (given_up[i] and cjson.decode(given_up[i]))
-    local fresh, repeated = compare(attrs, occurred, record and record.a or {}, attributes(in_flight[i]),
-      memory and memory.a or {}, letter and letter.a or {})
+    local fresh, repeated = compare(attrs, occurred, record and record.a or none, attributes(in_flight[i]),
+      memory and memory.a or none, letter and letter.a or none)
     counts.accepted = counts.accepted + 1
     if repeated then
       memories[user] = memory

@@ -30,9 +30,12 @@ local function numbers(hash, ...)
   return unpack(found)
 end
 
--- The attributes in a packed record: name -> {value, version}; none if there is no record.
+-- No attributes at all. Shared, so nobody may write to it.
+local none = {}
+
+-- The attributes in a packed record: name -> {value, version}.
 local function attributes(packed)
-  return packed and cjson.decode(packed).a or {}
+  return packed and cjson.decode(packed).a or none
 end
 
 -- What is known about an attribute. Each place was checked against the next when its value was accepted, so the first
