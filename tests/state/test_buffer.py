@@ -83,6 +83,15 @@ def test_a_released_ticket_is_replaced_at_once(buffer: Buffer) -> None:
     assert len(turn(buffer).tickets) == 1
 
 
+def test_a_removal_that_was_delivered_is_remembered_as_one(buffer: Buffer, client: redis.Redis) -> None:
+    for value in ("Paris", None):
+        buffer.add([Update("ann", {"city": value})])
+        batch, _ = claim(buffer, client)
+        buffer.settle(batch, {}, rest=Acked())
+
+    assert buffer.add([Update("ann", {"city": None})]).unchanged == 1
+
+
 def test_nothing_is_issued_during_a_pause(buffer: Buffer, client: redis.Redis, keys: Keys) -> None:
     buffer.add(updates(100), now_ms=NOW)
     client.hset(keys.rate, mapping={"paused_at": NOW * 1000, "paused_until": (NOW + 1500) * 1000})

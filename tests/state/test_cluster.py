@@ -31,6 +31,10 @@ from worker.state.refused import Refused
 SLOTS = 16_384
 
 
+#: A cluster takes seconds to form, and a real worker to start.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     """One node that owns every slot."""

@@ -67,7 +67,10 @@ local function remember(i, user, packed, known)
   if delivered[i] or not known then
     local memory = delivered[i] and cjson.decode(delivered[i]) or { a = {} }
     for name, pair in pairs(attributes(packed)) do
-      memory.a[name] = { known and pair[1] or cjson.null, pair[2] }
+      memory.a[name] = { known and pair[1], pair[2] }
+      if not known then
+        memory.a[name][1] = cjson.null
+      end
     end
     packed = cjson.encode(memory)
   end
