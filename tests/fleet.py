@@ -328,6 +328,7 @@ def fleet(
     workers: int = 2,
     threads: int = 8,
     names: tuple[str, ...] = ("city",),
+    limits: Limits | None = None,
 ) -> Iterator[Fleet]:
     """A fleet that runs until the end of the block; afterwards everything it holds must be in order."""
     world, keys = World(seed), new_keys()
@@ -342,6 +343,7 @@ def fleet(
             Line(client, keys),
             DeadLetters(client, keys),
             AttributeNames(client, keys, world),
+            limits or Limits(),
         )
         for number in range(workers):
             running.start_worker(number, threads)

@@ -21,6 +21,7 @@ from tests.history import Answer
 from worker.sandbox.redis_server import free_port
 
 
+@pytest.mark.slow  # 45 s of faults under real processes, and what must be delivered afterwards
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_or_stale_or_over_the_quota_whatever_breaks(tmp_path: Path) -> None:
     assert run(tmp_path, seed=7, seconds=45, workers=2, fsync="always", rabbitmq=False, only=FAULTS)

@@ -28,7 +28,8 @@ from worker.state.keys import Keys
 from worker.state.line import Line
 from worker.state.scripts import text
 
-pytestmark = pytest.mark.timeout(180)
+#: Real workers start in seconds, and what they wait for (leases, probes, back-off) passes in real time.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 #: Short timeouts, so that a killed worker's lease ends within the test.
 HASTY = {"IMATTR_CONNECT_TIMEOUT": "1", "IMATTR_READ_TIMEOUT": "3.1", "IMATTR_LEASE": "9"}

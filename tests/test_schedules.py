@@ -75,7 +75,11 @@ SCRIPT_BUGS = {
         "    for name, pair in pairs(newer.a) do\n      record.a[name] = record.a[name] or pair\n",
     ),
     "an event from the past wins": ("add", "version >= known[2]", "version >= 0"),
-    "a clock set back makes new values old": ("add", "math.max(now, known and known[2] or 0, lost and lost[2] or 0)", "now"),
+    "a clock set back makes new values old": (
+        "add",
+        "math.max(now, known and known[2] or 0, lost and lost[2] or 0)",
+        "now",
+    ),
     "what arrived during the flight is forgotten": (
         "settle",
         "  if newer then\n    enter_lane",
@@ -94,9 +98,20 @@ SCRIPT_BUGS = {
 }
 
 
-def found(connected: Wire) -> set[str]:
+#: Where to begin with bugs that few schedules show: those need, say, a worker that is frozen beyond its lease in the middle
+#: of a bisection. From the first schedule on, the search finds them, too, but takes up to 40 s. After a change of what is
+#: drawn these numbers are out of date: nothing fails, the test is slow again.
+SOONER = {
+    "a lost batch can be extended": 76,
+    "a ticket is good for two claims": 277,
+    "a clock set back makes new values old": 80,
+    "a newer value leaves the old one in the dead letter": 96,
+}
+
+
+def found(connected: Wire, first: int = 1) -> set[str]:
     """The rules that the first broken schedule breaks."""
-    for seed in range(1, SEEDS + 1):
+    for seed in range(first, first + SEEDS):
         if violations := run(seed, connected).violations:
             return {violation.rule for violation in violations}
     return set()
@@ -113,7 +128,7 @@ def test_a_bug_in_a_script_is_found(bug: str, connected: Wire, monkeypatch: pyte
 
     monkeypatch.setattr(scripts, "source", spoiled)
 
-    assert found(connected)
+    assert found(connected, SOONER.get(bug, 1))
 
 
 def test_users_sent_again_while_the_old_call_can_still_land_are_found(

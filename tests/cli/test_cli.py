@@ -253,7 +253,7 @@ def test_the_doctor_ends_with_1_when_something_is_an_error(imattr: Terminal, sim
     result = imattr("doctor", IMATTR_SECRET_KEY="of another app")
 
     assert result.exit_code == cli.FAILED
-    assert "the API refuses with 70009, the UserSig was made with the key of another app" in result.output
+    assert "the API refused with 70009, the UserSig was made with the key of another app" in result.output
     assert result.output.endswith("errors: 1\n")
 
 
@@ -315,7 +315,7 @@ def test_what_the_api_refuses_is_told_with_what_to_do(imattr: Terminal, sim: Sim
     for command in (("names", "list"), ("names", "set", "vip")):
         result = imattr(*command, IMATTR_ADMIN="nobody")
         assert result.exit_code == cli.FAILED
-        assert "the API refuses with 90009, the calling account is not an administrator" in result.output
+        assert "the API refused with 90009, the calling account is not an administrator" in result.output
         assert "make IMATTR_ADMIN an administrator of the app" in result.output
 
 

@@ -832,6 +832,7 @@ def process(settings: Settings, tmp_path: Path) -> Process:
     return Process(settings, tmp_path)
 
 
+@pytest.mark.slow  # real processes, which are killed
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_ends_in_the_middle_loses_nothing(
     process: Process, client: redis.Redis, keys: Keys, tmp_path: Path, how: signal.Signals

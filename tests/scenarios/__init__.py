@@ -30,7 +30,7 @@ class Figures:
 def figures(fleet: Fleet, begin: float, end: float, *, users: int, remark: str = "") -> Figures:
     """Let the fleet finish what is left after the trouble ended at `end`, and sum up.
 
-    `users` were left then; at best they take a call for each hundred.
+    `users` were left then; at best they take a call for each batch.
     """
     fleet.wait_until(fleet.drained, 1200)
     now = fleet.world.monotonic()
@@ -40,7 +40,7 @@ def figures(fleet: Fleet, begin: float, end: float, *, users: int, remark: str =
         attempts_used=fleet.attempts_used(),
         dead=len(fleet.dead()),
         recovery=now - end,
-        at_best=users / 100 / 98,
+        at_best=users / fleet.limits.batch_size / 98,
         remark=remark,
     )
 

@@ -24,7 +24,7 @@ STORIES = sorted(found.name for found in pkgutil.iter_modules(scenarios.__path__
 def play(client: redis.Redis, name: str, seed: int) -> scenarios.Figures:
     """Let a fleet live through the story; raises when something that must hold does not."""
     story = importlib.import_module(f"tests.scenarios.{name}")
-    with fleet(client, seed=seed) as running:
+    with fleet(client, seed=seed, limits=getattr(story, "LIMITS", None)) as running:
         found: scenarios.Figures = story.run(running)
     return found
 

@@ -25,7 +25,7 @@ def run(fleet: Fleet) -> Figures:
         fleet, begin, end, users=waiting, remark=f"{buried} of 10,000 bad users became dead letters"
     )
 
-    assert "masses" in reason
+    assert "too many dead letters" in reason
     assert buried < 1500
     assert found.dead == 0, "newer values took the old ones out of the dead letters"
     return found
