@@ -12,18 +12,18 @@ JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(STAMP) ## Do the main job on real input, in a sandbox: 60,000 events, delivered and checked
+run: $(STAMP) ## Run the end-to-end demo: 60,000 events delivered in a sandbox, and the result checked
 	$(BIN)/imattr demo
 
 test: $(STAMP) ## Run every test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
-setup: $(STAMP) ## Make the virtual environment from the hash-checked locks
+setup: $(STAMP) ## Make the virtual environment from the hash-checked lock
 
 fast: $(STAMP) ## Format, lint, types, spelling, and every test that needs no real time
 	$(MAKE) --no-print-directory -j 2 --output-sync lint tests-without-waiting
 
-check: $(STAMP) lint ## Everything once, with the coverage of the whole product
+check: $(STAMP) lint ## Everything, once, with the coverage of the whole product
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report=
 	$(BIN)/python -m tests.coverage
 
@@ -36,50 +36,49 @@ lint: $(STAMP)
 tests-without-waiting: $(STAMP)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-format: $(STAMP) ## Format the code and mend what the linter can
+format: $(STAMP) ## Format the code and fix what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time, and print what each story costs
+scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time
 	$(BIN)/python -m tests.scenarios
 
-schedules: $(STAMP) ## Play seeded schedules in virtual time, faults at every step (SEEDS=3000; SEED=7 repeats one)
+schedules: $(STAMP) ## Play seeded schedules with faults at every step (SEEDS=3000, SEED=7)
 	$(BIN)/python -m tests.schedules $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),3000) --first $(or $(FIRST),1))
 
-chaos: $(STAMP) ## Break everything under a real system at work, and judge it (MINUTES=3, SEED=7, FSYNC=everysec)
+chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYNC=always)
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED)) --fsync $(or $(FSYNC),always)
 
-soak: $(STAMP) ## Half an hour at full rate, after which nothing may have grown (MINUTES=30)
+soak: $(STAMP) ## Run at full rate; nothing may grow (MINUTES=30)
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
-bench: $(VENV)/.bench ## Measure what the README claims (half an hour; PARTS=rivals: only the comparison with others)
+bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals)
 	$(BIN)/python -m tests.bench $(PARTS)
 
-docs: $(STAMP) ## Write the pages of docs/ that are made from the code
+docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 	$(BIN)/python -m tests.docs
 
-lock: ## Choose the newest allowed versions again (needs uv)
-	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --no-header --no-annotate --quiet pyproject.toml -o requirements.lock
-	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --no-header --no-annotate --quiet pyproject.toml --extra sandbox --extra dev -c requirements.lock -o requirements-dev.lock
-	uv pip compile --universal --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
-	    --no-header --no-annotate --quiet pyproject.toml --extra bench -c requirements-dev.lock -o requirements-bench.lock
+# Both projects, the groups of the first, and the extra of the second that they need.
+COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet
+lock: ## Upgrade the locks to the newest allowed versions (needs uv)
+	$(COMPILE) --upgrade worker/pyproject.toml -o requirements.lock
+	$(COMPILE) --upgrade worker/pyproject.toml --extra sandbox --group dev -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) --upgrade worker/pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 
 clean: ## Remove the environment, caches and sandbox data
-	rm -rf $(VENV) .imattr .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .imattr .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis build worker/build *.egg-info worker/*.egg-info
 
-# The stamp is made anew when the lock or the project file changes. uv is only faster, never needed.
-$(STAMP): requirements-dev.lock pyproject.toml
+# The stamp is renewed when the lock or a project file changes. uv is only faster, never needed.
+$(STAMP): requirements-dev.lock pyproject.toml worker/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("imattr needs Python 3.11 or newer, found " + sys.version.split()[0] + "; choose one with make PYTHON=...")'
 	@if command -v uv >/dev/null 2>&1; then \
 	    uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
 	    uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock && \
-	    uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . ; \
+	    uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . --editable worker ; \
 	else \
 	    $(PYTHON) -m venv $(VENV) && \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-dev.lock && \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . ; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . --editable worker ; \
 	fi
 	@touch $@
 

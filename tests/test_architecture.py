@@ -17,11 +17,12 @@ SCRIPTS = [file for file in LUA if file != PRELUDE]
 #: The rooms from the bottom up. A module imports its own room and lower ones only; modules at the root of `worker/`, which
 #: others import or start, stand alone. The list is the map of the project.
 ROOMS = [
-    {"worker.errors", "worker.clock"},
+    {"worker.errors", "worker.clock", "worker.version"},
     {"worker.models"},
     {"worker.config", "worker.logs"},
     {"worker.state"},
     {"worker.producer", "worker.ratelimit"},
+    {"worker.async_producer"},
     {"worker.intake", "worker.delivery"},
     {"worker.runtime"},
     {"worker.operate", "worker.sandbox"},
@@ -100,7 +101,7 @@ def test_a_library_stays_behind_its_border(library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", sorted(ROOT.glob("worker/**/__init__.py")), ids=lambda file: file.parent.name
+    "package", sorted(ROOT.glob("worker/*/__init__.py")), ids=lambda file: file.parent.name
 )
 def test_a_room_re_exports_nothing(package: Path) -> None:
     assert not any(

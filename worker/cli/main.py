@@ -40,6 +40,7 @@ from worker.state.dead_letters import PAGE, DeadLetters, Filter, Letter, Redrive
 from worker.state.keys import Keys
 from worker.state.line import Line
 from worker.state.refused import Refused, RefusedUpdate
+from worker.version import VERSION
 
 #: Exit codes; 2 is click's own for wrong usage.
 FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT = 1, 2, 3, 4, 5, 6, 7
@@ -115,7 +116,7 @@ def _environ() -> dict[str, str]:
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="imattr")
+@click.version_option(VERSION, prog_name="imattr")
 def main() -> None:
     """Deliver user attributes to Tencent Cloud Chat: coalesced, rate limited, nothing lost."""
 

@@ -1,6 +1,6 @@
-"""The app's attribute names, as far as they are known: an API call with an unknown one is refused.
+"""The app's attribute names, as far as they are known: the API refuses a call with an unknown one.
 
-Kept in Redis so that producers, which have no credentials for the API, can check at the door.
+They are kept in Redis so that producers, which have no credentials for the API, can validate against them.
 """
 
 from __future__ import annotations
@@ -15,33 +15,49 @@ from ..models import check_names
 from .keys import Keys
 from .scripts import text
 
-#: Seconds for which a reader trusts what it read.
+#: Seconds for which a reader trusts what it has read.
 FRESH_FOR = 30.0
 #: Seconds for which nobody in the fleet asks the API for them again.
 READ_EVERY = 60
 
 
-class AttributeNames:
-    """Reads the names with one call every `FRESH_FOR` seconds. Thread-safe."""
+class NamesCache:
+    """The names that were read last, and whether they must be read again."""
 
-    def __init__(self, redis: Redis, keys: Keys, clock: Clock) -> None:
-        self._redis, self._key, self._clock = redis, keys.names, clock
-        self._read_key = keys.names_read
-        self._lock = threading.Lock()
-        self._names: frozenset[str] = frozenset()
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.names: frozenset[str] = frozenset()
         self._read_at: float | None = None
 
+    def is_stale(self) -> bool:
+        return self._read_at is None or self._clock.monotonic() - self._read_at > FRESH_FOR
+
+    def keep(self, members: Iterable[bytes | str]) -> frozenset[str]:
+        """Take what Redis answered."""
+        self.names, self._read_at = frozenset(map(text, members)), self._clock.monotonic()
+        return self.names
+
+    def expire(self) -> None:
+        self._read_at = None
+
+
+class AttributeNames:
+    """Reads the names with one command every `FRESH_FOR` seconds. Thread-safe."""
+
+    def __init__(self, redis: Redis, keys: Keys, clock: Clock) -> None:
+        self._redis, self._key, self._read_key = redis, keys.names, keys.names_read
+        self._lock = threading.Lock()
+        self._cache = NamesCache(clock)
+
     def get(self) -> frozenset[str]:
-        """The app's names; empty when they are not known, and any name is good."""
+        """Return the app's names; empty if they are not known, and any name passes."""
         with self._lock:
-            now = self._clock.monotonic()
-            if self._read_at is None or now - self._read_at > FRESH_FOR:
-                self._names = frozenset(map(text, self._redis.smembers(self._key)))
-                self._read_at = now
-            return self._names
+            if self._cache.is_stale():
+                self._cache.keep(self._redis.smembers(self._key))
+            return self._cache.names
 
     def known_lately(self) -> frozenset[str] | None:
-        """The names, when somebody has read them from the API within `READ_EVERY`, else None."""
+        """Return the names if somebody has read them from the API within `READ_EVERY`, else None."""
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.exists(self._read_key)
             pipe.smembers(self._key)
@@ -49,7 +65,7 @@ class AttributeNames:
         return frozenset(map(text, names)) if read else None
 
     def set(self, names: Iterable[str]) -> None:
-        """Replace what is known by what the API says; raises `ValueError` for names that no app can have."""
+        """Replace the names by what the API says; raises `ValueError` for names that no app can have."""
         checked = check_names(names)
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(self._key)
@@ -58,4 +74,4 @@ class AttributeNames:
             pipe.set(self._read_key, 1, ex=READ_EVERY)
             pipe.execute()
         with self._lock:
-            self._read_at = None
+            self._cache.expire()

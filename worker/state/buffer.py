@@ -58,6 +58,9 @@ class Added(NamedTuple):
     full: tuple[int, ...]
 
 
+NOTHING_ADDED = Added(0, 0, 0, 0, ())
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A dispatcher's turn: the tickets issued, and the seconds until something may become due, if known."""
@@ -88,6 +91,28 @@ class Snapshot:
         """accepted + redriven = coalesced + unchanged + stale + delivered + dead + pending + in flight."""
         accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
         return accepted + redriven == sum(settled) + self.pending + self.in_flight
+
+
+# `add` without its I/O, for clients of asyncio, too.
+
+
+def add_keys(keys: Keys) -> list[str]:
+    """The keys of the script `add`."""
+    k = keys
+    return [k.pending, k.live, k.backfill, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
+
+
+def add_arguments(
+    updates: Sequence[Update], lane: str, max_pending: int, now_ms: int | None = None
+) -> tuple[scripts.Argument, ...]:
+    """The arguments of the script `add`; see `Buffer.add`."""
+    packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
+    return (_argument(now_ms), lane, max_pending, packed)
+
+
+def read_added(reply: Sequence[int]) -> Added:
+    """What the script `add` answered."""
+    return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
 
 
 def new_batch_id() -> BatchId:
@@ -131,7 +156,7 @@ class Buffer:
         k = keys
         lanes = [k.pending, k.live, k.backfill]
         self._add = scripts.load(redis, "add")
-        self._add_keys = [*lanes, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
+        self._add_keys = add_keys(k)
         self._claim = scripts.load(redis, "claim")
         self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
         self._claim_keys += [k.rate, k.health]
@@ -156,10 +181,8 @@ class Buffer:
         `max_pending` is the most users that may be pending: 0 = no limit, or `NOBODY_NEW`.
         """
         if not updates:
-            return Added(0, 0, 0, 0, ())
-        packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
-        reply = self._add(self._add_keys, (_argument(now_ms), lane, max_pending, packed))
-        return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
+            return NOTHING_ADDED
+        return read_added(self._add(self._add_keys, add_arguments(updates, lane, max_pending, now_ms)))
 
     def has_room(self, max_pending: int, share: float = 0.0) -> bool:
         """Whether fewer than `max_pending` users are pending; with a `share`, whether that part is free. 0 = no limit."""

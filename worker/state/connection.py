@@ -1,6 +1,6 @@
 """Connections to Redis: the one place that builds a client from a URL.
 
-Everything outside `state/` takes `Redis` and the errors from here, so only this room and `AsyncProducer` know the library.
+Everything outside `state/` takes `Redis` and the errors from here, so only this room knows the library.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from redis import Redis
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
@@ -20,6 +23,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 __all__ = [
+    "AsyncRedis",
     "BusyLoadingError",
     "ConnectionError",
     "OutOfMemoryError",
@@ -28,6 +32,7 @@ __all__ = [
     "ResponseError",
     "TimeoutError",
     "connect",
+    "connect_async",
     "retry_once",
 ]
 
@@ -51,3 +56,16 @@ def retry_once() -> Retry:
     Repeating a command whose answer was lost is safe for every script here.
     """
     return Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+
+
+def connect_async(url: str, *, timeout: float, connections: int) -> AsyncRedis:
+    """Build a client for asyncio with at most so many connections; who needs one more waits for `timeout` seconds."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=timeout,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=AsyncRetry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
+    )
+    return AsyncRedis(connection_pool=pool)
