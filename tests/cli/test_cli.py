@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from tests.conftest import SECRET_KEY
 from tests.simulation import Simulation, simulation
 from tests.state.test_dead_letters import Case
-from worker.cli import main as cli
+from worker.cli import console as cli
+from worker.cli.main import main
 from worker.clock import SystemClock
 from worker.models import Update
 from worker.producer import Producer
@@ -34,7 +35,7 @@ class Terminal:
         self.environ = {"IMATTR_REDIS_URL": server.url, "IMATTR_SDKAPPID": str(keys.sdkappid)}
 
     def __call__(self, *arguments: str, **environ: str) -> Result:
-        return CliRunner().invoke(cli.main, arguments, env=self.environ | environ)
+        return CliRunner().invoke(main, arguments, env=self.environ | environ)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_refused_update_says_user_rule_and_length_and_never_the_value(imattr: 
 
 def test_wrong_usage_is_explained(imattr: Terminal) -> None:
     for arguments, words in (
-        (("a=b", "city"), "attribute 2 is no NAME=VALUE"),
+        (("a=b", "city"), "attribute 2 is not NAME=VALUE"),
         (("city=A", "city=B"), "attribute 'city' is given twice"),
     ):
         result = imattr("put", "ann", *arguments)
@@ -170,7 +171,7 @@ def test_a_pause_shows_with_its_reason(imattr: Terminal, client: redis.Redis, ke
 
 def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
     assert imattr("pause").exit_code == cli.USAGE
-    assert imattr("pause", "--reason", "maintenance").output == "paused; what is in flight is finished\n"
+    assert imattr("pause", "--reason", "maintenance").output == "paused; batches in flight will finish\n"
     line = json.loads(imattr("status", "--json").output)["line"]
     assert (line["state"], line["reason"], line["next_probe"]) == ("paused", "maintenance", None)
     assert "maintenance. Opened by imattr resume." in imattr("status").output
@@ -196,7 +197,7 @@ def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
     assert json.loads(imattr("dead", "show", "ann").output)["attributes"] == {"city": "Paris"}
     assert imattr("dead", "show", "nobody").exit_code == cli.FAILED
     assert json.loads(imattr("dead", "export", "--user", "cid").output)["attrs"] == {"city": "Oslo"}
-    assert imattr("dead", "redrive", "--dry-run").output == "3 would be put back\n"
+    assert imattr("dead", "redrive", "--dry-run").output == "3 would be redriven\n"
     assert imattr("dead", "redrive", "--code", "90033").output == "2 put back\n"
     assert imattr("dead", "purge", "--older-than", "3600", "--dry-run").output.endswith(
         "would be thrown away\n"
@@ -290,7 +291,7 @@ def test_the_doctor_shows_no_secret(imattr: Terminal, sim: Simulation) -> None:
 
 def test_names_are_listed_and_set(imattr: Terminal, sim: Simulation, client: redis.Redis, keys: Keys) -> None:
     assert imattr("names", "list").output == "city\nlevel\n"
-    assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nthere already: city\n"
+    assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nalready there: city\n"
     assert imattr("names", "set", "vip").output == "there already: vip\n"
     assert json.loads(imattr("names", "list", "--json").output) == ["age", "city", "level", "vip"]
     assert client.smembers(keys.names) == {b"age", b"city", b"level", b"vip"}
@@ -367,7 +368,7 @@ def test_an_import_says_what_became_of_the_lines(
         "lines     3, this run",
         "accepted  2, of them 1 coalesced, 0 unchanged, 0 stale",
         "refused   1, listed in users.csv.refused.jsonl",
-        "as of     2023-11-14T22:13:20.000+00:00, where a line does not say",
+        "as of     2023-11-14T22:13:20.000+00:00, for lines without a time",
     ):
         assert words in result.stdout
     assert json.loads(client.hget(keys.pending, "ann") or "")["a"] == {"city": ["Rome", 1_700_000_000_000]}
@@ -442,6 +443,6 @@ def test_an_import_that_loses_redis_says_how_far_it_came(
     monkeypatch.chdir(tmp_path)
 
     assert result.exit_code == cli.UNREACHABLE
-    assert "400 lines are accepted, all up to line 401; the same command goes on after it" in result.stderr
+    assert "400 lines accepted, all up to line 401; the same command resumes there" in result.stderr
     assert "Redis does not answer: connection refused" in result.stderr
     assert "going on after line 401" in imattr("import", "users.csv").output

@@ -1,0 +1,65 @@
+"""`imattr pause`, `resume` and `permit`: whether anything is sent, and the shared rate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from worker.cli.console import FAILED, NO_PERMIT, environment, explained, fail, out, state
+from worker.config import Settings
+from worker.ratelimit import RateLimiter
+from worker.state.keys import Keys
+from worker.state.line import Line
+
+
+@click.command()
+@click.option("--reason", required=True, help="Shown in the status.")
+@explained
+def pause(reason: str) -> None:
+    """Stop sending until `imattr resume`.
+
+    Updates are still accepted and coalesced.
+    """
+    with _line() as line:
+        line.pause(reason)
+    out.print("paused; batches in flight will finish")
+
+
+@click.command()
+@explained
+def resume() -> None:
+    """Send again after a pause or a stop."""
+    with _line() as line:
+        out.print("resumed" if line.resume() else "the line was already open")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--wait", default=2.0, show_default=True, help="Wait at most this many seconds for a slot.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+@explained
+def permit(wait: float, command: tuple[str, ...]) -> None:
+    """Take a slot of the rate, then run COMMAND.
+
+    For scripts that call the API themselves: one permit, one call. Without COMMAND, exits when the slot comes. Exits with
+    7 if no slot is free in time.
+    """
+    settings = Settings.from_env(environment(), "producer")
+    limiter = RateLimiter.connect(
+        settings.redis_url.reveal(), settings.sdkappid, quota=settings.quota, patience=wait
+    )
+    if not limiter.acquire():
+        fail(NO_PERMIT, f"no slot was free within {wait:g} s")
+    if command:
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            fail(FAILED, f"{command[0]}: {error.strerror}")
+
+
+@contextmanager
+def _line() -> Iterator[Line]:
+    with state() as (redis, settings):
+        yield Line(redis, Keys(settings.sdkappid))

@@ -1,0 +1,185 @@
+"""`imattr up`, `demo` and `simulate`: everything on one machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from worker.cli.console import (
+    FAILED,
+    NO_SANDBOX,
+    SANDBOX,
+    SETTINGS_FILE,
+    explained,
+    fail,
+    out,
+    progress,
+    until_stopped,
+)
+from worker.config import PREFIX, Settings
+from worker.sandbox import simulator
+from worker.sandbox.processes import Plan, Sandbox
+
+
+@click.command()
+@click.option("--port", default=9000, show_default=True, help="Port on the loopback interface.")
+@click.option("--name", "names", multiple=True, help="An attribute name of the app. [default: any]")
+@click.option("--latency", default=0.05, show_default=True, help="Seconds until each reply.")
+@click.option("--quota", default=100, show_default=True, help="Calls a second allowed; 0 = no limit.")
+@click.option(
+    "--record/--no-record", default=True, show_default=True, help="Keep every write that is applied."
+)
+@explained
+def simulate(port: int, names: tuple[str, ...], latency: float, quota: int, record: bool) -> None:
+    """Run the API simulator alone.
+
+    Serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY.
+
+    Beside the API: GET /simulator/state, users, record; POST /simulator/quirks, faults.
+    """
+    environ = {f"{PREFIX}REDIS_URL": "redis://unused", f"{PREFIX}API_URL": "http://unused"} | dict(os.environ)
+    environ.pop(f"{PREFIX}REGION", None)
+    settings = Settings.from_env(environ)
+    quirks = simulator.Quirks(quota=quota, latency=latency, record=record)
+    administrators = [settings.admin]
+    key = settings.secret_key.reveal()
+    api = simulator.Api(settings.sdkappid, key, administrators=administrators, names=names, quirks=quirks)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        simulator.serve(
+            api, port=port, ready=lambda: out.print(f"simulating app {settings.sdkappid} at {url}")
+        )
+    except OSError as error:
+        fail(NO_SANDBOX, f"port {port}: {error.strerror}")
+
+
+@click.command()
+@click.option("--workers", default=2, show_default=True, help="Worker processes.")
+@click.option("--concurrency", default=16, show_default=True, help="Threads or processes a worker.")
+@click.option(
+    "--pool",
+    type=click.Choice(["threads", "prefork"]),
+    default="threads",
+    show_default=True,
+    help="Celery's pool.",
+)
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Start Flower.")
+@click.option(
+    "--directory", type=click.Path(path_type=Path), default=SANDBOX, show_default=True, help="Data and logs."
+)
+@explained
+def up(workers: int, concurrency: int, pool: str, flower: bool, directory: Path) -> None:
+    """Run everything on this machine.
+
+    Uses what is configured (IMATTR_REDIS_URL; IMATTR_API_URL or IMATTR_REGION). An embedded Redis, whose data stays in the
+    directory, and an API simulator stand in for the rest. Ctrl-C stops everything.
+    """
+    environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    with until_stopped() as stopped:
+        plan = Plan(workers=workers, concurrency=concurrency, pool=pool, flower=flower)
+        out.print("starting ...")
+        with Sandbox(directory, environ, plan) as sandbox:
+            path = directory / SETTINGS_FILE
+            _write_private(path, "".join(f"{name}={value}\n" for name, value in sorted(environ.items())))
+            try:
+                _announce(sandbox, directory)
+                while not stopped():
+                    sandbox.check()
+                    time.sleep(0.5)
+            finally:
+                path.unlink(missing_ok=True)
+                out.print("stopping: workers finish their batches ...")
+    out.print("stopped")
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _announce(sandbox: Sandbox, directory: Path) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for stand_in in sandbox.stand_ins:
+        table.add_row(Text("sandboxed", style="yellow"), stand_in)
+    table.add_row("workers", f"{sandbox.plan.workers} x {sandbox.plan.concurrency} {sandbox.plan.pool}")
+    table.add_row("flower", sandbox.flower_url or "-")
+    table.add_row("logs", str(directory))
+    out.print(table)
+    out.print()
+    out.print("try, in another terminal:  imattr put u1 city=Paris level=Gold   and   imattr status --watch")
+    out.print("Ctrl-C stops everything.")
+
+
+@click.command()
+@click.option("--workers", default=2, show_default=True, help="Worker processes.")
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Start Flower.")
+@click.option("--seed", default=2026, show_default=True, help="Different seeds make different events.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=SANDBOX / "demo",
+    show_default=True,
+    help="Data and logs; emptied first.",
+)
+@explained
+def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
+    """Run the end-to-end demo in a sandbox.
+
+    Delivers 60,000 events, with some calls failing on purpose, and checks the result. Of your settings, only
+    IMATTR_REDIS_URL is used. Exits with 0 if every check holds, else with 1.
+    """
+    try:
+        from worker.sandbox import demo as job
+        from worker.sandbox import demo_events
+    except ModuleNotFoundError as error:
+        fail(NO_SANDBOX, f"the demo needs the package {error.name}: pip install 'imattr-worker[sandbox]'")
+    out.print("making events ...")
+    lines = list(demo_events.events(seed))
+    with progress() as show:
+        report = job.run(
+            directory,
+            os.environ.get(f"{PREFIX}REDIS_URL", ""),
+            lines=lines,
+            say=lambda text: out.print(Text(text)),
+            show=lambda progress: show(_progress_line(progress)),
+            workers=workers,
+            flower=flower,
+        )
+    table = Table.grid(padding=(0, 2))
+    for name, text in report.rows:
+        table.add_row(Text(name, style="dim"), Text(text))
+    out.print(table)
+    for name, good, text in report.checks:
+        mark = ("✓ ", "green") if good else ("✗ FAILED: ", "bold red")
+        out.print(Text.assemble(mark, name, (f"  ({text})", "dim" if good else "bold red")), soft_wrap=True)
+    out.print(
+        "\n[bold green]every check holds[/]" if report.passed else "\n[bold red]NOT every check holds[/]"
+    )
+    sys.exit(0 if report.passed else FAILED)
+
+
+def _progress_line(progress: Any) -> Text:
+    snapshot = progress.snapshot
+    done = progress.lines / progress.total
+    bar = "━" * round(20 * done)
+    return Text.assemble(
+        (f"{bar:<20}", "green"),
+        f" {progress.lines:>6,} events",
+        f"  pending {snapshot.pending:>6,}",
+        f"  in flight {snapshot.in_flight:>4}",
+        f"  delivered {snapshot.ledger['delivered']:>6,}",
+        f"  calls {progress.calls:>4}",
+        f"  worst second {progress.worst:>3}",
+    )

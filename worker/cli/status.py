@@ -1,0 +1,75 @@
+"""`imattr status`: what is happening, and whether the ledger balances."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from worker.cli.console import explained, out, state
+from worker.operate import status
+
+
+@click.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@explained
+def show_status(as_json: bool, watch: bool) -> None:
+    """Show the line, backlog, rate and ledger."""
+    with state() as (client, settings):
+        if not watch:
+            _print_status(status.read(client, settings), as_json)
+            return
+        if as_json or not out.is_terminal:
+            while True:
+                _print_status(status.read(client, settings), as_json)
+                time.sleep(1)
+        with Live(console=out, auto_refresh=False) as live:
+            while True:
+                live.update(_status_table(status.read(client, settings)), refresh=True)
+                time.sleep(1)
+
+
+def _print_status(state: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(state))
+    else:
+        out.print(_status_table(state))
+
+
+def _status_table(state: dict[str, Any]) -> Table:
+    line, pending, ledger, rate = state["line"], state["pending"], state["ledger"], state["rate"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("line", Text(line["words"], style="green" if line["state"] == "open" else "bold red"))
+    waiting = pending["live"] + pending["backfill"] + pending["delayed"] + pending["waiting"]
+    age = pending["oldest_age_s"]
+    parts = ", ".join(f"{lane} {pending[lane]:,}" for lane in ("live", "backfill", "delayed", "waiting"))
+    table.add_row(
+        "pending", f"{waiting:,} users ({parts})" + (f", oldest {age:.1f} s" if age is not None else "")
+    )
+    table.add_row("in flight", f"{state['in_flight']:,} users")
+    table.add_row("dead letters", Text(f"{state['dead']:,}", style="yellow" if state["dead"] else ""))
+    eta = _eta(state["eta_s"])
+    table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, {eta}")
+    counters = ", ".join(
+        f"{name.replace('_', ' ')} {ledger[name]:,}" for name in ledger if name != "balanced"
+    )
+    table.add_row("ledger", counters)
+    balance = (
+        Text("balances", style="green") if ledger["balanced"] else Text("DOES NOT BALANCE", style="bold red")
+    )
+    table.add_row("", balance)
+    return table
+
+
+def _eta(seconds: float | None) -> str:
+    if seconds is None:
+        return "nothing is sent now"
+    return f"all delivered in {seconds:.1f} s" if seconds else "nothing pending"
