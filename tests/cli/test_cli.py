@@ -177,7 +177,7 @@ def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
     assert "maintenance. Opened by imattr resume." in imattr("status").output
     assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
     assert imattr("resume").output == "resumed\n"
-    assert imattr("resume").output == "the line was open\n"
+    assert imattr("resume").output == "the line was already open\n"
 
 
 def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
@@ -198,12 +198,10 @@ def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
     assert imattr("dead", "show", "nobody").exit_code == cli.FAILED
     assert json.loads(imattr("dead", "export", "--user", "cid").output)["attrs"] == {"city": "Oslo"}
     assert imattr("dead", "redrive", "--dry-run").output == "3 would be redriven\n"
-    assert imattr("dead", "redrive", "--code", "90033").output == "2 put back\n"
-    assert imattr("dead", "purge", "--older-than", "3600", "--dry-run").output.endswith(
-        "would be thrown away\n"
-    )
+    assert imattr("dead", "redrive", "--code", "90033").output == "2 redriven\n"
+    assert imattr("dead", "purge", "--older-than", "3600", "--dry-run").output.endswith("would be deleted\n")
     assert imattr("dead", "purge").exit_code == cli.FAILED, "nobody said yes"
-    assert imattr("dead", "purge", "--yes").output == "1 thrown away\n"
+    assert imattr("dead", "purge", "--yes").output == "1 deleted\n"
     assert imattr("dead", "list").output == "no dead letters\n"
 
 
@@ -292,7 +290,7 @@ def test_the_doctor_shows_no_secret(imattr: Terminal, sim: Simulation) -> None:
 def test_names_are_listed_and_set(imattr: Terminal, sim: Simulation, client: redis.Redis, keys: Keys) -> None:
     assert imattr("names", "list").output == "city\nlevel\n"
     assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nalready there: city\n"
-    assert imattr("names", "set", "vip").output == "there already: vip\n"
+    assert imattr("names", "set", "vip").output == "already there: vip\n"
     assert json.loads(imattr("names", "list", "--json").output) == ["age", "city", "level", "vip"]
     assert client.smembers(keys.names) == {b"age", b"city", b"level", b"vip"}
 
@@ -445,4 +443,4 @@ def test_an_import_that_loses_redis_says_how_far_it_came(
     assert result.exit_code == cli.UNREACHABLE
     assert "400 lines accepted, all up to line 401; the same command resumes there" in result.stderr
     assert "Redis does not answer: connection refused" in result.stderr
-    assert "going on after line 401" in imattr("import", "users.csv").output
+    assert "resuming after line 401" in imattr("import", "users.csv").output

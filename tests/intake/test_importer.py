@@ -855,7 +855,7 @@ def test_a_process_that_ends_in_the_middle_loses_nothing(
         assert b"the same command goes on after it" in errors
     output, errors = (again := process.start("a.jsonl", "--json")).communicate(timeout=60)
     assert again.returncode == 0
-    assert f"going on after line {progress['line']:,}, where an earlier run ended".encode() in errors
+    assert f"resuming after line {progress['line']:,}, where an earlier run ended".encode() in errors
     end = json.loads(output)
     assert (end["state"], end["resumed_after"], end["accepted"]) == ("complete", progress["line"], count)
     assert client.hlen(keys.pending) == client.zcard(keys.backfill) == count

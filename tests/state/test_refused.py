@@ -105,13 +105,13 @@ def test_what_is_not_kept_cannot_be_shown(server: EmbeddedServer, keys: Keys, id
 
 
 def test_purge_asks_first(refused: Refused, server: EmbeddedServer, keys: Keys) -> None:
-    assert imattr(server, keys, "purge") == (0, "0 thrown away\n")
+    assert imattr(server, keys, "purge") == (0, "0 deleted\n")
     keep(refused)
 
     code, text = imattr(server, keys, "purge", given="n\n")
     assert code == 1
     assert "Throw 1 refused updates away for good?" in text
     assert refused.count() == 1
-    assert imattr(server, keys, "purge", "--yes") == (0, "1 thrown away\n")
+    assert imattr(server, keys, "purge", "--yes") == (0, "1 deleted\n")
     assert refused.count() == 0
     assert imattr(server, keys, "list") == (0, "no refused updates\n")
