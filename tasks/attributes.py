@@ -28,14 +28,14 @@ _Result = TypeVar("_Result")
 
 
 class TaskFailed(Exception):
-    """Raised in place of whatever ended a task; its text has the kind of failure only."""
+    """Raised in place of whatever ended a task; its text only names the kind of failure."""
 
 
 def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Let out only errors whose text is fit to be shown.
+    """Let out only errors whose text may be shown.
 
-    `BaseException` because a pool of threads loses a slot for ever to any that is no `Exception`; a new
-    exception because events and logs carry the text and the traceback of the one that leaves.
+    `BaseException`, because a pool of threads loses a slot for good to anything that is not an `Exception`; a new
+    exception, because events and logs carry the text and the traceback of the one that leaves.
     """
 
     @wraps(body)
@@ -43,7 +43,7 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
         try:
             return body(*args, **kwargs)
         except Reject:
-            # For Celery: the message goes back into the queue.
+            # For Celery: the message returns to the queue.
             raise
         except InvalidUpdate as error:
             failure = error.rule
@@ -53,7 +53,7 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
             log.warning("task_failed", error=failure)
         except BaseException as error:
             failure = type(error).__name__
-            # Where it happened, without the text of the error, which may quote what it stumbled over.
+            # Where it happened, without the error's text, which may quote user data.
             log.error("task_failed", error=failure, at="".join(traceback.format_tb(error.__traceback__)))
         raise TaskFailed(failure)
 
@@ -61,7 +61,7 @@ def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
 
 
 def well_called(body: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Refuse, and keep, a message whose arguments do not fit the task."""
+    """Refuse a message whose arguments do not fit the task, and keep it."""
     signature = inspect.signature(body)
     names = ", ".join(list(signature.parameters)[1:])
 
@@ -82,7 +82,7 @@ def well_called(body: Callable[..., _Result]) -> Callable[..., _Result]:
 @contained
 @well_called
 def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | float | None = None) -> str:
-    """Accept one update; fails, alone, when it breaks a rule."""
+    """Accept one update; fails if it breaks a rule."""
     given = _timed(task, [user_id, attrs, occurred_at])
     try:
         return runtime.producer().set(*given)
@@ -100,8 +100,8 @@ def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | fl
 def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
     """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at].
 
-    Returns how many were accepted, coalesced, unchanged, stale, refused and put back into the queue, for
-    want of room; the log has the reason of each that was refused.
+    Returns how many were accepted, coalesced, unchanged, stale, refused, and put back into the queue for want of room. The
+    log has the reason for each refusal.
     """
     if not isinstance(updates, list):
         error = InvalidUpdate("?", f"the updates must be a list, got {type(updates).__name__}")
@@ -126,7 +126,7 @@ def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
 
 
 def _timed(task: Any, update: Any) -> Any:
-    """The update with the event time of its message, unless it has one of its own."""
+    """The update, with the event time of its message unless it has its own."""
     if isinstance(update, list) and len(update) in (2, 3) and (len(update) == 2 or update[2] is None):
         return [*update[:2], getattr(task.request, "event_ms", None)]
     return update
@@ -140,9 +140,9 @@ def _keep(error: InvalidUpdate, update: Any) -> None:
 
 
 def _put_back(updates: list[Any]) -> None:
-    """Send updates again, as a new message that has their event times: their order stays what it was.
+    """Send updates again as a new message with their event times, so that their order stays the same.
 
-    When the broker does not take it, the old message goes back as it is.
+    If the broker does not accept it, the old message returns to the queue.
     """
     try:
         app.send_task("attributes.update_many", [updates], queue=UPDATES)
@@ -154,5 +154,5 @@ def _put_back(updates: list[Any]) -> None:
 @app.task(name="attributes.deliver", bind=True)
 @contained
 def deliver(task: Any) -> dict[str, Any]:
-    """Deliver one batch; the task's id is the ticket."""
+    """Deliver one batch; the task id is the ticket."""
     return dataclasses.asdict(runtime.delivery().deliver(BatchId(task.request.id)))

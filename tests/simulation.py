@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Simulation:
     url: str
 
     def fail(self, *faults: Fault) -> None:
-        self.faults.replace(faults)
+        # Copies: the simulator counts in them how often they are still to strike.
+        self.faults.replace([dataclasses.replace(fault) for fault in faults])
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def test_all_mistakes_are_told_at_once_by_name() -> None:
         "IMATTR_LINGER must be a number of seconds, at least 0",
         "IMATTR_API must be one of chat, push",
         "IMATTR_READ_TIMEOUT must be a number of seconds, more than 3",
-        "IMATTR_LINGR is no setting, is IMATTR_LINGER meant?",
+        "unknown setting IMATTR_LINGR; did you mean IMATTR_LINGER?",
         "IMATTR_SECRET_KEY is not set",
     }
 

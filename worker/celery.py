@@ -1,8 +1,8 @@
 """The Celery app: ``celery -A worker worker --pool threads --concurrency 16``.
 
-Messages are tickets and updates, as JSON. A ticket holds no user data, so losing, repeating or delaying
-one costs nothing; all state is in Redis. There is no beat, no ETA and no result backend. Each setting
-below that is not obvious says what breaks without it.
+Messages are tickets and updates, as JSON. A ticket has no user data, so losing, repeating or delaying one costs nothing:
+all state is in Redis. There is no beat, no ETA and no result backend. Settings below that are not obvious say what breaks
+without them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from worker.operate import health
 
 UPDATES, DELIVERIES = "updates", "deliveries"
 
-#: Seconds a worker waits for its dispatcher, and for its consumer of the stream, to finish a turn.
+#: Seconds a worker waits for its dispatcher and its stream consumer to finish a turn.
 THREAD_PATIENCE = 10.0
 
 _stamps = Stamps()
@@ -44,8 +44,8 @@ _stamps = Stamps()
 class PrivateRequest(Request):
     """A task as Celery's events, `inspect` and Flower see it: without its arguments.
 
-    The arguments of an update are user data, and any client may have put a text of them into the
-    message's headers. Made in the order of the queue, so this is where a message gets its event time.
+    The arguments of an update are user data, and clients put a text of them into the message's headers. Requests are created
+    in the order of the queue, so this is where a message gets its event time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def _settings() -> Settings:
     try:
         return runtime.settings()
     except ConfigError as error:
-        # Not a traceback for a person who forgot a variable; and Celery's commands print one otherwise.
+        # Someone who forgot a variable should not get a traceback, which Celery's commands would print.
         print("imattr cannot start:", *error.mistakes, sep="\n  ", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -81,18 +81,17 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "task_routes": {"attributes.deliver": {"queue": DELIVERIES}},
         "accept_content": ["json"],
         "task_serializer": "json",
-        # Nobody asks for results; the events that Flower reads carry them anyway.
+        # Nobody reads results; the events for Flower carry them anyway.
         "result_backend": None,
         "task_ignore_result": True,
-        # A task that dies with its worker is run again; with one message at a time a shutdown hands
-        # the rest back.
+        # A task that dies with its worker runs again; with one message at a time, a shutdown returns the rest.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
-        # True ends the worker with the threads pool.
+        # True would end the worker with the threads pool.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
-        # After a reconnect, Celery would set the prefetch count from the pool's threads: with RabbitMQ they then read
-        # each other's answers from the one connection, and wait for ever.
+        # After a reconnect, Celery would set the prefetch count from the pool's threads: with RabbitMQ they then read each
+        # other's answers from the one connection, and hang.
         "worker_enable_prefetch_count_reduction": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
@@ -106,18 +105,18 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 def _transport(settings: Settings) -> dict[str, Any]:
     if settings.broker_url.reveal().partition("+")[0].startswith(("amqp", "pyamqp")):
-        # Without timeouts a half-open connection stops the dispatcher for good.
+        # Without timeouts, a half-open connection stops the dispatcher for good.
         return {"confirm_publish": True, "connect_timeout": 3, "read_timeout": 10, "write_timeout": 10}
     return {
         "global_keyprefix": settings.broker_prefix,
-        # A message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other
-        # share takes the processor from them: with four updates to one delivery, they lose a third of the rate.
+        # One message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other share starves
+        # them: at four updates to one delivery, they lose a third of the rate.
         "queue_order_strategy": "round_robin",
-        # A message not acknowledged in this time runs again; far longer than any task takes.
+        # A message that is not acknowledged in this time runs again; far longer than any task takes.
         "visibility_timeout": max(120, round(3 * settings.longest_task)),
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
-        # Without timeouts a half-open connection stops the worker for good.
+        # Without timeouts, a half-open connection stops the worker for good.
         "socket_timeout": 5,
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
@@ -127,9 +126,9 @@ def _transport(settings: Settings) -> dict[str, Any]:
 
 
 class ThriftyChannel(redis_transport.Channel):
-    """kombu's Redis channel with one client a connection pool, instead of a new one for every command.
+    """kombu's Redis channel with one client per connection pool, instead of a new one for every command.
 
-    Making a client costs more than the command: without this, a sixth of a worker's CPU goes there.
+    Creating a client costs more than the command: without this, it takes a sixth of a worker's CPU.
     """
 
     _client_of_pool: Any = None
@@ -150,18 +149,18 @@ app.conf.update(_configuration(_settings()))
 
 
 def _take_updates(worker: Any, wanted: bool) -> None:
-    """Begin or end consuming the queue of updates, soon."""
+    """Start or stop consuming the queue of updates, soon."""
     consumer: Any = getattr(worker, "consumer", None)
-    # There is none at the start, and no `task_consumer` in the middle of a reconnect.
+    # There is no consumer at the start, and no `task_consumer` during a reconnect.
     taking = getattr(consumer, "task_consumer", None)
     if taking and taking.consuming_from(UPDATES) != wanted:
         consumer.call_soon(_switch_updates, consumer, wanted)
 
 
 def _switch_updates(consumer: Any, wanted: bool) -> None:
-    """In the consumer's own thread: its channel is not for others.
+    """Runs in the consumer's own thread, since its channel is not thread-safe.
 
-    Celery's own `add_task_queue` forgets that the queue was deselected: the next reconnect would drop it.
+    Celery's own `add_task_queue` forgets that the queue was deselected, so the next reconnect would drop it.
     """
     queues = app.amqp.queues
     if wanted:
@@ -179,8 +178,8 @@ def _switch_updates(consumer: Any, wanted: bool) -> None:
 class DispatcherStep(bootsteps.StartStopStep):
     """Runs this worker's dispatcher in a thread of the main process, from start to shutdown.
 
-    A step of the worker, not of the consumer, and a thread, not a timer: a reconnect of the broker
-    restarts the consumer and drops its timers.
+    A step of the worker rather than of the consumer, and a thread rather than a timer: a reconnect of the broker restarts
+    the consumer and drops its timers.
     """
 
     requires = frozenset({"celery.worker.components:Pool"})
@@ -195,7 +194,7 @@ class DispatcherStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         settings = runtime.settings()
-        # A worker started with `-Q deliveries` takes no updates at any time.
+        # A worker started with `-Q deliveries` never takes updates.
         if UPDATES in app.amqp.queues.consume_from:
             self._intake = Backpressure(
                 runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
@@ -228,12 +227,12 @@ class DispatcherStep(bootsteps.StartStopStep):
             self._intake.look()
 
     def _publish(self, ticket: BatchId) -> None:
-        # A ticket that cannot be sent now is worth nothing later: no retries, no expiry to clean up.
+        # A ticket that cannot be sent now is worthless later: no retries, and no expiry to clean up.
         app.send_task("attributes.deliver", task_id=ticket, queue=DELIVERIES, retry=False)
 
 
 class StreamStep(bootsteps.StartStopStep):
-    """Runs this worker's consumer of the stream, for as long and for the same reasons as `DispatcherStep`."""
+    """Runs this worker's stream consumer, in the same way and for the same reasons as `DispatcherStep`."""
 
     requires = frozenset({"celery.worker.components:Pool"})
 
@@ -260,7 +259,7 @@ app.steps["worker"].update({DispatcherStep, StreamStep})
 
 
 class _WithoutBodies(logging.Filter):
-    """Celery logs the whole body of a message that it cannot use; this leaves the first sentence."""
+    """Celery logs the whole body of a message that it cannot use; this keeps only the first sentence."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if "body" in str(record.msg):
@@ -278,14 +277,14 @@ def _configure_logs(**_: Any) -> None:
 
 @signals.worker_init.connect
 def _tune_threads(**_: Any) -> None:
-    # A thread whose slot has come must get the interpreter at once, not after the usual 5 ms.
+    # A thread whose slot has come needs the interpreter at once, not after the usual 5 ms.
     sys.setswitchinterval(0.0005)
 
 
 @signals.worker_ready.connect
 def _spare_the_collector(**_: Any) -> None:
-    # What is there by now stays. Each full collection would look through all of it, for 50 ms in which every
-    # thread misses its slot. Ready again after a reconnect, what has become garbage since is looked for once.
+    # Everything there is by now stays. Each full collection would scan all of it, for 50 ms in which every thread misses
+    # its slot. After a reconnect the worker is ready again: what has become garbage since is collected once.
     gc.unfreeze()
     gc.collect()
     gc.freeze()
@@ -304,5 +303,5 @@ def _stop_claiming(**_: Any) -> None:
 @signals.task_prerun.connect
 @signals.task_postrun.connect
 def _forget_context(**_: Any) -> None:
-    # A pool's thread runs one task after the other: nothing bound for one may reach the next.
+    # A pool's thread runs one task after another: nothing bound for one may reach the next.
     structlog.contextvars.clear_contextvars()

@@ -1,7 +1,7 @@
 """Time as an argument, so that tests can hold it still.
 
-Only durations are measured here, on the machine's monotonic clock. Points in time that several
-workers must agree on (due times, leases, permits) are always Redis' own clock, inside the scripts.
+Only durations are measured here, on the machine's monotonic clock. Times that several workers must agree on (due times,
+leases, permits) always come from Redis' own clock, inside the scripts.
 """
 
 import time
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the delivery loop and the limiter need to know about time; seconds."""
+    """What the delivery loop and the limiter need to know about time, in seconds."""
 
     def monotonic(self) -> float:
         """Seconds on a clock that never jumps."""

@@ -1,7 +1,7 @@
-"""Settings: environment variables that start with ``IMATTR_``, read once, all mistakes told at once.
+"""Settings: environment variables that start with ``IMATTR_``, read once. All configuration errors are reported together.
 
-Durations are seconds. `Settings.from_env` says for which role they are read: a producer needs the app
-and Redis only, never the API's credentials.
+Durations are in seconds. `Settings.from_env` reads them for a role: a producer needs only the app and Redis, never the
+API's credentials.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFIX = "IMATTR_"
 
 Role = Literal["producer", "worker"]
 
-#: Main domains by region (API documents 1047/34620 and newer pages). A convenience: `API_URL` takes any.
+#: Domains by region (API document 1047/34620 and newer pages). `API_URL` takes any other.
 REGIONS = {
     "china": "https://console.tim.qq.com",
     "singapore": "https://adminapisgp.im.qcloud.com",
@@ -40,7 +40,7 @@ SERVICE_TIMEOUT = 3.0
 
 
 class Secret:
-    """Text that shows itself only when asked; any formatting of it reads ``***``."""
+    """Text that is shown only by `reveal`; any formatting of it reads ``***``."""
 
     __slots__ = ("_text",)
 
@@ -104,9 +104,9 @@ def _url(*schemes: str) -> Callable[[str], str]:
             parts = urlsplit(value)
             labels = (parts.hostname or "").rstrip(".").split(".")
             good = parts.scheme in schemes and (parts.scheme == "unix" or all(labels))
-            parts.port  # noqa: B018  # a port that is none raises
+            parts.port  # noqa: B018  # raises for an invalid port
         except ValueError:
-            # Python's own words quote the URL, password and all.
+            # Python's own message quotes the URL, password and all.
             good = False
         if not good:
             raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
@@ -127,7 +127,7 @@ def _setting(parse: Callable[[str], Any], default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that can be set; `metadata["doc"]` of each field says what it means."""
+    """All settings; `metadata["doc"]` of each field says what it means."""
 
     sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
     admin: str = _setting(_account, "administrator", "the app's administrator account")
@@ -150,12 +150,14 @@ class Settings:
     connect_timeout: float = _setting(_seconds(above=True), 3.05, "connecting to the API")
     read_timeout: float = _setting(_seconds(SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer")
     hold: float = _setting(
-        _seconds(SERVICE_TIMEOUT, above=True), 5.0, "users wait this long after an unknown outcome"
+        _seconds(SERVICE_TIMEOUT, above=True), 5.0, "how long users wait after an unknown outcome"
     )
     lease: float = _setting(_seconds(above=True), 60.0, "how long a worker may keep a batch")
     patience: float = _setting(_seconds(above=True), 2.0, "how long a task waits for a permit")
-    max_pending: int = _setting(_whole(0), 0, "refuse new users beyond this many; 0 = no limit")
-    shadow_ttl: float = _setting(_seconds(), 900.0, "how long delivered values are remembered; 0 = not")
+    max_pending: int = _setting(_whole(0), 0, "refuse new users beyond this many pending; 0 = no limit")
+    shadow_ttl: float = _setting(
+        _seconds(), 900.0, "how long delivered values are remembered; 0 = not at all"
+    )
     shadow_max_users: int = _setting(_whole(1), 1_000_000, "how many users are remembered")
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "least level logged")
     log_format: str = _setting(_choice("json", "text"), "", "json or text; default text on a terminal")
@@ -167,7 +169,7 @@ class Settings:
         return self.api_url or REGIONS.get(self.region, "")
 
     def current_key(self) -> Secret:
-        """The secret key, read anew when it is in a file; as it was, when that cannot be read now."""
+        """The secret key, read again if it is in a file; the last known one if that cannot be read now."""
         try:
             return (self.secret_key_file and _key_in(self.secret_key_file)) or self.secret_key
         except (OSError, UnicodeDecodeError):
@@ -180,7 +182,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], role: Role = "worker") -> Settings:
-        """Read the environment; raises `ConfigError` with a sentence for every mistake."""
+        """Read the environment; raises `ConfigError` with a sentence for each error."""
         mistakes: list[str] = []
         found: dict[str, Any] = {}
         fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
@@ -189,7 +191,9 @@ class Settings:
                 continue
             if variable not in fields:
                 near = difflib.get_close_matches(variable, fields, 1)
-                mistakes.append(f"{variable} is no setting" + (f", is {near[0]} meant?" if near else ""))
+                mistakes.append(
+                    f"unknown setting {variable}" + (f"; did you mean {near[0]}?" if near else "")
+                )
                 continue
             field = fields[variable]
             try:
@@ -207,7 +211,7 @@ class Settings:
         return settings
 
     def _contradictions(self, role: Role, environ: Mapping[str, str]) -> list[str]:
-        """What is missing for the role, and what cannot hold together."""
+        """What is missing for the role, and what contradicts itself."""
         missing = {"SDKAPPID": self.sdkappid, "REDIS_URL": self.redis_url}
         if role == "worker":
             missing["SECRET_KEY"] = self.secret_key or environ.get(f"{PREFIX}SECRET_KEY_FILE")

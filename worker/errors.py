@@ -1,14 +1,14 @@
 """Every exception this product raises.
 
     ImattrError
-    ├── ConfigError      settings are missing or wrong; lists every mistake at once
-    ├── InvalidUpdate    an update breaks a rule of the API; says which, for which user
+    ├── ConfigError      settings are missing or wrong; lists all errors
+    ├── InvalidUpdate    an update breaks a rule of the API; names the rule and the user
     ├── BufferFull       a new user was refused because too many are pending, or Redis has little memory left
-    ├── CallFailed       a call that a person asked for failed; says what to do
-    ├── CannotImport     a file cannot be imported as it was asked; says why
+    ├── CallFailed       an API call requested by a person failed; says what to do
+    ├── CannotImport     a file cannot be imported; says why
     └── SandboxError     a server of the sandbox could not be started
 
-Errors of the `redis` library pass through unchanged: a caller who already handles them keeps doing so.
+Errors of the `redis` library pass through unchanged, so callers that already handle them keep doing so.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class ImattrError(Exception):
 
 
 class ConfigError(ImattrError):
-    """Raised when settings are missing or wrong. `mistakes` has one sentence for each."""
+    """Raised when settings are missing or wrong. `mistakes` has a sentence for each error."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
         self.mistakes = tuple(mistakes)
@@ -39,9 +39,9 @@ class InvalidUpdate(ImattrError):
 
 
 class BufferFull(ImattrError):
-    """Raised when there is no room for a user who is not pending yet; later there may be.
+    """Raised when there is no room for a user who is not pending yet. Later there may be.
 
-    `limit` is `IMATTR_MAX_PENDING`, None when it is Redis' memory that is short.
+    `limit` is `IMATTR_MAX_PENDING`, or None if Redis is short of memory.
     """
 
     def __init__(self, user: str, limit: int | None) -> None:
@@ -54,9 +54,9 @@ class BufferFull(ImattrError):
 
 
 class CallFailed(ImattrError):
-    """Raised when a call of the API that a person asked for failed.
+    """Raised when an API call requested by a person failed.
 
-    `found` says why, `fix` what to do about it; neither has a secret in it.
+    `found` says why, `fix` what to do about it; neither contains a secret.
     """
 
     def __init__(self, found: str, fix: str) -> None:
@@ -66,7 +66,7 @@ class CallFailed(ImattrError):
 
 
 class CannotImport(ImattrError):
-    """Raised when a file cannot be imported as it was asked; says why, and shows nothing of what is in it."""
+    """Raised when a file cannot be imported; says why, without showing its content."""
 
 
 class SandboxError(ImattrError):

@@ -1,8 +1,8 @@
 """Structured logs on standard output: text on a terminal, else one JSON object a line.
 
-Secrets cannot get in: a `Secret` prints as ``***``, and whatever text still holds a secret that was
-announced with `protect`, or a UserSig in a URL, loses it here, in the last step before rendering, so it
-covers other libraries' lines and tracebacks, too.
+Secrets cannot get in: a `Secret` prints as ``***``, and any text that still has a secret that was announced with
+`protect`, or a UserSig in a URL, loses it here, in the last step before rendering. So that covers other libraries' lines
+and tracebacks, too.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)[^\s/]+@")
 
 
 def protect(*secrets: str) -> None:
-    """Never let these texts into a log line."""
+    """Keep these texts out of every log line."""
     _secrets.update(secret for secret in secrets if len(secret) >= 4)
 
 
 def scrub(text: str) -> str:
-    """The text without secrets."""
+    """Return the text without secrets."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = _URL_PASSWORD.sub(rf"\1{HIDDEN}@", _USERSIG.sub(rf"\1{HIDDEN}", text))
-    # Half a character (a lone surrogate) could not be written, and the line would be lost.
+    # A lone surrogate could not be written, and the line would be lost.
     return text.encode(errors="replace").decode()
 
 
@@ -53,21 +53,21 @@ def _scrub_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
 
 
 def _tidy(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What a line is about comes first, and what is not known is left out."""
+    """Put what the line is about first, and leave out what is not known."""
     first = ("timestamp", "level", "event")
     ordered = {key: event[key] for key in first if key in event} | dict(event)
     return {key: value for key, value in ordered.items() if value is not None}
 
 
 def _levels(level: str) -> dict[str, dict[str, str]]:
-    """The levels of loggers that would say too much."""
+    """Levels for loggers that would say too much."""
     # At DEBUG these write whole messages, arguments and all.
     talkative = "INFO" if level == "debug" else level.upper()
     levels = {
         **dict.fromkeys(("celery", "kombu", "amqp"), talkative),
         # One "received" line a task would double every canonical line.
         "celery.worker.strategy": "WARNING",
-        # Our tasks log their own failures, without what the error's text may quote.
+        # Our tasks log their own failures, without the error's text.
         "celery.app.trace": "CRITICAL",
         # urllib3 writes the whole URL, UserSig included, at DEBUG and WARNING.
         "urllib3": "ERROR",

@@ -1,8 +1,8 @@
 """The values that travel through the product, and the rules they obey.
 
-The rules are the API's own: user ids of 1 to 32 bytes of printable ASCII, names and values of 1 to 50
-bytes, at most 10 attributes an app (Tencent Cloud Chat documents 1047/34953, 37167 and 37170). Bytes are
-those of the UTF-8 text, so a value in Chinese or Thai has room for 16 characters.
+The rules are the API's own: user ids of 1 to 32 bytes of printable ASCII, names and values of 1 to 50 bytes, at most 10
+attributes per app (Tencent Cloud Chat documents 1047/34953, 1047/37167 and 1047/37170). Bytes are those of the UTF-8 text,
+so a value in Chinese or Thai has room for 16 characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BatchId = NewType("BatchId", str)
 #: Attribute name -> value, or None to remove the attribute.
 Attributes = Mapping[str, str | None]
 
-#: Event times outside these bounds (years 2001 and 2286, in ms) are taken for mistakes of unit.
+#: Event times outside these bounds (years 2001 and 2286, in ms) are taken to be in the wrong unit.
 EARLIEST_MS, LATEST_MS = 1_000_000_000_000, 9_999_999_999_999
 
 
@@ -39,26 +39,26 @@ class Update:
 
 
 class ClaimedUser(NamedTuple):
-    """One user of a claimed batch: the snapshot that is being sent."""
+    """One user of a claimed batch: the values that are being sent."""
 
     user: UserId
     attrs: Attributes
     attempts: int
     since_ms: int
-    #: Whether it may spoil the call it is in, so that it must not share one with users who are not.
+    #: Whether it may spoil the call it is in, and so must not share one with users who are not suspects.
     suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Users taken together for one call, in the order in which they became due."""
+    """Users claimed together for one call, in the order in which they became due."""
 
     id: BatchId
     users: tuple[ClaimedUser, ...]
     claimed_ms: int
-    #: When the line is stopped and this batch is to find out if it can be opened: the kind of the stop.
+    #: If the line is stopped and this batch is its probe: the kind of the stop.
     probe: Literal["", "error", "outage", "data"] = ""
-    #: No signature older than this (seconds since 1970) is good.
+    #: Signatures older than this (seconds since 1970) are bad.
     signed_at: int = 0
 
 
@@ -74,7 +74,7 @@ class Acked:
 class Retried:
     """Send again after `delay` seconds; costs an attempt.
 
-    When not `proven`, only once another call, claimed later, has succeeded: it may be the service's fault.
+    If not `proven`, only once a call that was claimed later has succeeded: the service may be to blame.
     """
 
     delay: float
@@ -83,7 +83,7 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """Send again after `delay` seconds; costs nothing. As a `suspect` never again together with others."""
+    """Send again after `delay` seconds; costs nothing. A `suspect` is never sent together with others again."""
 
     delay: float = 0.0
     suspect: bool = False
@@ -102,7 +102,7 @@ Outcome = Acked | Retried | Snoozed | DeadLettered
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An update refused at the door. `index` is its place in the bulk call, from 0."""
+    """An update that was refused. `index` is its place in the bulk call, from 0."""
 
     index: int
     user: str
@@ -111,7 +111,7 @@ class Refusal:
 
 @dataclass(slots=True)
 class BulkResult:
-    """What became of a bulk of updates; the counts add up to the updates given."""
+    """What became of many updates; `accepted` and `refused` add up to the updates sent."""
 
     accepted: int = 0
     coalesced: int = 0
@@ -130,7 +130,7 @@ def check_user(user: object) -> UserId:
     """Return the user id, or raise `InvalidUpdate`."""
     if type(user) is not str:
         raise InvalidUpdate(_shorten(user), f"user id must be a string, got {type(user).__name__}")
-    # isascii, isprintable: exactly 0x20 to 0x7e, so the length is the number of bytes.
+    # isascii and isprintable: exactly 0x20 to 0x7e, so the length is the number of bytes.
     if user.isascii() and user.isprintable() and 0 < len(user) <= MAX_USER_ID_BYTES:
         return user
     if not user:
@@ -154,7 +154,7 @@ def _check_text(user: UserId, what: str, text: object, limit: int) -> None:
 
 
 def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()) -> Attributes:
-    """Return the attributes, or raise `InvalidUpdate`; `names` are the app's, empty when not known.
+    """Return the attributes, or raise `InvalidUpdate`; `names` are the app's, empty if not known.
 
     A value of None removes the attribute.
     """
@@ -163,7 +163,7 @@ def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()
     if not 0 < len(attrs) <= MAX_ATTRIBUTES:
         raise InvalidUpdate(user, f"{len(attrs)} attributes, must be 1 to {MAX_ATTRIBUTES}")
     for name, value in attrs.items():
-        # The usual short ASCII text passes on these few comparisons alone.
+        # Short ASCII text, the usual case, passes on these few comparisons alone.
         if not (type(name) is str and name.isascii() and 0 < len(name) <= MAX_NAME_BYTES):
             _check_text(user, "an attribute name", name, MAX_NAME_BYTES)
         if names and name not in names:
@@ -173,15 +173,14 @@ def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()
             continue
         if not (type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES):
             _check_text(user, f"the value of {name!r}", value, MAX_VALUE_BYTES)
-    # JSON knows plain dicts only, and nobody must change what was checked.
+    # JSON needs a plain dict, and nobody may change what was checked.
     return dict(attrs)
 
 
 def check_occurred_at(user: UserId, occurred_at: object) -> int:
     """Return an event time as ms since 1970, 0 for none.
 
-    Takes a datetime with a time zone, ISO 8601 text with one, or seconds or milliseconds since 1970
-    (told apart by size).
+    Takes a datetime with a time zone, ISO 8601 text with one, or seconds or milliseconds since 1970 (distinguished by size).
     """
     if occurred_at is None:
         return 0
@@ -208,13 +207,13 @@ def check_occurred_at(user: UserId, occurred_at: object) -> int:
 def check_update(
     user: object, attrs: object, occurred_at: object = None, names: frozenset[str] = frozenset()
 ) -> Update:
-    """Return a valid update, or raise `InvalidUpdate` saying the user, the rule and the measured length."""
+    """Return a valid update, or raise `InvalidUpdate` with the user, the rule and the measured length."""
     checked = check_user(user)
     return Update(checked, check_attrs(checked, attrs, names), check_occurred_at(checked, occurred_at))
 
 
 def check_names(names: Iterable[object]) -> frozenset[str]:
-    """Return attribute names fit for an app, or raise `ValueError` saying which rule is broken."""
+    """Return valid attribute names, or raise `ValueError` with the rule that is broken."""
     found = list(names)
     if len(found) > MAX_ATTRIBUTES:
         raise ValueError(f"{len(found)} attribute names, an app has at most {MAX_ATTRIBUTES}")

@@ -1,4 +1,4 @@
-"""Builds the product from its settings: the one place where the parts are put together."""
+"""The composition root: builds the product from its settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from worker.state.leader import Leader
 from worker.state.line import Line
 from worker.state.refused import Refused
 
-#: Set when this process shuts down: what is in flight is finished, nothing new begins.
+#: Set when this process shuts down: batches in flight are finished, and no new ones begin.
 stopping = threading.Event()
 
 
@@ -69,7 +69,7 @@ def build_api(settings: Settings) -> ChatApi:
 
 
 def _secret_key(settings: Settings) -> str:
-    """The key as it is now: a key in a file may have been rotated since the start."""
+    """The current key: a key in a file may have been rotated since the start."""
     key = settings.current_key().reveal()
     logs.protect(key)
     return key
@@ -117,13 +117,13 @@ def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer]:
 
 
 def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
-    """A consumer with connections to itself: its reads block."""
+    """A consumer with connections of its own, since its reads block."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
     return StreamConsumer(redis, keys, producer(), Refused(redis, keys), SystemClock(), worker=worker)
 
 
-# One of each a process, made at first use: with prefork that is after the fork, so that processes
-# never share a connection.
+# One of each per process, created on first use: with prefork that is after the fork, so processes never share a
+# connection.
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def _fill_stream(client: redis.Redis, keys: Keys, count: int) -> None:
 
 
 def consume(results: Results) -> None:
-    """One worker on queued messages: `attributes.update` against a task that does nothing, and in importer."""
+    """One worker on queued messages: `attributes.update` against a task that does nothing, and in bulk."""
     with (
         tempfile.TemporaryDirectory() as directory,
         Sandbox(Path(directory), {}, Plan(workers=0, flower=False)) as sandbox,

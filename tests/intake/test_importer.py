@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from tests.conftest import ManualClock, new_keys
 from tests.state.test_dead_letters import Case
 from worker.config import Settings
-from worker.errors import CannotImport, InvalidUpdate
-from worker.intake.import_source import MAX_LINE, Line, Source, _rows
-from worker.intake.importer import HyperLogLog, Importer, ImportOptions, ImportStatus, Progress, _Journal
+from worker.errors import CannotImport
+from worker.intake.hyperloglog import HyperLogLog
+from worker.intake.import_progress import ImportJournal, ImportOptions, Progress
+from worker.intake.import_source import MAX_LINE, Line, Source, Unreadable, _rows
+from worker.intake.importer import Importer, ImportStatus
 from worker.models import Update
 from worker.producer import Producer
 from worker.sandbox.redis_server import EmbeddedServer
@@ -83,9 +85,9 @@ def read(path: Path, **options: Any) -> list[object]:
     """What is in the file: updates, and the line and rule of what is none."""
     with Source(path, **options) as source:
         return [
-            (record.line, record.given.rule) if isinstance(record.given, InvalidUpdate) else record.given
+            (record.line, record.found.rule) if isinstance(record.found, Unreadable) else record.found
             for record in source.records()
-            if record.given is not None
+            if record.found is not None
         ]
 
 
@@ -156,8 +158,8 @@ def test_an_empty_file_is_no_mistake_unless_it_should_have_a_header(
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (b"id,city", "no header with a column 'user'"),
-        (b"user;city", "no header with a column 'user', separated by commas"),
+        (b"id,city", "not a header with a column 'user'"),
+        (b"user;city", "not a header with a column 'user', separated by commas"),
         (b"user,city,city", "two columns of the header have the same name"),
         (b"user,city,", "attribute name '' must be 1 to 50 bytes"),
         (b"user," + b"x" * 51, "must be 1 to 50 bytes"),
@@ -249,7 +251,7 @@ def test_a_row_that_never_ends_is_not_kept() -> None:
             # Each line closes the cell of the one before, and opens another.
             yield Line(taken, b'ann,"x\n' if taken == 1 else b'","x\n', taken)
 
-    assert isinstance(next(_rows(lines())).cells, InvalidUpdate)
+    assert isinstance(next(_rows(lines())).cells, Unreadable)
     assert taken < 20_000
 
 
@@ -295,7 +297,7 @@ def test_a_list_of_an_earlier_import_does_not_stay(settings: Settings, tmp_path:
 def test_the_list_cannot_go_into_the_file_itself(settings: Settings, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", JSONL)
 
-    with pytest.raises(CannotImport, match="into the file itself"):
+    with pytest.raises(CannotImport, match="into the imported file itself"):
         Importer(settings, ImportOptions(path=path, refused=path)).run()
     assert path.read_bytes() == JSONL
 
@@ -358,7 +360,7 @@ def test_what_happens_while_a_file_is_read_wins_however_often_that_is_interrupte
 def test_a_file_of_the_future_is_a_mistake(settings: Settings, tmp_path: Path) -> None:
     job = ImportOptions(path=written(tmp_path / "a.jsonl", JSONL), as_of_ms=9_000_000_000_000)
 
-    with pytest.raises(CannotImport, match="a time to come"):
+    with pytest.raises(CannotImport, match="--as-of is in the future"):
         Importer(settings, job).run()
 
 
@@ -505,7 +507,7 @@ def test_wherever_it_is_killed_nothing_is_lost_and_nothing_is_counted_twice(
 ) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         case = Imported(server, directory, updates, kind, size)
-        where = (Producer, "add") if "add" in step else (_Journal, "_write")
+        where = (Producer, "add") if "add" in step else (ImportJournal, "_write")
         # The journal is written once before the first chunk.
         killed = Killing(patch, *where, calls=chunk + ("write" in step), late="after" in step)
         try:
@@ -548,7 +550,7 @@ def test_a_refusal_that_was_listed_right_before_a_kill_is_listed_once(
 ) -> None:
     job = ImportOptions(path=written(tmp_path / "a.jsonl", b"x\ny\nz\n"))
     with pytest.MonkeyPatch.context() as patch:
-        Killing(patch, _Journal, "_write", calls=2, late=False)
+        Killing(patch, ImportJournal, "_write", calls=2, late=False)
         with pytest.raises(Kill):
             Importer(settings, job, size=1).run()
     assert len(refusals(job.refused_path)) == 2
@@ -600,7 +602,9 @@ def test_it_goes_on_only_with_what_is_the_same(
         (replace(job, as_of_ms=OLD + 1), "as-of time"),
         (replace(job, refused=tmp_path / "x"), "file for refused lines"),
     ):
-        with pytest.raises(CannotImport, match=rf"stopped after line 2, and the {what} must be the same"):
+        with pytest.raises(
+            CannotImport, match=rf"stopped after line 2; to resume it, the {what} must be the same"
+        ):
             Importer(settings, other).run()
     with pytest.raises(CannotImport, match="the app must be the same"):
         Importer(replace(settings, sdkappid=new_keys().sdkappid), job).run()
@@ -852,7 +856,7 @@ def test_a_process_that_ends_in_the_middle_loses_nothing(
     assert 0 <= accepted - progress["accepted"] <= (MAX_UPDATES_PER_ADD if how == signal.SIGKILL else 0)
     if how != signal.SIGKILL:
         assert running.returncode == 130
-        assert b"the same command goes on after it" in errors
+        assert b"the same command resumes there" in errors
     output, errors = (again := process.start("a.jsonl", "--json")).communicate(timeout=60)
     assert again.returncode == 0
     assert f"resuming after line {progress['line']:,}, where an earlier run ended".encode() in errors

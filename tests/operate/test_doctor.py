@@ -237,7 +237,7 @@ def ahead(seconds: float) -> Callable[[], float]:
 @pytest.mark.parametrize(
     ("seconds", "level", "words"),
     [
-        (0, "ok", "agrees"),
+        (0, "ok", "within"),
         (-10, "warning", "10 s behind that of Redis"),
         (10, "warning", "10 s ahead of that of Redis"),
         (-100, "error", "100 s behind that of Redis"),
@@ -285,7 +285,7 @@ def test_a_user_who_may_run_no_scripts_is_an_error(
     finding = list(doctor.examine(environ | {"IMATTR_REDIS_URL": url}))[-1]
 
     assert (finding.check, finding.level) == ("redis", "error")
-    assert "refuses what a worker does" in finding.found
+    assert "refuses what a worker needs" in finding.found
 
 
 # The broker.
@@ -338,7 +338,7 @@ def test_no_worker_is_a_warning(client: redis.Redis, keys: Keys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fix"), [("error", "mend the cause"), ("outage", "wait"), ("data", "imattr dead list")]
+    ("kind", "fix"), [("error", "fix the cause"), ("outage", "wait"), ("data", "imattr dead list")]
 )
 def test_a_stopped_line_says_why_and_what_opens_it(
     environ: Environ, client: redis.Redis, keys: Keys, kind: Kind, fix: str

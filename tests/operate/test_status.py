@@ -62,7 +62,7 @@ def test_an_outage_says_that_it_opens_by_itself(client: redis.Redis, keys: Keys,
     words = line_of(client, settings)["words"]
 
     assert words.startswith("stopped by an outage 5 min ago: timeout. Next probe in 2 s, 1 have failed.")
-    assert words.endswith("It opens by itself when the service is back.")
+    assert words.endswith("It opens by itself when the service has recovered.")
 
 
 def test_bad_data_says_where_to_look(client: redis.Redis, keys: Keys, settings: Settings) -> None:
@@ -91,7 +91,7 @@ def test_a_lower_limit_shows_in_the_rate_and_in_the_eta(
 
     assert state["rate"] == {"quota": 100, "limit": 50, "current": round(50 / SPACING, 1)}
     assert state["eta_s"] == round(5000 / (100 * 49.0), 1)
-    assert state["line"]["words"] == "open, at 50 of 100 calls/s, climbing to what is granted"
+    assert state["line"]["words"] == "open, at 50 of 100 calls/s, climbing to what the API grants"
 
 
 @pytest.mark.parametrize(

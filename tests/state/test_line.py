@@ -8,7 +8,7 @@ import redis
 from worker.models import Acked, BatchId, Snoozed, Update
 from worker.state.buffer import Buffer, Tick, new_batch_id
 from worker.state.keys import Keys
-from worker.state.line import DEAD_IN_A_ROW, DEAD_IN_WINDOW, LET_FOR, WAITS, Kind, Line, LineState
+from worker.state.line import DEAD_IN_A_ROW, DEAD_IN_WINDOW, IGNORED_FOR, WAITS, Kind, Line, LineState
 
 NOW = 1_700_000_000_000
 BATCH = new_batch_id()
@@ -233,7 +233,7 @@ def test_after_that_while_it_stops_the_line_again(line: Line) -> None:
     stop(line, kind="data")
     line.resume(now_ms=NOW)
 
-    assert stop(line, kind="data", now_ms=NOW + round(LET_FOR * 1000)) == 30
+    assert stop(line, kind="data", now_ms=NOW + round(IGNORED_FOR * 1000)) == 30
 
 
 def test_without_anything_to_send_no_probe_is_made(line: Line, client: redis.Redis, keys: Keys) -> None:

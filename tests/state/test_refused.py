@@ -101,7 +101,7 @@ def test_the_list_shows_no_payload_and_show_does(
 def test_what_is_not_kept_cannot_be_shown(server: EmbeddedServer, keys: Keys, id: str) -> None:
     code, text = imattr(server, keys, "show", id)
 
-    assert (code, text) == (1, f"error: no refused update has the id {id}\n")
+    assert (code, text) == (1, f"error: there is no refused update with id {id}\n")
 
 
 def test_purge_asks_first(refused: Refused, server: EmbeddedServer, keys: Keys) -> None:
@@ -110,7 +110,7 @@ def test_purge_asks_first(refused: Refused, server: EmbeddedServer, keys: Keys) 
 
     code, text = imattr(server, keys, "purge", given="n\n")
     assert code == 1
-    assert "Throw 1 refused updates away for good?" in text
+    assert "Delete 1 refused updates for good?" in text
     assert refused.count() == 1
     assert imattr(server, keys, "purge", "--yes") == (0, "1 deleted\n")
     assert refused.count() == 0

@@ -28,6 +28,7 @@ from worker.cli.console import (
 from worker.config import Settings
 from worker.errors import CannotImport, InvalidUpdate
 from worker.intake import importer
+from worker.intake.import_progress import ImportOptions
 from worker.intake.import_source import event_time
 from worker.models import check_occurred_at
 from worker.operate import status
@@ -83,7 +84,7 @@ def import_file(
 
     Exits with 3 if lines were refused, with 130 if stopped.
     """
-    job = importer.ImportOptions(
+    options = ImportOptions(
         path=None if str(file) == "-" else file,
         format=format,
         user_column=user_column,
@@ -93,14 +94,14 @@ def import_file(
         restart=restart,
     )
     settings = Settings.from_env(environment(), "producer")
-    with until_stopped() as stopped, _import_shown(settings, job, err if as_json else out) as show:
-        run = importer.Importer(settings, job, stopped=stopped, show=show)
+    with until_stopped() as stopped, _import_shown(settings, options, err if as_json else out) as show:
+        run = importer.Importer(settings, options, stopped=stopped, show=show)
         done = run.rehearse() if dry_run else run.run()
     if isinstance(done, importer.Estimate):
         _print_estimate(done, settings, as_json)
         refused_lines = done.refused
     else:
-        _print_import(done, job, as_json)
+        _print_import(done, options, as_json)
         refused_lines = done.progress.refused
     sys.exit(STOPPED if done.state == "stopped" else REFUSED if refused_lines else 0)
 
@@ -136,9 +137,7 @@ class _ImportScreen:
 
 
 @contextmanager
-def _import_shown(
-    settings: Settings, job: importer.ImportOptions, console: Console
-) -> Iterator[_ImportScreen]:
+def _import_shown(settings: Settings, options: ImportOptions, console: Console) -> Iterator[_ImportScreen]:
     """Show the progress of an import and, if it fails, how far it got."""
     with progress(console, every=5) as line:
         screen = _ImportScreen(settings, console, line)
@@ -146,14 +145,14 @@ def _import_shown(
             yield screen
         except (RedisError, CannotImport):
             if screen.last:
-                err.print(_how_far(screen.last, job))
+                err.print(_how_far(screen.last, options))
             raise
 
 
-def _how_far(view: importer.ImportStatus, job: importer.ImportOptions) -> str:
+def _how_far(view: importer.ImportStatus, options: ImportOptions) -> str:
     progress = view.progress
     done = f"{progress.accepted:,} lines accepted, all up to line {progress.line:,}"
-    return f"{done}; the same command resumes there" if job.resumable else done
+    return f"{done}; the same command resumes there" if options.resumable else done
 
 
 def _import_line(view: importer.ImportStatus, delivery: float | None) -> Text:
@@ -171,9 +170,9 @@ def _import_line(view: importer.ImportStatus, delivery: float | None) -> Text:
     )
 
 
-def _print_import(view: importer.ImportStatus, job: importer.ImportOptions, as_json: bool) -> None:
+def _print_import(view: importer.ImportStatus, options: ImportOptions, as_json: bool) -> None:
     progress = view.progress
-    refused_file = str(job.refused_path) if progress.refused else None
+    refused_file = str(options.refused_path) if progress.refused else None
     facts = {
         "state": view.state,
         "lines": progress.lines,
@@ -202,7 +201,7 @@ def _print_import(view: importer.ImportStatus, job: importer.ImportOptions, as_j
             ("as of", f"{facts['as_of']}, for lines without a time"),
         )
     if view.state == "stopped":
-        err.print(f"stopped: {_how_far(view, job)}")
+        err.print(f"stopped: {_how_far(view, options)}")
 
 
 def _print_estimate(estimate: importer.Estimate, settings: Settings, as_json: bool) -> None:

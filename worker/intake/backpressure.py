@@ -1,7 +1,7 @@
-"""Back-pressure: while there is no room for new users, a worker leaves the updates in the broker's queue.
+"""Back-pressure: while there is no room for new users, a worker leaves updates in the broker's queue.
 
-A task that finds the buffer full cannot wait: its thread is one of those that deliver and make room. It
-puts its update back, and this stops the worker from taking more, so that they do not go round in circles.
+A task that finds the buffer full cannot wait: its thread is one of those that deliver, and so make room. It puts its update
+back, and this stops the worker from taking more, so that updates do not circulate.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from worker.state.connection import RedisError
 
 log = structlog.get_logger()
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 LOOK_EVERY = 0.25
-#: The part of the room that must be free before updates are taken again.
+#: The share of the room that must be free before updates are taken again.
 FREE_SHARE = 0.1
 
 
 class Backpressure:
-    """Whether this worker takes updates from the broker."""
+    """Decides whether this worker takes updates from the broker."""
 
     def __init__(self, has_room: Callable[[float], bool], take: Callable[[bool], None], clock: Clock) -> None:
-        """`take` begins or ends the taking; it is told again and again, as a reconnect may undo it."""
+        """`take` starts or stops taking updates. It is called at every check, because a reconnect may undo it."""
         self._has_room, self._take, self._clock = has_room, take, clock
         self._open = True
         self._look_at = clock.monotonic()
 
     def look(self) -> None:
-        """Begin or end the taking, if it is time to look. Raises nothing."""
+        """Start or stop taking updates, if a check is due. Raises nothing."""
         now = self._clock.monotonic()
         if now < self._look_at:
             return
@@ -46,5 +46,5 @@ class Backpressure:
         try:
             return self._has_room(0.0 if self._open else FREE_SHARE)
         except RedisError:
-            # What is taken now could only be put back.
+            # Anything taken now could only be put back.
             return False

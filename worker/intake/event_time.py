@@ -1,11 +1,11 @@
-"""When an update that came as a Celery message happened, if it does not say so itself.
+"""The event time of an update that came as a Celery message, if it does not have its own.
 
-Pools run messages side by side, so two for one user may overtake each other between the broker and the
-buffer. Each therefore gets a time in the order of the queue, before it gets to a pool. Celery puts no
-time of publishing into a message; the best that is there is taken:
+Pools run messages side by side, so two for one user may overtake each other between the broker and the buffer. Each
+therefore gets a time in the order of the queue, before it reaches a pool. Celery puts no time of publishing into a message,
+so the best one available is used:
 
 1. the header that our own app adds when it publishes,
-2. the header `timestamp_in_ms` that RabbitMQ adds where it is told to stamp messages,
+2. the header `timestamp_in_ms` that RabbitMQ adds if it is configured to,
 3. AMQP's property `timestamp`, in whole seconds,
 4. the moment at which this worker took the message from the queue.
 """
@@ -25,7 +25,7 @@ PUBLISHED = "imattr_published_ms"
 
 
 class Stamps:
-    """Milliseconds since 1970, each later than the one before. Thread-safe."""
+    """Gives times in ms since 1970, each later than the one before. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,9 +41,9 @@ def event_ms(headers: Mapping[str, Any], properties: Mapping[str, Any], taken_ms
     """The event time of a message that was taken from the queue at `taken_ms`."""
     published = _ms(headers.get(PUBLISHED)) or _ms(headers.get("timestamp_in_ms"))
     if not published and (second := _ms(properties.get("timestamp"))):
-        # Somewhere within that second: the end of it keeps the order of those that were taken later.
+        # Somewhere within that second; its end keeps the order of messages that were taken later.
         published = second + 999
-    # Nothing is published after it was taken: a clock that is ahead must not win for ever.
+    # Nothing is published after it was taken: a clock that is ahead must not win forever.
     return min(published or taken_ms, taken_ms)
 
 

@@ -1,17 +1,16 @@
-"""Reads updates from files of any size: JSON lines, or CSV with a header; either may be packed with gzip.
+"""Reads updates from files of any size: JSON lines, or CSV with a header; either may be compressed with gzip.
 
-JSON lines, one update each, as `imattr dead export` prints them; a null removes the attribute::
+JSON lines, one update each, as `imattr dead export` prints them; null removes the attribute::
 
     {"user": "u1", "attrs": {"city": "Paris"}, "occurred_at": "2026-11-01T12:00:00Z"}
 
-CSV, UTF-8: a column `user`, if wanted a column `occurred_at`, each other column an attribute. An empty
-cell says nothing about it::
+CSV, UTF-8: a column `user`, optionally a column `occurred_at`, and every other column is an attribute. An empty cell
+changes nothing::
 
     user,city,level
     u1,Paris,
 
-A line that cannot be read is a record with its reason, and reading goes on after it. One line is in memory
-at a time.
+A line that cannot be read is a record with the reason, and reading continues after it. One line is in memory at a time.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from worker.models import check_names, check_user
 
 Format = Literal["jsonl", "csv"]
 
-#: Bytes of the longest line that is read; of longer ones nothing is kept. A good one has a few hundred.
+#: Bytes of the longest line that is read; longer ones are skipped. A good one has a few hundred.
 MAX_LINE = 1_000_000
-#: Bytes after which a row of CSV ends, or its quote was never meant to open.
+#: Bytes after which a row of CSV must end; otherwise its opening quote was a mistake.
 MAX_ROW = 65_536
 
-#: Bytes at the beginning of a file that tell it from another of the same size and time.
+#: Bytes at the beginning of a file that distinguish it from another of the same size and time.
 HEAD = 65_536
 
 _BLOCK = 1 << 20
@@ -57,12 +56,24 @@ _NO_JSON = "the line is not JSON"
 _NO_OBJECT = 'the line is not {"user": ..., "attrs": {...}}, with "occurred_at" if known and nothing else'
 _NO_CSV = "the line is not CSV: a quote is out of place or never closed, or a cell is too long"
 
-#: A user, attributes and an event time or None; not checked yet.
-RawUpdate = tuple[object, object, object]
+
+class RawUpdate(NamedTuple):
+    """An update as it is in the file, not validated yet. `occurred_at` is None if the file does not say."""
+
+    user: object
+    attrs: object
+    occurred_at: object = None
+
+
+class Unreadable(NamedTuple):
+    """Why a line is not an update. `user` is its user id, shortened, or ``?``."""
+
+    user: str
+    rule: str
 
 
 class Line(NamedTuple):
-    """A line and its number, from 1; `text` is None when it is too long. `end` is the offset after it."""
+    """A line and its number, from 1; `text` is None if it is too long. `end` is the offset after it."""
 
     number: int
     text: bytes | None
@@ -70,7 +81,7 @@ class Line(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What stands in the file from one line on: an update, the reason why it is none, or None for a blank.
+    """What begins on one line of the file: an update, the reason why it is not one, or None for a blank line.
 
     `last` is the number of its last line, `end` the offset after it.
     """
@@ -78,18 +89,18 @@ class Record(NamedTuple):
     line: int
     last: int
     end: int
-    given: RawUpdate | InvalidUpdate | None
+    found: RawUpdate | Unreadable | None
 
 
 def event_time(text: str) -> str | float:
-    """A time as people write it: a number when it is one, else left as it is."""
+    """Return a time as people write it: as a number if it is one, else unchanged."""
     return float(text) if text.replace(".", "", 1).isdecimal() else text
 
 
 class Source:
     """An open file, or stdin, and the records in it.
 
-    Offsets count the bytes that were packed, if they were. A pipe ends early when `stopped` says so.
+    Offsets count uncompressed bytes. A pipe ends early when `stopped` says so.
     """
 
     def __init__(
@@ -101,7 +112,7 @@ class Source:
         names: frozenset[str] = frozenset(),
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises `CannotImport` when the format cannot be told, or the header of CSV is wrong."""
+        """Raises `CannotImport` if the format is not clear, or the header of a CSV file is wrong."""
         with _damage_explained():
             self._file = open(path or 0, "rb", buffering=0, closefd=path is not None)  # noqa: SIM115
         try:
@@ -123,8 +134,8 @@ class Source:
     def _header(self, user_column: str, names: frozenset[str]) -> _Columns:
         header = next(_rows(_lines(self._stream, *self._start)), None)
         if header is None:
-            raise CannotImport("the file is empty: it has no header")
-        if isinstance(header.cells, InvalidUpdate):
+            raise CannotImport("the file is empty, so it has no header")
+        if isinstance(header.cells, Unreadable):
             raise CannotImport(f"the header cannot be read: {header.cells.rule}")
         self._start = (header.last, header.end)
         return _Columns.of(header.cells, user_column, names)
@@ -136,7 +147,7 @@ class Source:
         self._file.close()
 
     def lock(self) -> None:
-        """Keep the file to ourselves; raises `CannotImport` when another import has it."""
+        """Lock the file; raises `CannotImport` if another import is reading it."""
         if self.size is None:
             return
         try:
@@ -144,11 +155,11 @@ class Source:
         except BlockingIOError:
             raise CannotImport("another import of this file is running") from None
         except OSError:
-            # Some network file systems know no locks.
+            # Some network file systems have no locks.
             return
 
     def fingerprint(self) -> dict[str, object]:
-        """What tells this file from a changed one; of a pipe nothing does."""
+        """What distinguishes this file from a changed one; nothing does for a pipe."""
         if self.size is None:
             return {}
         about = os.fstat(self._file.fileno())
@@ -157,7 +168,7 @@ class Source:
 
     @property
     def share(self) -> float | None:
-        """How much of the file has been read, 0 to 1; None for a pipe."""
+        """The share of the file that has been read, 0 to 1; None for a pipe."""
         return None if self.size is None else self._file.tell() / max(1, self.size)
 
     def records(self, line: int = 0, offset: int = 0) -> Iterator[Record]:
@@ -167,7 +178,7 @@ class Source:
         """
         if offset > self._start[1]:
             with _damage_explained():
-                # In a packed file it reads its way there.
+                # In a compressed file this reads everything before it.
                 self._stream.seek(offset)
         else:
             line, offset = self._start
@@ -190,7 +201,7 @@ def _damage_explained() -> Iterator[None]:
 
 
 class _Pipe(io.RawIOBase):
-    """A pipe that can be left while it has nothing to say: it reads as ended then."""
+    """A pipe that can be abandoned while it is silent: it then reads as ended."""
 
     def __init__(self, fd: int, stopped: Callable[[], bool]) -> None:
         self._fd, self._stopped = fd, stopped
@@ -235,45 +246,47 @@ def _lines(stream: io.BufferedReader, number: int, end: int) -> Iterator[Line]:
 
 def _json_records(lines: Iterator[Line]) -> Iterator[Record]:
     for number, text, end in lines:
-        given: RawUpdate | InvalidUpdate | None
-        try:
-            given = _from_json(text)
-        except InvalidUpdate as error:
-            given = error
-        yield Record(number, number, end, given)
+        yield Record(number, number, end, _from_json(text))
 
 
-def _decoded(text: bytes | None) -> str:
+def _decoded(text: bytes | None) -> str | Unreadable:
     if text is None:
-        raise InvalidUpdate("?", _TOO_LONG)
+        return Unreadable("?", _TOO_LONG)
     try:
         return text.decode()
     except UnicodeDecodeError:
-        raise InvalidUpdate("?", _NO_UTF8) from None
+        return Unreadable("?", _NO_UTF8)
 
 
-def _from_json(text: bytes | None) -> RawUpdate | None:
+def _from_json(text: bytes | None) -> RawUpdate | Unreadable | None:
     decoded = _decoded(text)
+    if isinstance(decoded, Unreadable):
+        return decoded
     try:
         found = json.loads(decoded)
     except (ValueError, RecursionError):
-        if decoded.isspace():
-            return None
         # Python's own words may quote the line.
-        raise InvalidUpdate("?", _NO_JSON) from None
+        return None if decoded.isspace() else Unreadable("?", _NO_JSON)
     if not isinstance(found, dict):
-        raise InvalidUpdate("?", _NO_OBJECT)
+        return Unreadable("?", _NO_OBJECT)
     keys = found.keys()
     if keys != {"user", "attrs"} and keys != {"user", "attrs", "occurred_at"}:
-        raise InvalidUpdate(check_user(found.get("user")), _NO_OBJECT)
-    return found["user"], found["attrs"], found.get("occurred_at")
+        return _wrong_keys(found.get("user"))
+    return RawUpdate(found["user"], found["attrs"], found.get("occurred_at"))
+
+
+def _wrong_keys(user: object) -> Unreadable:
+    try:
+        return Unreadable(check_user(user), _NO_OBJECT)
+    except InvalidUpdate as error:
+        return Unreadable(error.user, error.rule)
 
 
 class _Row(NamedTuple):
     line: int
     last: int
     end: int
-    cells: list[str] | InvalidUpdate
+    cells: list[str] | Unreadable
 
 
 class _Feed:
@@ -284,6 +297,8 @@ class _Feed:
         self._again: deque[Line] = deque()
         self._taken: list[Line] = []
         self._size = 0
+        #: Why the line that was taken last is not text.
+        self.problem: Unreadable | None = None
 
     def __iter__(self) -> Self:
         return self
@@ -294,7 +309,12 @@ class _Feed:
         line = self._again.popleft() if self._again else next(self._lines)
         self._taken.append(line)
         self._size += len(line.text or b"")
-        return _decoded(line.text)
+        text = _decoded(line.text)
+        if isinstance(text, Unreadable):
+            # A reader can be interrupted only by the end of its input.
+            self.problem = text
+            raise StopIteration
+        return text
 
     def row(self, cells: list[str]) -> _Row:
         """The lines taken were this row."""
@@ -303,13 +323,14 @@ class _Feed:
         self._size = 0
         return row
 
-    def spoilt(self, error: InvalidUpdate) -> _Row:
-        """The first of the lines taken is no row; the others are read again."""
+    def spoilt(self) -> _Row:
+        """The first of the lines taken is not a row; the others are read again."""
+        problem, self.problem = self.problem or Unreadable("?", _NO_CSV), None
         first, *others = self._taken
         self._again.extendleft(reversed(others))
         self._taken.clear()
         self._size = 0
-        return _Row(first.number, first.number, first.end, error)
+        return _Row(first.number, first.number, first.end, problem)
 
 
 def _rows(lines: Iterator[Line]) -> Iterator[_Row]:
@@ -319,21 +340,16 @@ def _rows(lines: Iterator[Line]) -> Iterator[_Row]:
         try:
             yield feed.row(next(reader))
         except StopIteration:
-            return
-        except InvalidUpdate as error:
-            yield feed.spoilt(error)
+            if not feed.problem:
+                return
+            yield feed.spoilt()
         except csv.Error:
-            yield feed.spoilt(InvalidUpdate("?", _NO_CSV))
+            yield feed.spoilt()
 
 
 def _csv_records(lines: Iterator[Line], columns: _Columns) -> Iterator[Record]:
     for line, last, end, cells in _rows(lines):
-        given: RawUpdate | InvalidUpdate | None
-        try:
-            given = columns.given(cells)
-        except InvalidUpdate as error:
-            given = error
-        yield Record(line, last, end, given)
+        yield Record(line, last, end, cells if isinstance(cells, Unreadable) else columns.found(cells))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,11 +363,11 @@ class _Columns:
 
     @classmethod
     def of(cls, header: list[str], user_column: str, names: frozenset[str]) -> Self:
-        """Read the header; raises `CannotImport`. `names` are the app's attributes, empty when not known."""
+        """Read the header; raises `CannotImport`. `names` are the app's attributes, empty if not known."""
         if user_column not in header:
-            # It may be data, which is not to be shown.
+            # It may be data, which must not be shown.
             raise CannotImport(
-                f"the first line is no header with a column {user_column!r}, separated by commas"
+                f"the first line is not a header with a column {user_column!r}, separated by commas"
             )
         if len(set(header)) < len(header):
             raise CannotImport("two columns of the header have the same name")
@@ -360,21 +376,19 @@ class _Columns:
         try:
             check_names(places)
         except ValueError as error:
-            raise CannotImport(f"the header names no good attributes: {error}") from None
+            raise CannotImport(f"the header does not name valid attributes: {error}") from None
         if names and (unknown := places.keys() - names):
             known = ", ".join(sorted(names))
             raise CannotImport(f"column {min(unknown)!r} is not one of the app's attributes ({known})")
         return cls(len(header), user, occurred_at, [(place, name) for name, place in places.items()])
 
-    def given(self, cells: list[str] | InvalidUpdate) -> RawUpdate | None:
-        """The update in a row; raises `InvalidUpdate`."""
-        if isinstance(cells, InvalidUpdate):
-            raise cells
+    def found(self, cells: list[str]) -> RawUpdate | Unreadable | None:
+        """The update in a row."""
         if not cells:
             return None
         if len(cells) != self.count:
-            # Which of them is the user nobody knows.
-            raise InvalidUpdate("?", f"{len(cells)} cells, the header has {self.count}")
+            # Nobody knows which of them is the user.
+            return Unreadable("?", f"{len(cells)} cells, the header has {self.count}")
         attrs = {name: cells[place] for place, name in self.attributes if cells[place]}
         moment = None if self.occurred_at is None else cells[self.occurred_at]
-        return cells[self.user], attrs, event_time(moment) if moment else None
+        return RawUpdate(cells[self.user], attrs, event_time(moment) if moment else None)

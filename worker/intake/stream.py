@@ -30,13 +30,13 @@ log = structlog.get_logger()
 #: The consumer group, and the one consumer in it.
 GROUP = CONSUMER = "imattr"
 
-#: Most entries a turn. While one script adds many, deliveries wait for Redis, and miss their slots.
+#: Most entries per turn. While a script adds many, deliveries wait for Redis and miss their slots.
 MOST = 100
 #: Seconds a consumer stays elected without renewing; how long a killed one is missed.
 TERM = 3.0
-#: Seconds that a read waits for the first new entry; how late a stop is noticed.
+#: Seconds that a read waits for the first new entry, and so how late a stop is noticed.
 BLOCK = 0.25
-#: Seconds until entries for which there was no room are offered again.
+#: Seconds until entries without room are sent again.
 FULL_PAUSE = 1.0
 
 #: Where to read from: what was taken and not acknowledged, or what nobody has taken yet.
@@ -46,7 +46,7 @@ _decode = json.JSONDecoder().decode
 
 
 class Entry(NamedTuple):
-    """One entry of the stream. `fields` is empty when somebody has deleted it since it was taken."""
+    """One entry of the stream. `fields` is empty if somebody has deleted it since it was taken."""
 
     id: bytes
     fields: dict[bytes, bytes]
@@ -95,7 +95,7 @@ class StreamConsumer(LeaderLoop):
         return [Entry(id, fields or {}) for _, entries in found for id, fields in entries]
 
     def _make_group(self) -> None:
-        # From the beginning: entries may have come before the first worker.
+        # From the beginning: entries may have arrived before the first worker.
         self._redis.xgroup_create(self._keys.updates, GROUP, id="0", mkstream=True)
 
     def _take(self, entries: list[Entry]) -> float:
@@ -136,7 +136,7 @@ class StreamConsumer(LeaderLoop):
         return leases > 0
 
     def _note(self, *, full: bool) -> None:
-        """While there is no room nothing newer is taken."""
+        """While there is no room, nothing newer is taken."""
         if full != self._full:
             log.warning("stream_halted" if full else "stream_resumed")
         self._full = full
@@ -157,11 +157,11 @@ def _update(entry: Entry, names: frozenset[str]) -> Update:
 
 
 def _occurred_at(fields: dict[bytes, bytes], id: bytes) -> object:
-    """When it happened: as the sender says, else when it was added to the stream."""
+    """When it happened: what the sender says, else when it was added to the stream."""
     if b"occurred_at" not in fields:
         return int(id.partition(b"-")[0])
     text = fields[b"occurred_at"].decode(errors="replace")
-    # A stream has text only: a number is seconds or milliseconds.
+    # A stream has only text: a number is seconds or milliseconds.
     try:
         return float(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Looks at everything that a worker needs, and says in plain words what is wrong and how to mend it.
+"""Checks everything that a worker needs, and says in plain words what is wrong and how to fix it.
 
-One function is one look. None changes anything, except that the local door learns the app's attribute
-names, and that one call of the API takes a slot of the shared clock.
+Each function makes one check. None changes anything, except that validation learns the app's attribute names, and that
+one call of the API takes a slot of the shared clock.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from worker.state.line import Kind, Line, LineState
 
 Level = Literal["ok", "warning", "error"]
 
-#: The oldest Redis that has every command used here.
+#: The oldest Redis with every command used here.
 OLDEST_REDIS = (6, 2)
 #: The part of maxmemory that may be in use.
 FULL = 0.8
-#: A round trip to Redis, seconds, that is no bother.
+#: A round trip to Redis, in seconds, that is fast enough.
 SLOW = 0.005
 #: Pings for one measurement.
 PINGS = 5
@@ -44,19 +44,19 @@ REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
 #: Timeouts of a Redis broker, seconds.
 _TIMEOUTS = {"socket_connect_timeout": 3, "socket_timeout": 5}
 
-_MAY_LOOK = "look for yourself, or allow the user of this URL the commands INFO and CONFIG GET"
+_MAY_LOOK = "check it yourself, or allow the user of this URL the commands INFO and CONFIG GET"
 
 #: What opens a line again, by the kind of its stop.
 _OPENED_BY: dict[Kind, str] = {
-    "error": "mend the cause: the next probe opens the line, imattr resume does so at once",
-    "outage": "wait: the service is probed again and again, and the first success opens the line",
-    "data": "mend what sends such updates, see imattr dead list, then imattr resume",
+    "error": "fix the cause: the next probe opens the line, or imattr resume at once",
+    "outage": "wait: the service is probed regularly, and the first success opens the line",
+    "data": "fix what sends such updates (see imattr dead list), then run imattr resume",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one look has found; `fix` says what to do, and is empty when all is well."""
+    """What one check has found; `fix` says what to do, and is empty if all is well."""
 
     check: str
     level: Level
@@ -65,12 +65,12 @@ class Finding:
 
 
 def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Look at everything, in the order in which one thing needs the other."""
+    """Check everything, each thing after what it depends on."""
     try:
         settings = Settings.from_env(environ)
     except ConfigError as error:
         for mistake in error.mistakes:
-            yield Finding("settings", "error", mistake, "correct it; the README lists every setting")
+            yield Finding("settings", "error", mistake, "correct it; docs/settings.md lists every setting")
         return
     logs.protect(settings.secret_key.reveal())
     yield Finding("settings", "ok", f"complete, for app {settings.sdkappid}")
@@ -79,8 +79,8 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield reachable
         if reachable.level == "error":
             yield from broker(settings)
-            found = "not asked: the rate limit is shared through Redis"
-            yield Finding("api", "warning", found, "mend Redis first")
+            found = "not asked: the rate limit is in Redis"
+            yield Finding("api", "warning", found, "fix Redis first")
             return
         yield from server(redis)
         yield from broker(settings)
@@ -103,7 +103,7 @@ def reach(redis: Redis) -> Finding:
 
 
 def server(redis: Redis) -> Iterator[Finding]:
-    """Whether the state's Redis is fit for its part."""
+    """Whether the state's Redis is set up as it must be."""
     yield _looked("redis version", lambda: version(redis.info("server")))
     yield _looked("redis eviction", lambda: eviction("redis eviction", redis.info("memory")))
     yield _looked("redis memory", lambda: memory(redis.info("memory")))
@@ -113,7 +113,7 @@ def server(redis: Redis) -> Iterator[Finding]:
 
 
 def _looked(check: str, look: Callable[[], Finding]) -> Finding:
-    """What a look finds, also when the server does not let us look: managed services hide some things."""
+    """What a check finds, also if the server does not let us see it: managed services hide some things."""
     try:
         return look()
     except RedisError as error:
@@ -133,11 +133,11 @@ def version(info: Mapping[str, Any]) -> Finding:
 
 
 def eviction(check: str, info: Mapping[str, Any]) -> Finding:
-    """Whether a full server refuses new data instead of throwing old data away."""
+    """Whether a full server refuses new data instead of deleting old data."""
     policy = info["maxmemory_policy"]
     if policy == "noeviction":
-        return Finding(check, "ok", "noeviction: a full server throws nothing away")
-    found = f"maxmemory-policy is {policy}: a full server throws accepted updates away"
+        return Finding(check, "ok", "noeviction: a full server deletes nothing")
+    found = f"maxmemory-policy is {policy}: a full server deletes accepted updates"
     return Finding(check, "error", found, "set maxmemory-policy noeviction")
 
 
@@ -149,7 +149,7 @@ def memory(info: Mapping[str, Any]) -> Finding:
     found = f"{_mb(used)} used of {_mb(most)} ({used / most:.0%})"
     if used <= FULL * most:
         return Finding("redis memory", "ok", found)
-    fix = "raise maxmemory, or limit what waits with IMATTR_MAX_PENDING: a full server refuses updates"
+    fix = "raise maxmemory, or limit the backlog with IMATTR_MAX_PENDING: a full server refuses updates"
     return Finding("redis memory", "warning", found, fix)
 
 
@@ -161,12 +161,12 @@ def persistence(redis: Redis) -> Finding:
         return Finding(check, "warning", found, "set appendonly yes")
     match redis.config_get("appendfsync").get("appendfsync"):
         case "always":
-            return Finding(check, "ok", "append-only file, written with every command: a crash loses nothing")
+            return Finding(check, "ok", "append-only file, synced with every command: a crash loses nothing")
         case "everysec":
-            found = "append-only file, written every second: a crash of its machine may lose the last second"
+            found = "append-only file, synced every second: a crash of the machine may lose the last second"
             return Finding(check, "ok", found)
         case _:
-            found = "append-only file, written late: a crash of its machine may lose half a minute"
+            found = "append-only file, synced rarely: a crash of the machine may lose half a minute"
             return Finding(check, "warning", found, "set appendfsync everysec, or always")
 
 
@@ -176,7 +176,9 @@ def latency(redis: Redis, clock: Clock) -> Finding:
     found = f"{median * 1000:.1f} ms a round trip"
     if median <= SLOW:
         return Finding("redis latency", "ok", found)
-    return Finding("redis latency", "warning", found, "run the workers near Redis: a batch takes several")
+    return Finding(
+        "redis latency", "warning", found, "run the workers closer to Redis: each batch takes several"
+    )
 
 
 def _seconds_of(call: Callable[[], Any], clock: Clock) -> float:
@@ -186,17 +188,17 @@ def _seconds_of(call: Callable[[], Any], clock: Clock) -> float:
 
 
 def redis_clock(redis: Redis, wall: Callable[[], float]) -> Finding:
-    """Whether this machine and Redis agree what time it is."""
+    """Whether this machine and Redis agree on the time."""
     before = wall()
     seconds, micros = redis.time()
     ahead = (before + wall()) / 2 - (seconds + micros / 1e6)
-    return _skew("redis clock", "Redis", ahead, REDIS_SKEW, "event times and signatures go wrong")
+    return _skew("redis clock", "Redis", ahead, REDIS_SKEW, "event times and signatures will be wrong")
 
 
 def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so: str) -> Finding:
     """`ahead` is by how many seconds this machine's clock is ahead of the other."""
     if abs(ahead) <= bounds[0]:
-        return Finding(check, "ok", f"agrees with this machine's to {abs(ahead):.1f} s")
+        return Finding(check, "ok", f"within {abs(ahead):.1f} s of this machine's clock")
     level: Level = "warning" if abs(ahead) <= bounds[1] else "error"
     side = "ahead of" if ahead > 0 else "behind"
     found = f"this machine's clock is {abs(ahead):.0f} s {side} that of {whose}: {so}"
@@ -211,14 +213,14 @@ def broker(settings: Settings) -> list[Finding]:
         with Connection(url, connect_timeout=3, transport_options=options) as connection:  # type: ignore[no-untyped-call]
             connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.2)
             if url == settings.redis_url.reveal():
-                return [Finding("broker", "ok", "answers, the same Redis")]
+                return [Finding("broker", "ok", "answers (the same Redis)")]
             kind = connection.transport.driver_type
             answers = Finding("broker", "ok", f"answers, {kind}")
             return [answers, _broker_eviction(connection)] if kind == "redis" else [answers]
     except OperationalError as error:
         found, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
     except Exception as error:
-        # What kombu cannot read it quotes, password and all.
+        # kombu quotes a URL that it cannot read, password and all.
         found = f"IMATTR_BROKER_URL is not understood ({type(error).__name__})"
         fix = "write it like amqp://user:password@host:5672// or redis://host:6379/1"
     return [Finding("broker", "error", found, fix)]
@@ -240,17 +242,17 @@ def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
         yield line(Line(redis, keys).read())
         yield from api(runtime.build_attribute_catalog(settings, redis), _host(settings.base_url), time.time)
     except RedisError as error:
-        fix = f"use a server that can write, and allow the user of IMATTR_REDIS_URL all keys like {keys.pattern}"
-        yield Finding("redis", "error", _words("refuses what a worker does", error), fix)
+        fix = f"use a server that accepts writes, and allow the user of IMATTR_REDIS_URL all keys like {keys.pattern}"
+        yield Finding("redis", "error", _words("refuses what a worker needs", error), fix)
 
 
 def workers(redis: Redis, keys: Keys) -> Finding:
-    """Whether any worker hands out work."""
+    """Whether any worker is running."""
     leader = current_leader(redis, keys.dispatcher)
     if leader:
-        return Finding("workers", "ok", f"running, {leader} hands out the batches")
+        return Finding("workers", "ok", f"running, {leader} is the dispatcher")
     fix = "start one: celery -A worker worker --pool threads --concurrency 16"
-    return Finding("workers", "warning", "none is at work: updates are accepted and wait", fix)
+    return Finding("workers", "warning", "no worker is running: updates are accepted and wait", fix)
 
 
 def line(now: LineState) -> Finding:
@@ -264,7 +266,7 @@ def line(now: LineState) -> Finding:
 
 
 def api(names: AttributeCatalog, host: str, wall: Callable[[], float]) -> Iterator[Finding]:
-    """Whether the API lets this app in, by one call; its clock; and the app's attribute names."""
+    """Whether the API accepts this app, by one call; its clock; and the app's attribute names."""
     try:
         answer = names.ask()
     except CallFailed as failed:
@@ -283,13 +285,13 @@ def api(names: AttributeCatalog, host: str, wall: Callable[[], float]) -> Iterat
 
 
 def _level(answer: Reply | NoReply) -> Level:
-    """Calls refused for their frequency go out later; all else that fails keeps the line from working."""
+    """A call refused for its frequency can be sent later; any other failure stops deliveries."""
     rate = isinstance(answer, Reply) and rule_for(answer.code).verdict is Verdict.RATE
     return "warning" if rate else "error"
 
 
 def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Finding]:
-    """Whether this machine and the API agree what time it is, when the answer has the API's time."""
+    """Whether this machine and the API agree on the time, if the answer has the API's."""
     try:
         theirs = parsedate_to_datetime(answer.date).timestamp() if isinstance(answer, Reply) else None
     except ValueError:
@@ -297,11 +299,11 @@ def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Fi
     if theirs is not None:
         # The header has whole seconds.
         ahead = wall() - theirs - 0.5
-        yield _skew("api clock", "the API", ahead, API_SKEW, "a UserSig from another time is refused")
+        yield _skew("api clock", "the API", ahead, API_SKEW, "a UserSig from the wrong time is refused")
 
 
 def app_names(names: frozenset[str]) -> Finding:
-    """Whether there is anything that an update may set."""
+    """Whether the app has attributes to set."""
     if names:
         return Finding("names", "ok", f"the app has {', '.join(sorted(names))}")
     found = "the app has no attribute names: every update will be refused"
@@ -309,7 +311,7 @@ def app_names(names: frozenset[str]) -> Finding:
 
 
 def _host(url: str) -> str:
-    """Where a URL leads; what else is in it may be secret."""
+    """The host of a URL; the rest may be secret."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 

@@ -1,8 +1,7 @@
-"""The worker's health page: is this process still doing its part? For liveness probes.
+"""The worker's health page, for liveness probes.
 
-It answers 200 while the dispatcher's thread takes turns, and 503 with the reason when it has stalled
-for longer than an outage of Redis that one would sit out. A worker whose Redis is away is waiting, not
-ill: restarting it would help nobody.
+It answers 200 while the dispatcher's thread takes turns, and 503 once it has stalled for longer than an outage of Redis that
+one would sit out. A worker whose Redis is down is waiting, not ill: restarting it would not help.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ STALLED_AFTER = 120.0
 
 
 def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
-    """Serve the page in threads of its own until `shutdown`; `stalled_for` in seconds."""
+    """Serve the page in its own threads until `shutdown`; `stalled_for` returns seconds."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -30,7 +29,7 @@ def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Probes come every few seconds; they are no news."""
+            """Probes come every few seconds; they are not worth a log line."""
 
     server = ThreadingHTTPServer(("", port), Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()

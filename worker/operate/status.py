@@ -1,4 +1,4 @@
-"""The state of the product in one dictionary: what `imattr status` shows and `--json` prints."""
+"""The state of an app in one dictionary: what `imattr status` shows and `--json` prints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from worker.state.connection import Redis
 from worker.state.keys import Keys
 from worker.state.line import Line, LineState
 
-#: Who has to do something about each kind of stop.
+#: Who has to act on each kind of stop.
 _ADVICE = {
-    "error": "It opens by itself once the cause is mended: imattr doctor helps to find it.",
-    "outage": "It opens by itself when the service is back.",
-    "data": "Look at imattr dead list and at what producers send; imattr resume lets it pass.",
+    "error": "It opens by itself once the cause is fixed; imattr doctor helps to find it.",
+    "outage": "It opens by itself when the service has recovered.",
+    "data": "Check imattr dead list and what producers send; imattr resume allows it.",
 }
 
 
@@ -66,16 +66,18 @@ def _line(state: LineState, rate: RateState, now: float) -> LineState:
 
 
 def _words(line: LineState, limit: int, quota: int, now: float) -> str:
-    """The line's state as one would tell it to a colleague."""
+    """The line's state in a sentence."""
     if line.state == "open":
         return (
-            "open" if limit == quota else f"open, at {limit} of {quota} calls/s, climbing to what is granted"
+            "open"
+            if limit == quota
+            else f"open, at {limit} of {quota} calls/s, climbing to what the API grants"
         )
     since = f"{_span(now - line.since)} ago" if line.since else ""
     code = f" ({line.code})" if line.code else ""
     until = f", until in {_span(line.next_probe - now)}" if line.next_probe else ""
     if line.state == "paused":
-        by = "" if line.next_probe else " Opened by imattr resume."
+        by = "" if line.next_probe else " Run imattr resume to send again."
         return f"paused {since}{until}: {line.reason}{code}.{by}"
     failed = f", {line.failed_probes} have failed" if line.failed_probes else ""
     probe = (
@@ -91,7 +93,7 @@ def _words(line: LineState, limit: int, quota: int, now: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A stretch of time in the unit that fits it."""
+    """A duration in a suitable unit."""
     seconds = max(0.0, seconds)
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

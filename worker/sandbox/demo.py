@@ -1,8 +1,8 @@
-"""The main job on real input, in a sandbox, judged by the simulator's own record.
+"""The end-to-end demo in a sandbox, judged by the simulator's own record.
 
-Streams the events into the product while workers deliver, lets some calls fail on purpose, and then
-compares what the simulator applied with what should be there. The expectation is worked out here from
-the lines of the file alone: none of the buffer's code, nor its rules, takes part.
+Streams events into the product while workers deliver, makes some calls fail on purpose, and then compares what the
+simulator applied with what should be there. The expectation is computed from the lines of the file alone, without the
+buffer's code or its rules.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from worker.state.connection import connect
 from worker.state.keys import LEDGER, Keys
 from worker.state.scripts import text
 
-#: Events a second: faster than 100 calls of 100 users can carry, so that the buffer has work to do.
+#: Events a second: more than 100 calls of 100 users can carry, so that the buffer has work to do.
 RATE = 12_000
-#: Lines the producer gives at a time.
+#: Lines the producer sends at a time.
 CHUNK = 400
 #: Seconds for everything to be delivered after the last event.
 PATIENCE = 120.0
@@ -55,7 +55,7 @@ FAULTS: list[dict[str, Any]] = [
 
 @dataclass(slots=True)
 class Expected:
-    """What the lines alone say: the newest value of each attribute, and every version of it."""
+    """What the lines say: the newest value of each attribute, and every version of it."""
 
     latest: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -288,14 +288,14 @@ class _Demo:
         accepted, coalesced = ledger["accepted"], ledger["coalesced"]
         refused = ", ".join(f"{code} {count} times" for code, count in state["refused"].items())
         return [
-            ("events", f"{len(self._lines):,} in {elapsed:.1f} s, {self._refused:,} refused at the door"),
+            ("events", f"{len(self._lines):,} in {elapsed:.1f} s, {self._refused:,} refused by validation"),
             ("updates accepted", f"{accepted:,} about {len(expected.latest) + dead:,} users"),
             ("coalesced", f"{coalesced:,} ({coalesced / max(1, accepted):.0%})"),
             ("unchanged, stale", f"{ledger['unchanged']:,}, {ledger['stale']:,}"),
             ("users delivered", f"{ledger['delivered']:,}"),
-            ("calls", f"{state['calls']:,}, where one an event would be {expected.valid:,}"),
+            ("calls", f"{state['calls']:,}, instead of {expected.valid:,} with one per event"),
             ("worst rolling second", f"{state['worst_rolling_second']} calls"),
-            ("fill", f"{state['users'] / max(1, state['applied_requests']):.1f} users a call"),
+            ("fill", f"{state['users'] / max(1, state['applied_requests']):.1f} users per call"),
             ("faults on purpose", f"{sum(state['faults'].values())}; refused by code: {refused}"),
             ("retries", self._retries()),
             ("dead letters", f"{dead} users"),
@@ -307,7 +307,7 @@ class _Demo:
         users = expected.latest.keys() | applied.keys()
         wrong = sum(expected.latest.get(user) != applied.get(user) for user in users)
         return [
-            ("every last value is the expected one", not wrong, f"{wrong} users differ"),
+            ("every final value is the expected one", not wrong, f"{wrong} users differ"),
             ("no older value was applied after a newer one", not overwritten, f"{overwritten} were"),
         ]
 
@@ -328,7 +328,7 @@ def _equation(snapshot: Snapshot) -> str:
 
 
 def stale_writes(record: Iterable[Sequence[Any]], expected: Expected) -> int:
-    """How many applied values cannot have been as new as the one applied before."""
+    """Count applied values that cannot have been as new as the one applied before."""
     reached: dict[tuple[str, str], int] = {}
     stale = 0
     for _, _, user, attrs in record:

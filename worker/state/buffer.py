@@ -8,9 +8,9 @@
                     backfill  under a lease              └────────▶ dead_letter  (kept for a person)
                     delayed ◀──────────────────────────────────────
 
-A user is in at most one lane, or in flight. Updates for a user in flight wait in its pending record
-and become due when the batch is settled. `worker/state/keys.py` says what is kept where, `worker/state/lua/` has
-one file a step. Every method takes `now_ms` so that tests can hold time still; None means Redis' clock.
+A user is in at most one lane, or in flight. Updates for a user in flight wait in its pending record and become due when the
+batch is settled. `keys.py` says what is stored where; `lua/` has one file for each step. Every method takes `now_ms` so that
+tests can hold time still; None means Redis' clock.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from ..models import (
 from . import scripts
 from .keys import LEDGER, Keys
 
-#: Most updates one `add` takes; bounds how long one script keeps Redis from others (2 to 6 ms). More are not faster, and
-#: beside a full rate of updates deliveries would wait so long for Redis that they miss their slots.
+#: Most updates per `add`; bounds how long one script keeps Redis busy (2 to 6 ms). More are not faster, and beside a full
+#: rate of updates, deliveries would wait so long for Redis that they miss their slots.
 MAX_UPDATES_PER_ADD = 200
 
 #: As `max_pending` of `add`: only users who are pending or in flight.
@@ -49,7 +49,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Added(NamedTuple):
-    """What became of the updates of one `add`. `full` has the indexes refused for want of room."""
+    """What became of the updates of one `add`. `full` has the indexes of those refused for want of room."""
 
     accepted: int
     coalesced: int
@@ -71,7 +71,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole buffer at one instant. `waiting` users are in flight and have newer values pending."""
+    """The whole buffer at one instant. `waiting` users are in flight, with newer values pending."""
 
     live: int
     backfill: int
@@ -176,9 +176,9 @@ class Buffer:
         max_pending: int = 0,
         now_ms: int | None = None,
     ) -> Added:
-        """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in their order.
+        """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in order.
 
-        `max_pending` is the most users that may be pending: 0 = no limit, or `NOBODY_NEW`.
+        `max_pending` is how many users may be pending: 0 = no limit, or `NOBODY_NEW`.
         """
         if not updates:
             return NOTHING_ADDED
@@ -191,20 +191,21 @@ class Buffer:
     def claim(
         self, ticket: BatchId, size: int, *, epoch: int | None = None, now_ms: int | None = None
     ) -> Batch | None:
-        """Take up to `size` users in exchange for the ticket; None when it is spent, lost or unknown.
+        """Claim up to `size` users in exchange for the ticket.
 
-        None, too, while the line is stopped, unless the ticket is that of its probe, and when the permit,
-        given by its `epoch`, has lapsed.
+        None if the ticket is spent, lost or unknown; if the line is stopped, unless the ticket is its probe's; or if the
+        permit, given by its `epoch`, has lapsed.
         """
         args = (_argument(now_ms), ticket, size, self._lease_ms, _argument(epoch))
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
-        # One call of the decoder for all of them: it costs a third of a hundred calls.
-        now, probe, signed_at, ok_at, calm_at, *pairs = reply
+        # One call of the decoder for all of them costs a third of a hundred calls.
+        now, probe, signed_at, ok_at, outage_ended_at, *pairs = reply
         records = json.loads(b"[%b]" % b",".join(pairs[1::2]))
         users = tuple(
-            _claimed(user, record, calm_at, ok_at) for user, record in zip(pairs[::2], records, strict=True)
+            _claimed(user, record, outage_ended_at, ok_at)
+            for user, record in zip(pairs[::2], records, strict=True)
         )
         kind: Any = scripts.text(probe)
         return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at)
@@ -218,11 +219,10 @@ class Buffer:
         claimed_ms: int = 0,
         now_ms: int | None = None,
     ) -> int | None:
-        """End the claim on the users named, and with `rest` on all others of the batch.
+        """End the claim on the users named and, with `rest`, on all others of the batch.
 
-        Users delivered prove that the service works, as of `claimed_ms`, when their batch was claimed.
-        Returns the number of users settled, None when the batch is not held any more (its lease was
-        reclaimed); nothing has changed then.
+        Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. Returns the number of
+        users settled, or None if the batch is no longer held (its lease was reclaimed): then nothing has changed.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
@@ -233,19 +233,19 @@ class Buffer:
     def extend(
         self, batch: BatchId, *, epoch: int | None = None, now_ms: int | None = None
     ) -> Literal["held", "must wait", "lost"]:
-        """Renew the lease, when the batch is still held.
+        """Renew the lease, if the batch is still held.
 
-        It must wait when the line was stopped, or the permit, given by its `epoch`, has lapsed.
+        It must wait if the line was stopped, or the permit, given by its `epoch`, has lapsed.
         """
         keys = [self._keys.batches, self._keys.leases, self._keys.rate, self._keys.line]
         held = self._extend(keys, (_argument(now_ms), batch, self._lease_ms, _argument(epoch)))
         return "held" if held > 0 else "must wait" if held else "lost"
 
     def reclaim(self, *, now_ms: int | None = None) -> BatchId | None:
-        """Put the users of one expired lease back; returns the batch's id, None when there is none.
+        """Return the users of one expired lease to pending; returns the batch id, or None if no lease has expired.
 
-        Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two
-        steps leaves a lease of its own, which expires like any other.
+        Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two steps leaves a lease of its
+        own, which expires like any other.
         """
         keys = [self._keys.batches, self._keys.leases]
         successor = new_batch_id()
@@ -266,7 +266,7 @@ class Buffer:
         return Tick(tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
 
     def release_tickets(self, tickets: Iterable[BatchId]) -> None:
-        """Give tickets back that will not be used, so that the dispatcher issues others at once."""
+        """Give back tickets that will not be used, so that the dispatcher issues others at once."""
         self._redis.zrem(self._keys.tickets, *tickets)
 
     def snapshot(self) -> Snapshot:
@@ -297,8 +297,8 @@ class Buffer:
         )
 
 
-def _claimed(user: bytes, record: dict[str, Any], calm_at: int, ok_at: int) -> ClaimedUser:
+def _claimed(user: bytes, record: dict[str, Any], outage_ended_at: int, ok_at: int) -> ClaimedUser:
     attrs = {name: pair[0] or None for name, pair in record["a"].items()}
-    # A failure counts when others succeeded after it, unless it belongs to an outage that is over.
-    attempts = record.get("n", 0) + (calm_at < record.get("f", 0) < ok_at)
+    # A failure counts if others succeeded after it, unless it belongs to an outage that has ended.
+    attempts = record.get("n", 0) + (outage_ended_at < record.get("f", 0) < ok_at)
     return ClaimedUser(user.decode(), attrs, attempts, record["t"], "s" in record)

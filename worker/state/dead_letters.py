@@ -1,8 +1,8 @@
-"""The dead letters: users whose update was given up, kept for a person to look at, put back or throw away.
+"""Dead letters: users whose update was given up, kept for a person to inspect, redrive or delete.
 
-One record a user. A newer update takes the attributes it replaces out of the record by itself (in the
-script that accepts it), and redriving merges under anything newer, so an old value can never come back.
-Reads in pages, oldest first: a hundred thousand records are never in memory at once.
+There is one record per user. A newer update takes the attributes it replaces out of the record (in the script that accepts
+it), and redriving merges under anything newer, so an old value can never come back. Records are read in pages, oldest
+first: a hundred thousand of them are never in memory at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import scripts
 from .keys import Keys
 from .scripts import text
 
-#: Records read, put back or thrown away at a time.
+#: Records read, redriven or deleted at a time.
 PAGE = 500
 
 
@@ -38,7 +38,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which letters are meant; all of them by default. Times in ms, on Redis' clock."""
+    """Selects letters; all of them by default. Times in ms, on Redis' clock."""
 
     user: UserId | None = None
     code: int | None = None
@@ -52,7 +52,7 @@ class Filter:
 
 @dataclass(slots=True)
 class Redriven:
-    """What became of letters put back; `outdated` ones had nothing left that is not newer elsewhere."""
+    """What became of redriven letters; for `outdated` ones, everything was newer elsewhere."""
 
     redriven: int = 0
     outdated: int = 0
@@ -77,7 +77,7 @@ class DeadLetters:
         return int(self._redis.hlen(self._keys.dead))
 
     def find(self, wanted: Filter = Filter()) -> Iterator[Letter]:
-        """The letters wanted, oldest first. Those that come or go meanwhile may be missed."""
+        """Yield the letters, oldest first. Those that come or go meanwhile may be missed."""
         if wanted.user is not None:
             yield from self._read([wanted.user], wanted)
             return
@@ -115,7 +115,7 @@ class DeadLetters:
         return total
 
     def purge(self, users: Sequence[UserId]) -> int:
-        """Throw these letters away for good; returns how many there were."""
+        """Delete these letters for good; returns how many there were."""
         purged = 0
         for first in range(0, len(users), PAGE):
             page = users[first : first + PAGE]
@@ -133,7 +133,7 @@ def _letter(user: UserId, packed: bytes | str) -> Letter:
 
 
 def as_updates(letter: Letter) -> Iterator[dict[str, Any]]:
-    """The letter as updates that can be given again: one for each time at which its values were set."""
+    """Yield the letter as updates that can be sent again: one for each time at which its values were set."""
     for version in sorted({version for _, version in letter.values.values()}):
         attrs = {name: value for name, (value, at) in letter.values.items() if at == version}
         yield {"user": letter.user, "attrs": attrs, "occurred_at": version}

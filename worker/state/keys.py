@@ -1,17 +1,17 @@
-"""Every key this product keeps in Redis: the one catalogue of names, types and meanings.
+"""Every key in Redis: the one catalogue of names, types and meanings.
 
-All keys of an app share the hash tag ``{imattr:<sdkappid>}``, so they live on one Cluster node and
-every script gets the ones it needs through KEYS; none is built inside a script.
+All keys of an app share the hash tag ``{imattr:<sdkappid>}``, so they are on one Cluster node. Every script gets the ones
+it needs through KEYS; none is built inside a script. Names of keys and fields stay as they are: workers of the version
+before run beside these.
 
 A *record* is what is known about one user and not delivered yet, as JSON::
 
     {"t": 1700000000000, "n": 2, "f": 1700000060000, "s": 1, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
 
-``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt
-only if a call claimed later succeeds, ``s`` present when it is suspected to spoil whatever call it is
-in, ``b`` present when only a backfill asked for it, ``a`` attribute name -> [value, version], the value
-false when the attribute is to be removed. A version is the event time (ms) the producer gave, else
-Redis' clock at arrival. Short names because a million pending users hold a million of them.
+``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt only if a call
+claimed later succeeds, ``s`` present if the user is a suspect, ``b`` present if only a backfill asked for it, ``a``
+attribute name -> [value, version], with the value false to remove the attribute. A version is the event time (ms) the
+producer gave, else Redis' clock at arrival. The names are short because a million pending users have a million records.
 
 Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
 or in `flight` (then `pending` has a record only if something newer arrived meanwhile).
@@ -34,7 +34,7 @@ class Keys:
 
     @property
     def pattern(self) -> str:
-        """What matches all of them, and nobody else's, for SCAN."""
+        """A pattern for SCAN that matches all of them, and nobody else's."""
         return self._key("*")
 
     @property
@@ -113,10 +113,10 @@ class Keys:
 
     @property
     def health(self) -> str:
-        """hash, what the line is judged by: "ok_at" ms at which the last successful call was claimed,
-        "failures" of the service in a row, "calm_at" ms of the end of the last outage; "signed_at" s, before
-        which no signature is good; "dead_code", "dead_row", "dead_seen", "dead_since"
-        ms, "dead_count", "dead_base" of recent dead letters; "let_code", "let_until" ms, what a person let pass."""
+        """hash, what the line is decided by: "ok_at" ms at which the last successful call was claimed, "failures" of the service
+        in a row, "calm_at" ms at which the last outage ended; "signed_at" s, before which no signature is good; "dead_code",
+        "dead_row", "dead_seen", "dead_since" ms, "dead_count", "dead_base" of recent dead letters; "let_code" and
+        "let_until" ms, the code that a person has allowed."""
         return self._key("health")
 
     @property
@@ -126,12 +126,12 @@ class Keys:
 
     @property
     def dispatcher(self) -> str:
-        """string with expiry: name of the worker whose dispatcher acts."""
+        """string with expiry: name of the worker that leads as the dispatcher."""
         return self._key("dispatcher")
 
     @property
     def names(self) -> str:
-        """set: the app's attribute names; empty or absent = not known, any name passes."""
+        """set: the app's attribute names; empty or absent = not known, and any name passes."""
         return self._key("names")
 
     @property
@@ -147,7 +147,7 @@ class Keys:
 
     @property
     def consumer(self) -> str:
-        """string with expiry: name of the worker that consumes `updates`."""
+        """string with expiry: name of the worker that leads as the consumer of `updates`."""
         return self._key("consumer")
 
     @property

@@ -1,4 +1,4 @@
-"""The line: whether anything is sent for this app, decided once for the whole fleet.
+"""The line: the fleet-wide circuit breaker of one app. It decides whether anything is sent; *open* means sending.
 
 ::
 
@@ -6,11 +6,11 @@
       │               ▲                              │
       └──pause──▶ paused    └──── it failed: twice the wait ────┘
 
-A stop has one of three kinds. An *error* in settings, permission or account: no retry can mend it, a person
-must. An *outage*: call after call fails and none succeeds, which is the service's fault, not the users'.
-And the *data*: users become dead letters in masses, as after a bad deployment. Nothing is lost by any of
-them: the users go back to pending at no cost, updates are accepted and coalesced as ever, and one batch is
-sent as a probe now and then. A pause is made by a person, and only a person ends it.
+A stop is of one of three kinds. An *error* in settings, permission or account, which no retry can fix: a person must. An
+*outage*: call after call fails and none succeeds, which is the service's fault, not the users'. Or the *data*: too many
+users become dead letters, as after a bad deployment. None of them loses anything: users go back to pending at no cost,
+updates are still accepted and coalesced, and one batch at a time is sent as a probe. A pause is made by a person, and only
+a person ends it.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from .scripts import text
 Kind = Literal["error", "outage", "data"]
 State = Literal["open", "stopped", "probing", "paused"]
 
-#: Seconds until the first probe, and between two probes at most: how late is noticed that all is well.
+#: Seconds until the first probe, and between two probes at most: how late a recovery is noticed.
 WAITS: dict[Kind, tuple[float, float]] = {
     "error": (30.0, 300.0),
     "outage": (1.0, 60.0),
     "data": (30.0, 300.0),
 }
-#: Calls that fail in a row, over the whole fleet, before the service is taken to be out.
+#: Calls of the whole fleet that must fail in a row before it counts as an outage.
 OUTAGE_AFTER = 5
-#: Dead letters of one code that stop the line: so many in a row with nobody delivered in between, or, of
-#: at least so many within a window of seconds, this part of all users.
+#: Dead letters with one code that stop the line: so many in a row with nobody delivered in between; or at least so many
+#: within a window (seconds), if they are this share of all users in it.
 DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, DEAD_WINDOW = 20, 50, 0.2, 60.0
-#: Seconds for which a reason in the data stops the line no more after a person has opened it.
-LET_FOR = 3600.0
+#: Seconds for which a code is ignored after a person has opened a line that the data had stopped.
+IGNORED_FOR = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class LineState:
-    """What the line does and why. Times are seconds since 1970 on Redis' clock."""
+    """What the line does, and why. Times are seconds since 1970 on Redis' clock."""
 
     state: State = "open"
     reason: str | None = None
@@ -79,9 +79,8 @@ class Line:
     ) -> float | None:
         """Stop sending because of what `batch` met; returns the seconds until the next probe.
 
-        `first_wait` seconds when the reason needs more than usual; `code` 0 = none; an empty `reason` leaves
-        the one that the line was stopped for. 0.0 when nothing has
-        changed: the line was stopped, or paused, already. None when a person has let this reason pass.
+        `first_wait` seconds if the reason needs more than usual; `code` 0 = none; an empty `reason` keeps the one that the line
+        was stopped for. Returns 0.0 if the line was stopped or paused already, and None if a person has allowed the code.
         """
         first, longest = WAITS[kind]
         waits = (round(max(first, first_wait) * 1000), round(longest * 1000))
@@ -90,26 +89,26 @@ class Line:
         return None if wait_ms < 0 else wait_ms / 1000
 
     def record_failure(self) -> int:
-        """Note a call that failed through the service's fault; returns how many have in a row.
+        """Count a call that failed through the service's fault; returns how many have in a row.
 
-        Settling users as delivered begins the row anew.
+        Settling users as delivered starts the row over.
         """
         return int(self._redis.hincrby(self._keys.health, "failures", 1))
 
     def failures(self) -> int:
-        """How many calls have failed in a row."""
+        """Return how many calls have failed in a row."""
         return int(self._redis.hget(self._keys.health, "failures") or 0)
 
     def record_dead_letters(self, code: int, users: int, *, now_ms: int | None = None) -> bool:
-        """Note that so many users became dead letters; whether they come in masses."""
+        """Count users that became dead letters; returns whether they are too many."""
         bounds = (DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, round(DEAD_WINDOW * 1000))
         args = ("" if now_ms is None else now_ms, code, users, *bounds)
         return bool(self._record_dead_letters([self._keys.health, self._keys.ledger], args))
 
     def renew_signature(self, refused_at: int, *, now_ms: int | None = None) -> int | None:
-        """The time (s) with which everyone signs from now on, after a signature of `refused_at` was refused.
+        """Return the time (s) with which everyone signs from now on, after a signature of `refused_at` was refused.
 
-        None when a new signature was refused already, so that signing again cannot help.
+        None if a new signature was refused already, so that renewing it again cannot help.
         """
         args = ("" if now_ms is None else now_ms, refused_at)
         return int(self._renew_signature([self._keys.health], args)) or None
@@ -117,7 +116,7 @@ class Line:
     def reopen(
         self, batch: BatchId, *, quota: int, dwell: float, signed_at: int = 0, now_us: int | None = None
     ) -> bool:
-        """Open the line because its probe `batch` has passed; False when it is not the probe any more.
+        """Open the line because its probe `batch` has passed; False if it is no longer the probe.
 
         The rate climbs to `quota` again, each step tried for `dwell` seconds. Signatures made before the probe's, at `signed_at`, may be bad.
         """
@@ -125,7 +124,7 @@ class Line:
         return bool(self._reopen([self._keys.line, self._keys.health, self._keys.rate], args))
 
     def pause(self, reason: str) -> None:
-        """Stop sending until `resume`, by a person's wish."""
+        """Stop sending until `resume`, because a person says so."""
         seconds, _ = self._redis.time()
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(self._keys.line)
@@ -134,15 +133,15 @@ class Line:
             pipe.execute()
 
     def resume(self, *, now_ms: int | None = None) -> bool:
-        """Open the line, whatever kept it; False when it was open.
+        """Open the line, whatever stopped it; False if it was open.
 
-        What is wrong in the data is then let pass, into the dead letters, for `LET_FOR`.
+        If the data stopped it, that code is ignored for `IGNORED_FOR`, and such users become dead letters.
         """
-        args = ("" if now_ms is None else now_ms, round(LET_FOR * 1000))
+        args = ("" if now_ms is None else now_ms, round(IGNORED_FOR * 1000))
         return bool(self._resume([self._keys.line, self._keys.health], args))
 
     def read(self) -> LineState:
-        """What the line does now."""
+        """Return what the line does now."""
         fields = ("state", "reason", "code", "since", "next_probe", "probe", "kind", "failed")
         found = self._redis.hmget(self._keys.line, fields)
         state, reason, code, since, next_probe, probe, kind, failed = found

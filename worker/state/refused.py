@@ -1,8 +1,8 @@
-"""Updates that were refused after they had left their sender, kept where a person finds them.
+"""Updates that were refused after their sender was gone, kept for a person.
 
-A program that calls `Producer.set` hears at once what is wrong. One that sent a Celery message or a
-stream entry is gone by then, so what it sent is kept here: the newest ones, in a stream with a cap. The
-payload may hold attribute values: like pending ones they are in Redis only, never in a log.
+A program that calls `Producer.set` gets the error at once. One that sent a Celery message or a stream entry is gone by then,
+so what it sent is kept here: the newest ones, in a capped stream. The payload may have attribute values; like pending ones,
+they are only in Redis, never in a log.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class Refused:
     def keep(
         self, source: Source, error: InvalidUpdate, update: object, *, on: Pipeline | None = None
     ) -> None:
-        """Keep `update`, anything that JSON can hold, with the reason; `on` a pipeline, or at once."""
+        """Keep `update`, anything that JSON can represent, with the reason; `on` a pipeline, or at once."""
         fields: dict[Any, Any] = {
             "source": source,
             "user": error.user,
             "rule": error.rule,
             "payload": json.dumps(update, ensure_ascii=False)[:MAX_PAYLOAD],
         }
-        # Half a character (a lone surrogate) may be what it was refused for.
+        # A lone surrogate may be what it was refused for.
         encoded = {name: text.encode(errors="replace") for name, text in fields.items()}
         (self._redis if on is None else on).xadd(self._key, encoded, maxlen=MOST, approximate=True)
 
     def newest(self, limit: int) -> list[RefusedUpdate]:
-        """Up to `limit` of them, newest first."""
+        """Return up to `limit` of them, newest first."""
         return [RefusedUpdate._of(entry) for entry in self._redis.xrevrange(self._key, count=limit) or ()]
 
     def find(self, id: str) -> RefusedUpdate | None:
-        """The one with this id, if it is still kept."""
+        """Return the one with this id, if it is still kept."""
         if not _ID.fullmatch(id):
             return None
         found = self._redis.xrange(self._key, id, id)
@@ -85,7 +85,7 @@ class Refused:
         return int(self._redis.xlen(self._key))
 
     def purge(self) -> int:
-        """Throw all of them away; returns how many."""
+        """Delete all of them; returns how many there were."""
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.xlen(self._key)
             pipe.delete(self._key)
