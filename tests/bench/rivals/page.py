@@ -11,7 +11,7 @@ from tests.bench.rivals.contestants import CONTESTANTS, ROOT, Contestant
 from tests.bench.rivals.measure import Scale, measure
 from tests.bench.rivals.results import CEILING, LINES, OURS, Line, Report, cell, judge, score
 
-RESULTS, PAGE = ROOT / "docs" / "benchmark.json", ROOT / "docs" / "benchmark.md"
+RESULTS, PAGE = ROOT / "docs" / "comparison.json", ROOT / "docs" / "comparison.md"
 
 
 def rivals(results: Results) -> None:
@@ -67,7 +67,7 @@ def _page(report: Report) -> Iterator[str]:
     setup, present = report.setup, _present(report)
     yield "# imattr beside what you would pick instead"
     yield ""
-    yield "![Users delivered a second, and calls in the worst rolling second](benchmark.svg)"
+    yield "![Users delivered a second, and calls in the worst rolling second](comparison.svg)"
     yield ""
     yield (
         f"The same job for all: {setup['events']:,} events about {setup['users']:,} users, those of `make run`, are "
