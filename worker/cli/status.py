@@ -31,7 +31,7 @@ def show_status(as_json: bool, watch: bool) -> None:
                 time.sleep(1)
         with Live(console=out, auto_refresh=False) as live:
             while True:
-                live.update(_status_table(status.read(client, settings)), refresh=True)
+                live.update(status_table(status.read(client, settings)), refresh=True)
                 time.sleep(1)
 
 
@@ -39,10 +39,10 @@ def _print_status(state: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(state))
     else:
-        out.print(_status_table(state))
+        out.print(status_table(state))
 
 
-def _status_table(state: dict[str, Any]) -> Table:
+def status_table(state: dict[str, Any]) -> Table:
     line, pending, ledger, rate = state["line"], state["pending"], state["ledger"], state["rate"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
