@@ -123,8 +123,8 @@ def test_the_page_has_every_line_and_says_who_is_missing_and_where_we_are_behind
     text = page(report(each=SLOW))
 
     assert all(f"| {line.title} |" in text for line in LINES)
-    assert "| BullMQ, a job an event | Left out: node not found |" in text
-    assert "* **users sent twice after one kill -9**: who was in a call" in text
+    assert "| BullMQ, a job per event | Left out: node not found |" in text
+    assert "* **users sent twice after one kill -9**: users in flight" in text
 
 
 def test_the_page_is_what_the_results_say() -> None:

@@ -85,8 +85,8 @@ def _on_celery(name: str, title: str, setting: str, kill_users: int = DIFFERENT)
 _BATCHES = (
     "Messages are collected into calls of up to 100 users (`flush_every=100`, `flush_interval=0.5`), a user "
 )
-_BATCHES += "that comes twice is merged within a batch, acknowledged late, prefetch of 100 a thread; a failed call is "
-_BATCHES += "made again in place, with back-off. "
+_BATCHES += "that comes twice is merged within a batch; acknowledged late, with a prefetch of 100 per thread; a failed "
+_BATCHES += "call is repeated in place, with back-off. "
 
 CONTESTANTS = (
     Contestant(
@@ -100,9 +100,9 @@ CONTESTANTS = (
     ),
     _on_celery(
         "each",
-        "Celery, a task an event",
+        "Celery, a task per event",
         'One call for one user each; `rate_limit="50/s"` for each of the two workers, as Celery limits a worker, '
-        "not a fleet; `acks_late`, `reject_on_worker_lost`, automatic retries with back-off and jitter, without end.",
+        "not a fleet; `acks_late`, `reject_on_worker_lost`, automatic retries with back-off and jitter, without limit.",
         kill_users=DIFFERENT_SINGLE,
     ),
     _on_celery(
@@ -121,7 +121,7 @@ CONTESTANTS = (
     ),
     Contestant(
         "bullmq",
-        "BullMQ, a job an event",
+        "BullMQ, a job per event",
         "One call for one user each; `limiter: {max: 100, duration: 1000}`, `addBulk` with 1,000 jobs, 16 jobs at a "
         "time; on 60007 it pauses the queue for a second and throws `RateLimitError`, as documented.",
         _left_of_bullmq,
@@ -129,8 +129,8 @@ CONTESTANTS = (
     ),
     Contestant(
         "bullmq_100",
-        "BullMQ, 100 events a job",
-        "The same, where the producer itself puts 100 events into a job and merges them by user: it must have them "
+        "BullMQ, 100 events per job",
+        "The same, but the producer itself puts 100 events into a job and merges them by user, so it must have them "
         "all at hand.",
         _left_of_bullmq,
         job_size=BATCH,

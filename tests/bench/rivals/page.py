@@ -53,8 +53,8 @@ def show(report: Report) -> Table:
 def _ceilings(report: Report) -> str:
     piped, single = report.limits["hset_pipelined"], report.limits["evalsha"]
     return (
-        f"The limits: the quota lets {CEILING:,} users a second pass; Redis alone takes {piped:,.0f} events a second "
-        f"from one client in pipelines (HSET), and runs {single:,.0f} of the barest scripts a second, one by one."
+        f"The limits: the quota allows {CEILING:,} users a second; Redis alone takes {piped:,.0f} events a second "
+        f"from one client in pipelines (HSET), and runs {single:,.0f} minimal scripts a second, one by one."
     )
 
 
@@ -65,15 +65,15 @@ def page(report: Report) -> str:
 
 def _page(report: Report) -> Iterator[str]:
     setup, present = report.setup, _present(report)
-    yield "# imattr beside what you would pick instead"
+    yield "# imattr compared with what you would use instead"
     yield ""
     yield "![Users delivered a second, and calls in the worst rolling second](comparison.svg)"
     yield ""
     yield (
-        f"The same job for all: {setup['events']:,} events about {setup['users']:,} users, those of `make run`, are "
+        f"Everyone does the same job: {setup['events']:,} events about {setup['users']:,} users, those of `make run`, are "
         "enqueued, then two worker processes with 16 threads (or jobs at a time) each deliver them to the same "
-        f"simulator of the API: it answers after {setup['latency'] * 1000:.0f} ms and refuses what is above "
-        f"{setup['quota']:.0f} calls in any rolling second. The same embedded Redis for each, with an append-only file, "
+        f"simulator of the API, which answers after {setup['latency'] * 1000:.0f} ms and refuses more than "
+        f"{setup['quota']:.0f} calls in any rolling second. Each uses the same embedded Redis, with an append-only file and "
         "`appendfsync everysec`."
     )
     yield ""
@@ -87,8 +87,8 @@ def _page(report: Report) -> Iterator[str]:
         yield f"| {line.title} | {' | '.join(f'**{text}**' if good else text for text, good in cells)} |"
     yield ""
     yield (
-        f"Bold: the best, and what is as good. ~: worked out for the whole job from {setup['cap']:.0f} seconds of it. "
-        "–: it never came to the end, so there is no end to judge."
+        f"Bold: the best, and what is as good. ~: extrapolated to the whole job from {setup['cap']:.0f} seconds of it. "
+        "–: it never finished, so there is no final state to check."
     )
     yield ""
     yield _ceilings(report)
@@ -96,32 +96,30 @@ def _page(report: Report) -> Iterator[str]:
     yield "## How to read it"
     yield ""
     yield (
-        f"* **users delivered a second** is measured with users that are all different, {setup['different']:,.0f} of them "
-        f"({setup['different_single']:,.0f} where a call has one user), in the full seconds until a worker is killed. The job has several events for each user, which imattr merges "
-        "before it sends: so its events delivered a second may be more than the quota has users."
+        f"* **users delivered a second** is measured with {setup['different']:,.0f} different users "
+        f"({setup['different_single']:,.0f} where a call has one user), in the full seconds until a worker is killed. The job has several events for each user, which imattr coalesces "
+        "before it sends, so it may deliver more events a second than the quota allows users."
     )
     yield (
-        "* **one kill -9**: half-way through those users one of the two workers is killed and another one started. "
-        "Lost is who never arrived, when nothing was left in Redis or no call had come for 150 s. Sent twice is who was "
-        "applied more than once. A message or batch of the dead worker is given to another one after 60 s "
+        "* **one kill -9**: halfway through, one of the two workers is killed and another one started. A user is lost if it had "
+        "not arrived when nothing was left in Redis, or no call had come for 150 s; it was sent twice if it was applied "
+        "more than once. A message or batch of the dead worker goes to another one after 60 s "
         "(Celery's `visibility_timeout`, imattr's `LEASE`; BullMQ checks every 30 s)."
     )
     yield (
         "* **older over newer**: imattr gets the events as they arrive, some late, with their times. The others have "
-        "no notion of event times, so they get them sorted, as if nothing ever came late; what goes wrong is their own."
+        "no notion of event times, so they get them sorted, as if nothing ever came late; what still goes wrong is theirs."
     )
     yield (
-        "* **processor**: from the first call on. It has the workers' start neither for imattr nor for the others."
+        "* **processor**: from the first call on, without the start of the workers, for imattr and for the others."
     )
     behind = [judgement for judgement in judge(report) if judgement.better]
     if behind:
         yield ""
-        yield "## Where imattr is not ahead"
+        yield "## Where imattr is behind"
         yield ""
     for line, _, better in behind:
-        for why in dict.fromkeys(
-            line.excuses.get(name, "no reason; this is to be mended.") for name in better
-        ):
+        for why in dict.fromkeys(line.excuses.get(name, "no reason; this must be fixed.") for name in better):
             yield f"* **{line.title}**: {why}"
     yield ""
     yield "## How each is set up"
@@ -135,15 +133,15 @@ def _page(report: Report) -> Iterator[str]:
             yield f"| {contestant.title} | Left out: {report.absent[contestant.name]} |"
     yield ""
     yield (
-        "Each is a file of few lines in [`tests/bench/rivals`](../tests/bench/rivals), written as its documentation "
-        "says; the ones in Python make the call with the same client as imattr. Better settings are welcome."
+        "Each is a short file in [`tests/bench/rivals`](../tests/bench/rivals), written as its documentation "
+        "recommends; those in Python call the API with the same client as imattr. Better settings are welcome."
     )
     yield ""
     yield "## Run it"
     yield ""
     yield "```"
-    yield "make bench PARTS=rivals                       # measures and judges (about fifteen minutes)"
-    yield "python -m tests.bench.rivals --write-docs     # the same, and makes this page and its picture"
+    yield "make bench PARTS=rivals                       # measures and compares (about fifteen minutes)"
+    yield "python -m tests.bench.rivals --write-docs     # the same, and writes this page and its picture"
     yield "```"
     yield ""
     yield "Measured on: " + ", ".join(f"{name} {value}" for name, value in report.machine.items()) + "."

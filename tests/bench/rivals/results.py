@@ -82,18 +82,18 @@ class Line(NamedTuple):
 
 
 _MERGED = {
-    "bullmq_100": "with 100 events a job Redis gets a hundredth of the entries. There the producer must have the events "
-    "at hand to merge them, and no one merges, orders or checks what is in different jobs."
+    "bullmq_100": "with 100 events per job, Redis gets a hundredth of the entries. The producer must have the events "
+    "at hand to merge them, and nobody merges, orders or checks what is in different jobs."
 }
 _OVER = {
-    "bullmq_100": "its limiter lets the calls of a second pass at once, so that a rolling second may hold nearly two "
-    "seconds' worth; the API refuses some. imattr leaves 2 % of the slots free, and no second is ever above the quota."
+    "bullmq_100": "its limiter lets the calls of a second pass at once, so a rolling second may hold nearly two "
+    "seconds' worth, and the API refuses some. imattr leaves 2 % of the slots free, and no second exceeds the quota."
 }
 _IN_CALLS = (
-    "who was in a call when the worker died is sent again, since nobody knows whether it was applied. That "
+    "users in flight when the worker died are sent again, since nobody knows whether they were applied. That "
 )
 _IN_CALLS += (
-    "is a user a call, or a hundred, times the calls under way: the faster and fuller the calls, the more."
+    "is one user a call, or a hundred, times the calls in flight: the faster and fuller the calls, the more."
 )
 
 LINES = (
