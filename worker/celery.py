@@ -142,10 +142,13 @@ class ThriftyChannel(redis_transport.Channel):
         return self._client_of_pool
 
 
+# A patch, because naming a transport of our own in the settings would put its module path in place of `redis` into the
+# URL of the broker that the worker's banner and Flower show.
 redis_transport.Transport.Channel = ThriftyChannel
 
 app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
-app.conf.update(_configuration(_settings()))
+# Read when Celery first needs them, so that importing this module needs no settings.
+app.add_defaults(lambda: _configuration(_settings()))
 
 
 def _take_updates(worker: Any, wanted: bool) -> None:
