@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 tests-without-waiting: $(STAMP)
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+	FAST_TESTS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 format: $(STAMP) ## Format the code and fix what the linter can
 	$(BIN)/ruff format $(SOURCES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
+from tests.schedules.wire import Wire
 from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.keys import Keys
 
@@ -17,7 +20,17 @@ from worker.state.keys import Keys
 settings.register_profile(
     "imattr", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile("imattr")
+#: `make fast` draws a quarter of the cases of everything that is drawn; `make test` draws them all.
+FAST = bool(os.environ.get("FAST_TESTS"))
+
+
+def drawn(cases: int) -> int:
+    """How many of so many cases to draw."""
+    return cases // 4 if FAST else cases
+
+
+settings.register_profile("fast", settings.get_profile("imattr"), max_examples=drawn(100))
+settings.load_profile("fast")
 
 #: A key, so that nobody needs to invent one; worth nothing.
 SECRET_KEY = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
@@ -44,6 +57,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 @pytest.fixture(scope="session")
 def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def wire(server: EmbeddedServer) -> Iterator[Wire]:
+    """The client for tests that run many thousands of scripts: a third of the usual cost."""
+    with contextlib.closing(Wire(server.port)) as connected:
         yield connected
 
 

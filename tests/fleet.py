@@ -74,7 +74,7 @@ class Limits:
 
 
 #: Seconds between two turns of a dispatcher that finds nothing to do.
-SLOWEST_TURN = 0.25
+SLOWEST_TURN = 0.5
 
 
 class StraightCall:
@@ -289,8 +289,10 @@ class Fleet:
         """Let time pass until it is so; returns how long it took, and fails after `seconds`."""
         start = self.world.monotonic()
         while not condition():
-            assert self.world.monotonic() - start < seconds, "it did not happen in time"
-            self.world.sleep(step)
+            waited = self.world.monotonic() - start
+            assert waited < seconds, "it did not happen in time"
+            # To one percent: looking is most of what a long wait costs.
+            self.world.sleep(max(step, waited / 100))
         return self.world.monotonic() - start
 
     def snapshot(self) -> Snapshot:

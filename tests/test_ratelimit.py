@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock, new_keys
-from tests.fleet import fleet
+from tests.fleet import Limits, fleet
 from tests.scenarios import people
+from tests.schedules.wire import Wire
 from tests.virtual import EPOCH_US, scripts_on
 from worker.models import Update
 from worker.ratelimit import (
@@ -79,13 +80,14 @@ def test_a_slot_beyond_patience_is_not_reserved(reserve: Reserve) -> None:
 
 @given(gaps=st.lists(st.integers(0, 40_000), min_size=150, max_size=400))
 def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, gaps: list[int]) -> None:
-    script = scripts.load(client, "reserve")
-    rate, now, slots = new_keys().rate, START, []
-    for gap in gaps:
-        now += gap
-        granted, wait, *_ = script([rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
-        if granted:
-            slots.append(now + wait)
+    reserve, rate, now, slots = client.register_script(scripts.source("reserve")), new_keys().rate, START, []
+    with client.pipeline(transaction=False) as pipe:
+        for gap in gaps:
+            now += gap
+            reserve([rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US), client=pipe)
+        for granted, wait, now, *_ in pipe.execute():
+            if granted:
+                slots.append(now + wait)
 
     for index, slot in enumerate(slots):
         assert sum(slot <= other < slot + 1_000_000 for other in slots[index:]) <= 99
@@ -157,11 +159,11 @@ def test_after_a_call_that_left_late_a_slot_stays_empty(
     assert [pacing.redeem(permit) for permit in permits[3:]] == [False, True]
 
 
-def test_calls_that_leave_late_make_no_second_too_full(client: redis.Redis) -> None:
-    with fleet(client, threads=16) as running:
+def test_calls_that_leave_late_make_no_second_too_full(wire: Wire) -> None:
+    with fleet(wire, threads=16, limits=Limits(batch_size=10)) as running:
         dice = running.world.rng
         running.stall = lambda: dice.uniform(LATE, 0.2) if dice.random() < 0.03 else 0.0
-        running.add(people(100_000))
+        running.add(people(10_000))
 
         running.wait_until(running.drained, 60)
 
@@ -228,8 +230,9 @@ def test_a_clock_that_jumps_ahead_pauses_the_line_for_one_patience(
 
 
 def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
-    client: redis.Redis, keys: Keys
+    server: EmbeddedServer, keys: Keys
 ) -> None:
+    client = redis.Redis.from_url(server.url)
     script = scripts.load(client, "reserve")
     slots: list[int] = []
 
@@ -336,15 +339,15 @@ def test_the_rate_settles_closely_below_what_is_granted_and_stays(
     assert len(service.refused) - refused <= 5
 
 
-def test_the_rate_climbs_back_when_more_is_granted_again(client: redis.Redis, keys: Keys) -> None:
-    service = Service(client, keys, 30)
+def test_the_rate_climbs_back_when_more_is_granted_again(wire: Wire, keys: Keys) -> None:
+    service = Service(wire, keys, 30)
     service.run(30)
 
     service.quota = 100
     service.run(150)
 
     assert service.rate(5) > 97
-    assert client.hget(keys.rate, "limit") is None, "nothing is left of it"
+    assert wire.hget(keys.rate, "limit") is None, "nothing is left of it"
 
 
 def test_a_single_refusal_costs_little(client: redis.Redis, keys: Keys) -> None:

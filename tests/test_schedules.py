@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import FAST, drawn
 from tests.schedules.plan import FAULTS
 from tests.schedules.pool import wire
 from tests.schedules.run import run
@@ -30,13 +31,13 @@ def connected() -> Iterator[Wire]:
 
 def test_every_promise_is_kept_whatever_strikes(connected: Wire) -> None:
     struck = Counter[str]()
-    for seed in range(1, 101):
+    for seed in range(1, drawn(100) + 1):
         result = run(seed, connected)
         struck += result.faults
         assert not result.violations, f"python -m tests.schedules --seed {seed}\n{result.violations[0]}"
 
     missing = {f"{where}: {kind}" for where, kinds in FAULTS.items() for kind in kinds} - struck.keys()
-    assert len(missing) < 8, missing
+    assert FAST or len(missing) < 8, missing
 
 
 def test_a_seed_replays_step_by_step_also_in_another_process_on_another_server(connected: Wire) -> None:

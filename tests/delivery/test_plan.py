@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import drawn
 from worker.delivery.answers import Answer, Failure, NoReply, Reply, UserError
 from worker.delivery.plan import (
     ACKED,
@@ -545,7 +546,7 @@ def play(plan: Plan, script: Iterable[tuple[Answer, int, bool, bool]]) -> dict[s
     return settled
 
 
-@settings(max_examples=200)
+@settings(max_examples=drawn(200))
 @given(batch=BATCHES, script=SCRIPT, seed=st.integers(0, 2**32 - 1))
 def test_every_user_is_settled_exactly_once_whatever_the_answers_are(
     batch: Batch, script: list[tuple[Answer, int, bool, bool]], seed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import pkgutil
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from tests import scenarios
 from tests.fleet import fleet
+from tests.schedules.wire import Wire
 from worker.sandbox.redis_server import EmbeddedServer
 
 STORIES = sorted(found.name for found in pkgutil.iter_modules(scenarios.__path__) if found.name != "__main__")
@@ -39,7 +41,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as directory,
         EmbeddedServer(Path(directory), persistent=False) as server,
-        redis.Redis.from_url(server.url) as client,
+        contextlib.closing(Wire(server.port)) as client,
     ):
         for name in names:
             f = play(client, name, seed=1)

@@ -30,7 +30,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.conftest import new_keys
+from tests.conftest import drawn, new_keys
+from tests.schedules.wire import Wire
 from worker.models import Acked, Attributes, BatchId, DeadLettered, Outcome, Retried, Snoozed, Update
 from worker.state import buffer, scripts
 from worker.state.buffer import Buffer
@@ -502,14 +503,14 @@ def run_machine(client: redis.Redis, number: int | None = None, **how: Any) -> N
 
 
 @pytest.mark.timeout(300)
-def test_the_buffer_does_what_the_model_does(client: redis.Redis) -> None:
-    run_machine(client, max_examples=120)
+def test_the_buffer_does_what_the_model_does(wire: Wire) -> None:
+    run_machine(wire, max_examples=drawn(120))
 
 
 def search(client: redis.Redis) -> None:
     """Look for a difference in many short runs: each takes other paths, while a long one took 23 s to leave its own."""
-    for number in range(1, 80):
-        run_machine(client, number, max_examples=12, phases=[Phase.generate])
+    for number in range(1, 160):
+        run_machine(client, number, max_examples=6, phases=[Phase.generate])
 
 
 #: Bugs, each put into a script on purpose: what it would do, the script, its text, the wrong text.
@@ -565,7 +566,7 @@ BUGS = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_model_catches(bug: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_catches(bug: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     script, right, wrong = BUGS[bug]
     source = scripts.source
 
@@ -579,4 +580,4 @@ def test_the_model_catches(bug: str, client: redis.Redis, monkeypatch: pytest.Mo
     monkeypatch.setattr(scripts, "source", spoiled)
 
     with pytest.raises((AssertionError, redis.ResponseError, StopIteration, BaseExceptionGroup)):
-        search(client)
+        search(wire)
