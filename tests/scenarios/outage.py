@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from itertools import cycle
 
-from tests.fleet import Fleet
+from tests.fleet import Fleet, Limits
 from tests.scenarios import Figures, figures, left, people
 from worker.delivery.answers import Failure, NoReply, Reply
 
+#: Small batches make the same calls in a fraction of the time.
+LIMITS = Limits(batch_size=10)
+
 
 def run(fleet: Fleet) -> Figures:
-    fleet.add(people(40_000))
+    fleet.add(people(4_000))
     fleet.wait(2)
     ways: Iterator[Reply | NoReply] = cycle(
         [NoReply(Failure.TIMEOUT), NoReply(Failure.HTTP_STATUS, http_status=502), Reply(91000), Reply(91000)]
