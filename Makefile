@@ -4,8 +4,10 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.stamp
 SOURCES := worker tasks tests
-# Tests run side by side: one process a core, and no fewer than two.
+# Tests run side by side, a process a core, and no fewer than two. Without the slow ones, one more: some wait for timeouts.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || echo 2)
+# Compiled modules are kept, whatever the environment says: each process of the tests would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
@@ -34,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 tests-without-waiting: $(STAMP)
-	FAST_TESTS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+	FAST_TESTS=1 $(BIN)/pytest -n $$(( $(JOBS) + 1 )) --dist worksteal -m "not slow"
 
 format: $(STAMP) ## Format the code and fix what the linter can
 	$(BIN)/ruff format $(SOURCES)

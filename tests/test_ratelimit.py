@@ -327,9 +327,9 @@ class Service:
 
 @pytest.mark.parametrize("granted", [50, 10, 97, 73])
 def test_the_rate_settles_closely_below_what_is_granted_and_stays(
-    client: redis.Redis, keys: Keys, granted: int
+    wire: Wire, keys: Keys, granted: int
 ) -> None:
-    service = Service(client, keys, granted)
+    service = Service(wire, keys, granted)
 
     service.run(30)
     refused = len(service.refused)
@@ -350,8 +350,8 @@ def test_the_rate_climbs_back_when_more_is_granted_again(wire: Wire, keys: Keys)
     assert wire.hget(keys.rate, "limit") is None, "nothing is left of it"
 
 
-def test_a_single_refusal_costs_little(client: redis.Redis, keys: Keys) -> None:
-    service = Service(client, keys, 100)
+def test_a_single_refusal_costs_little(wire: Wire, keys: Keys) -> None:
+    service = Service(wire, keys, 100)
     service.run(2)
     service.quota = 20
     service.run(0.02)

@@ -313,7 +313,7 @@ def test_a_packed_file_that_is_cut_off_is_told_and_what_came_before_is_accepted(
     settings: Settings, client: redis.Redis, keys: Keys, tmp_path: Path
 ) -> None:
     lines = b"".join(
-        json_lines({"user": f"u{os.urandom(8).hex()}", "attrs": {"a": "b"}}) for _ in range(60_000)
+        json_lines({"user": f"u{os.urandom(8).hex()}", "attrs": {"a": "b"}}) for _ in range(30_000)
     )
     path = written(tmp_path / "a.gz", gzip.compress(lines, 1)[:-1000])
 

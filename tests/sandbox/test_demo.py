@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
+from itertools import islice
 
 import pytest
 
+from tests.conftest import drawn
 from worker.errors import InvalidUpdate
 from worker.models import check_update
 from worker.sandbox import demo, demo_events
@@ -19,7 +21,7 @@ def lines() -> list[str]:
 
 
 def test_the_same_seed_makes_the_same_events(lines: list[str]) -> None:
-    assert list(demo_events.events()) == lines
+    assert list(islice(demo_events.events(), drawn(60_000))) == lines[: drawn(60_000)]
     assert next(iter(demo_events.events(seed=1))) != lines[0]
 
 

@@ -509,7 +509,7 @@ def test_the_buffer_does_what_the_model_does(wire: Wire) -> None:
 
 def search(client: redis.Redis) -> None:
     """Look for a difference in many short runs: each takes other paths, while a long one took 23 s to leave its own."""
-    for number in range(1, 160):
+    for number in (3, 1, 5, 4, *range(6, 160)):
         run_machine(client, number, max_examples=6, phases=[Phase.generate])
 
 
