@@ -1,28 +1,28 @@
 """One rate limit for the whole fleet: slots on Redis' clock, reserved first come, first served.
 
-Why reservation: a caller learns in one script call *when* it may send, and sleeps until then. Nobody
-polls, nobody races, and the cost stays at one call a permit however many wait.
+Why reservations: one script call tells a caller *when* it may send, and it sleeps until then. Nobody polls, nobody races, and
+the cost stays at one call per permit however many wait.
 
-Why the slots are 2 % further apart than the quota needs: what the API counts are arrivals, and a send
-arrives a little later than its slot. With 100 calls a second and a slot every 10.2 ms, a rolling second
-holds 98 or 99 slots; for a 101st arrival, one call must be 20 ms later than another is. So a permit that
-was not used within `GRACE` of its slot is given up for a new one, and everything that takes time (the
-claim, the encoding) is done before the slot. `make bench` counts the worst rolling second at the API.
+Why slots are 2 % further apart than the quota needs: the API counts arrivals, and a call arrives a little later than its
+slot. With 100 calls a second and a slot every 10.2 ms, a rolling second has 98 or 99 slots; a 101st arrival needs one call
+to be 20 ms later than another. So a permit that is not used within `GRACE` of its slot is given up for a new one, and
+everything slow (the claim, signing, encoding, connecting) happens before the slot. `make bench` counts the worst rolling
+second at the API.
 
-Other programs that call the API for the same app can draw their permits here, so that all of them together
-keep the quota::
+Other programs that call the API for the same app can take their permits here, so that all of them together keep the
+quota::
 
     limiter = RateLimiter.connect("redis://redis:6379/0", sdkappid=1400000000)
     if limiter.acquire():
         call_the_api()
 
-The quota that was configured may not be the one that the API grants. A refusal pauses everyone, lapses all
-permits, and lowers the limit; then it climbs towards the lowest one refused by halving, settles below it,
-and tries the next step ever more rarely. All in the scripts, so the fleet learns it once.
+The API may grant less than the quota that was configured. A refusal pauses everyone, voids all permits and lowers the
+limit; it then climbs towards the lowest limit refused by halving the distance, settles below it, and tries the next step
+ever more rarely. All of that is in the scripts, so the fleet learns it once.
 
-Between the last look at the clock and the socket a thread can still be suspended. The part of `GRACE` that is
-missing from the 20 ms is the room for that. And who sees afterwards that a call left later than `LATE` leaves the
-next slot of its process empty: late calls add to the second they fall into, one each, however late they are.
+A thread can still be suspended between its last look at the clock and the socket. The difference between `GRACE` and the
+20 ms is the room for that. And a call that left later than `LATE` all the same makes its process leave the next slot empty:
+late calls add to the second they fall into, one each, however late they are.
 
 Weakness: a process whose next slot comes more than a second after a late call makes room too late.
 """
@@ -40,24 +40,24 @@ from .state.connection import Redis, connect
 from .state.keys import Keys
 from .state.scripts import text
 
-#: Slots are this much further apart than 1 / quota.
+#: Slots are this many times further apart than 1 / quota.
 SPACING = 1.02
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.010
-#: A call that left so many seconds after its slot is late.
+#: A call is late if it left more than so many seconds after its slot.
 LATE = 0.015
-#: Seconds for which a limit is tried before the next one: longer than the API's window.
+#: Seconds for which a limit is tried before the next one; longer than the API's window.
 DWELL = 1.5
-#: Seconds below a ceiling that was met before the next step is tried: at first, and at most.
+#: Seconds to stay below a ceiling that was met before the next step is tried: at first, and at most.
 SHORTEST_HOLD, LONGEST_HOLD = 60.0, 960.0
-#: Seconds that a call which isolates bad users may wait for a slot; longer when its slots are rarer.
+#: Seconds that a call which isolates suspects may wait for a slot; longer if its slots are rarer.
 ISOLATING_PATIENCE = 0.5
 #: How fast two machines' clocks may drift apart, seconds a second; far above any real one.
 DRIFT = 0.001
-#: A slot is not used while Redis' clock is known less exactly than this, seconds; but no more than so many in a row are
-#: given up for that: where every answer takes long, there is nothing better to wait for.
+#: A slot is not used while Redis' clock is known less exactly than this, in seconds; but no more than so many in a row are
+#: given up for that: if every answer is slow, there is nothing better to wait for.
 EXACT_ENOUGH, MOST_UNSURE = 0.010, 3
-#: A step of Redis' clock below this is taken for measuring error, seconds.
+#: A step of Redis' clock below this is taken to be a measuring error, in seconds.
 SMALLEST_JUMP = 0.010
 
 
@@ -65,7 +65,7 @@ SMALLEST_JUMP = 0.010
 class Permit:
     """The right to send one request at `due` (this machine's monotonic clock), or shortly after.
 
-    Void once the fleet's `epoch` is another one. `limit` is what it was made for, calls a second.
+    Void once the fleet's `epoch` has changed. `limit` is the rate it was made for, in calls a second.
     """
 
     due: float
@@ -86,18 +86,18 @@ class RateState:
 
 
 class ClockSync:
-    """Where Redis' clock stands against this machine's monotonic clock.
+    """The offset of Redis' clock to this machine's monotonic clock.
 
-    Each answer carries the time at which Redis made it, which was between our asking and our hearing.
-    All those intervals contain the true offset, so their intersection is far narrower than one round
-    trip, and an interval that misses it proves that Redis' clock jumped.
+    Each answer has the time at which Redis made it, which was between our question and our receiving it. All these intervals
+    contain the true offset, so their intersection is far narrower than one round trip, and an interval that misses it proves
+    that Redis' clock has jumped.
     """
 
     def __init__(self) -> None:
         self._low, self._high, self._at = -math.inf, math.inf, 0.0
 
     def observe(self, asked: float, redis_time: float, heard: float) -> bool:
-        """Take in one answer (seconds); False when Redis' clock has jumped since the one before."""
+        """Take one answer into account (seconds); False if Redis' clock has jumped since the last one."""
         slack = DRIFT * max(0.0, heard - self._at)
         low, high = self._low - slack, self._high + slack
         self._at = heard
@@ -110,11 +110,11 @@ class ClockSync:
 
     @property
     def uncertainty(self) -> float:
-        """Between the earliest and the latest time that `local` may mean, seconds."""
+        """Seconds between the earliest and the latest time that `local` may mean."""
         return self._high - self._low
 
     def local(self, redis_time: float) -> float:
-        """A time of Redis' clock, on this machine's monotonic clock."""
+        """Convert a time of Redis' clock to this machine's monotonic clock."""
         return redis_time + (self._low + self._high) / 2
 
 
@@ -122,42 +122,46 @@ class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
     def __init__(self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
-        """`quota` in calls a second; `patience` in seconds, the longest wait a permit is worth."""
+        """`quota` in calls a second; `patience` in seconds, the longest wait for a permit."""
         self._clock, self._patience = clock, patience
         self._keys = [keys.rate]
         self._reserve = scripts.load(redis, "reserve")
         self._pause = scripts.load(redis, "pause")
-        # Rounded up, so that rounding never adds a permit.
-        #: What the last permit was made for.
+        #: The rate that the last permit was made for.
         self._limit = quota
+        # Rounded up, so that rounding never adds a permit.
         self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
         self._sync, self._unsure = ClockSync(), 0
-        #: Calls that left late, and for which no slot has been left empty yet.
+        #: Late calls for which no slot has been left empty yet.
         self._late = 0
         self._lock = threading.Lock()
 
     @classmethod
     def connect(cls, redis_url: str, sdkappid: int, *, quota: int = 100, patience: float = 2.0) -> Self:
-        """The limiter that an app's workers share, for a program of one's own; `patience` in seconds."""
+        """Return the limiter that an app's workers share, for another program that calls the API.
+
+        `quota` in calls a second, the same as the workers'; `patience` in seconds, the longest that `acquire` waits. Nothing is
+        sent to Redis before the first permit; its errors pass through.
+        """
         redis = connect(redis_url)
         return cls(redis, Keys(sdkappid), quota=quota, patience=patience, clock=SystemClock())
 
     def acquire(self) -> bool:
-        """Wait for a slot, and return at its moment; False when none is free within patience."""
+        """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""
         while permit := self.reserve():
             if self.redeem(permit):
                 return True
         return False
 
     def reserve(self, *, now_us: int | None = None) -> Permit | None:
-        """Reserve the next slot; None when none is free within the caller's patience."""
+        """Reserve the next slot; None if none is free within patience."""
         granted = self._ask(0, now_us)
         return granted if isinstance(granted, Permit) else None
 
     def reserve_isolating(self) -> Permit | None:
-        """Reserve a slot for a call that isolates bad users: a tenth of all while good work waits.
+        """Reserve a slot for a call that isolates suspects: a tenth of all slots while good work waits.
 
-        None when there is none in good time: threads that wait here deliver nothing else meanwhile.
+        None if none comes soon, because threads that wait here deliver nothing else meanwhile.
         """
         give_up_at = self._clock.monotonic() + max(ISOLATING_PATIENCE, 15 / self._limit)
         while (granted := self._ask(1, None)) is not None and not isinstance(granted, Permit):
@@ -167,7 +171,7 @@ class RateLimiter:
         return granted
 
     def _ask(self, isolating: int, now_us: int | None) -> Permit | float | None:
-        """A permit, or the seconds until asking again is worth while; None when Redis' clock jumped."""
+        """Return a permit, or the seconds until asking again is worthwhile; None if Redis' clock has jumped."""
         asked = self._clock.monotonic()
         args = ("" if now_us is None else now_us, *self._slots, isolating, _us(DWELL))
         granted, wait_us, answered_us, *made_for = self._reserve(self._keys, args)
@@ -178,20 +182,20 @@ class RateLimiter:
             self._unsure = self._unsure + 1 if self._sync.uncertainty > EXACT_ENOUGH else 0
             unsure = 0 < self._unsure <= MOST_UNSURE
         if not steady:
-            # The slots of before and after the jump overlap. All of before pass within one patience.
+            # Slots from before and after the jump overlap. Those from before have passed within one patience.
             self.pause(self._patience, "the clock of Redis jumped")
             return None
         if not granted:
             return max(float(wait_us) / 1e6, 0.001)
         if unsure:
-            # A first answer that comes late: our slot may be anywhere in that time, in a second that is full.
+            # A first answer came late: our slot may be anywhere in that time, and in a second that is full.
             return self._ask(isolating, now_us)
         permit = Permit(due, *made_for)
         self._limit = permit.limit
         return permit
 
     def redeem(self, permit: Permit) -> bool:
-        """Wait for the slot; False when it was missed, or must stay empty. Tell `sent` when the call has left."""
+        """Wait for the slot; False if it was missed, or must stay empty. Call `sent` once the call has left."""
         self._clock.sleep(permit.due - self._clock.monotonic())
         if self._late:
             with self._lock:
@@ -201,7 +205,7 @@ class RateLimiter:
         return self._clock.monotonic() <= permit.due + GRACE
 
     def sent(self, permit: Permit) -> None:
-        """The call has left. When that was late, the next slot stays empty."""
+        """Note that the call has left. If it was late, the next slot stays empty."""
         if self._clock.monotonic() > permit.due + LATE:
             with self._lock:
                 self._late += 1
@@ -215,10 +219,10 @@ class RateLimiter:
         refused: Permit | None = None,
         now_us: int | None = None,
     ) -> bool:
-        """Let nobody in the fleet reserve a slot for a while; all permits lapse. Whether it was news.
+        """Let nobody in the fleet reserve a slot for a while, and void all permits; returns whether that was new.
 
-        `refused` is the permit of a call that the API refused for its frequency: the limit drops below
-        the one that it was made for.
+        `refused` is the permit of a call that the API refused for its frequency: the limit drops below the one that it was
+        made for.
         """
         now, permit_epoch = "" if now_us is None else now_us, "" if refused is None else refused.epoch
         limit = refused.limit if refused else 0

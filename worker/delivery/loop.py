@@ -292,7 +292,7 @@ class Delivery:
             # Of several calls, the code of the first that failed.
             summary.code = summary.code or answer.code
             if strangers := answer.errors.keys() - {user.user for user in call.users}:
-                log.warning("error_list_names_strangers", batch=claim.batch.id, users=len(strangers))
+                log.warning("unknown_users_in_error_list", batch=claim.batch.id, users=len(strangers))
 
     def _failures(self, plan: Plan, answer: Answer) -> int:
         """How many calls of the fleet have failed in a row; 0 if this one did not fail through the service's fault."""
