@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import FAST, drawn
+from tests.conftest import FAST, drawn, planted
 from tests.schedules.plan import FAULTS
 from tests.schedules.pool import wire
 from tests.schedules.run import run
@@ -118,7 +118,7 @@ def found(connected: Wire, first: int = 1) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("bug", SCRIPT_BUGS)
+@pytest.mark.parametrize("bug", planted(SCRIPT_BUGS))
 def test_a_bug_in_a_script_is_found(bug: str, connected: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     script, right, wrong = SCRIPT_BUGS[bug]
     source = scripts.source
