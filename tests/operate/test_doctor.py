@@ -12,6 +12,7 @@ import redis
 from tests.conftest import SECRET_KEY, ManualClock
 from tests.simulation import Simulation, simulation
 from worker import runtime
+from worker.clock import SystemClock
 from worker.config import Secret, Settings
 from worker.delivery.answers import Failure, NoReply, Reply
 from worker.delivery.attribute_catalog import FIXES, AttributeCatalog
@@ -475,7 +476,7 @@ class LateLimiter(RateLimiter):
     """Its first slots are missed."""
 
     def __init__(self, client: redis.Redis, keys: Keys, missed: int) -> None:
-        super().__init__(client, keys, quota=100, patience=2.0, clock=ManualClock())
+        super().__init__(client, keys, quota=100, patience=2.0, clock=SystemClock())
         self._missed = missed
 
     def redeem(self, permit: Permit) -> bool:

@@ -122,18 +122,21 @@ class AttributeCatalog:
         return new
 
     def _call(self, prepare: Callable[[], Call | NoReply]) -> Answer:
+        call: Call | NoReply | None = None
         for _ in range(TRIES):
             permit = self._limiter.reserve()
             if permit is None:
                 self._clock.sleep(TRY_AGAIN_AFTER)
                 continue
-            call = prepare()
+            # Once: for a slot that was missed, the next one will do.
+            call = call or prepare()
             if isinstance(call, NoReply):
                 return call
             if self._limiter.redeem(permit):
                 call.send()
                 self._limiter.sent(permit)
                 return call.answer()
+        if call and not isinstance(call, NoReply):
             call.abandon()
         raise NoPermit
 
