@@ -37,56 +37,9 @@ local pending_count = max_pending > 0 and redis.call('HLEN', pending) or 0
 -- A user may be in the array twice: what the first update changed is what the second one finds.
 local records, memories, letters = {}, {}, {}
 local entries = { lane == 'live' and live or backfill }
-local counts, refused = { accepted = 0, coalesced = 0, unchanged = 0, stale = 0 }, {}
+local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
 
--- Values that are newer than what is known; whether others repeat what was delivered, which then is as new as they.
-local function compare(attrs, occurred, waiting, sent, memory, letter)
-  local fresh, repeated = {}, false
-  for name, value in pairs(attrs) do
-    value = value ~= cjson.null and value
-    local known, lost, version = newest(name, waiting, sent, memory), letter[name], occurred
-    if occurred == 0 then
-      version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
-    end
-    if not known or version >= known[2] then
-      if known and known == memory[name] and known[1] == value then
-        repeated, known[2] = true, version
-      else
-        fresh[name] = { value, version }
-      end
-    end
-  end
-  return fresh, repeated
-end
-
--- The user's record with newer values in it.
-local function merged(i, user, record, fresh, letter)
-  if record then
-    counts.coalesced = counts.coalesced + 1
-  else
-    record = { t = now, a = {}, b = lane == 'backfill' and 1 or nil }
-    pending_count = pending_count + 1
-    -- A user in flight waits outside the lanes until its batch is settled.
-    if not in_flight[i] then
-      entries[#entries + 1] = now
-      entries[#entries + 1] = user
-    end
-  end
-  for name, pair in pairs(fresh) do
-    record.a[name] = pair
-    if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
-      letter.a[name], letters[user] = nil, letter
-    end
-  end
-  if record.b and lane == 'live' then
-    record.b = nil
-    if redis.call('ZREM', backfill, user) == 1 then
-      enter_lane(live, backfill, user, record)
-    end
-  end
-  return record
-end
-
+-- One loop without functions of its own: creating them would cost a single update a tenth of its time.
 for i, update in ipairs(updates) do
   local user, attrs, occurred = update[1], update[2], update[3]
   local record = records[user] or (was_pending[i] and cjson.decode(was_pending[i]))
@@ -95,17 +48,61 @@ for i, update in ipairs(updates) do
   else
     local memory = memories[user] or (delivered[i] and cjson.decode(delivered[i]))
     local letter = letters[user] or (given_up[i] and cjson.decode(given_up[i]))
-    local fresh, repeated = compare(attrs, occurred, record and record.a or none, attributes(in_flight[i]),
-      memory and memory.a or none, letter and letter.a or none)
-    counts.accepted = counts.accepted + 1
+    local waiting, sent = record and record.a or none, attributes(in_flight[i])
+    local remembered, undelivered = memory and memory.a or none, letter and letter.a or none
+
+    -- Values that are newer than what is known; what repeats a delivered value makes that as new as itself.
+    local fresh, repeated = {}, false
+    for name, value in pairs(attrs) do
+      value = value ~= cjson.null and value
+      local known, lost, version = newest(name, waiting, sent, remembered), undelivered[name], occurred
+      if occurred == 0 then
+        version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
+      end
+      if not known or version >= known[2] then
+        if known and known == remembered[name] and known[1] == value then
+          repeated, known[2] = true, version
+        else
+          fresh[name] = { value, version }
+        end
+      end
+    end
+
+    accepted = accepted + 1
     if repeated then
       memories[user] = memory
     end
-    if next(fresh) then
-      records[user] = merged(i, user, record, fresh, letter)
+    if not next(fresh) then
+      if repeated then
+        unchanged = unchanged + 1
+      else
+        stale = stale + 1
+      end
     else
-      local fate = repeated and 'unchanged' or 'stale'
-      counts[fate] = counts[fate] + 1
+      if record then
+        coalesced = coalesced + 1
+      else
+        record = { t = now, a = {}, b = lane == 'backfill' and 1 or nil }
+        pending_count = pending_count + 1
+        -- A user in flight waits outside the lanes until its batch is settled.
+        if not in_flight[i] then
+          entries[#entries + 1] = now
+          entries[#entries + 1] = user
+        end
+      end
+      for name, pair in pairs(fresh) do
+        record.a[name] = pair
+        if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
+          letter.a[name], letters[user] = nil, letter
+        end
+      end
+      if record.b and lane == 'live' then
+        record.b = nil
+        if redis.call('ZREM', backfill, user) == 1 then
+          redis.call('ZADD', live, record.t, user)
+        end
+      end
+      records[user] = record
     end
   end
 end
@@ -133,5 +130,5 @@ for user, letter in pairs(letters) do
     redis.call('ZREM', dead_at, user)
   end
 end
-count(ledger, counts)
-return { counts.accepted, counts.coalesced, counts.unchanged, counts.stale, unpack(refused) }
+count(ledger, { accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale })
+return { accepted, coalesced, unchanged, stale, unpack(refused) }
