@@ -17,6 +17,7 @@ from celery.exceptions import Reject
 
 from worker import runtime
 from worker.celery import UPDATES, app
+from worker.delivery.loop import Summary
 from worker.errors import BufferFull, InvalidUpdate
 from worker.models import BatchId
 from worker.producer import NoRoom
@@ -153,6 +154,12 @@ def _put_back(updates: list[Any]) -> None:
 
 @app.task(name="attributes.deliver", bind=True)
 @contained
-def deliver(task: Any) -> dict[str, Any]:
-    """Deliver one batch; the task id is the ticket."""
-    return dataclasses.asdict(runtime.delivery().deliver(BatchId(task.request.id)))
+def deliver(task: Any) -> list[dict[str, Any]]:
+    """Deliver batches while there are full ones; the task id is the ticket, and the first batch's id."""
+    structlog.contextvars.bind_contextvars(task=task.request.id)
+    return [_shown(summary) for summary in runtime.delivery().carry(BatchId(task.request.id))]
+
+
+def _shown(summary: Summary) -> dict[str, Any]:
+    """What Flower shows of a batch: what is not as usual, and few figures."""
+    return {name: value for name, value in dataclasses.asdict(summary).items() if value}

@@ -9,34 +9,20 @@ from __future__ import annotations
 
 import gc
 import logging
-import socket
 import sys
-import threading
-import time
-from functools import partial
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 import structlog
-from celery import Celery, Task, bootsteps, signals
+from celery import Celery, Task, signals
 from celery.worker.request import Request
-from kombu.transport import redis as redis_transport
+from kombu import Exchange, Queue
 
-from worker import logs, runtime
-from worker.clock import SystemClock
+from worker import logs, runtime, transport  # noqa: F401  # the transport patches Celery's
 from worker.config import Settings
-from worker.delivery.dispatcher import Dispatcher
+from worker.delivery.loop import LONGEST_CARRY
 from worker.errors import ConfigError
-from worker.intake.backpressure import Backpressure
 from worker.intake.event_time import PUBLISHED, Stamps, event_ms
-from worker.intake.stream import StreamConsumer
-from worker.models import BatchId
-from worker.operate import health
-
-UPDATES, DELIVERIES = "updates", "deliveries"
-
-#: Seconds a worker waits for its dispatcher and its stream consumer to finish a turn.
-THREAD_PATIENCE = 10.0
+from worker.steps import DELIVERIES, UPDATES, DispatcherStep, QueueStep, StreamStep
 
 _stamps = Stamps()
 
@@ -76,7 +62,9 @@ def _settings() -> Settings:
 def _configuration(settings: Settings) -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url.reveal(),
-        "task_queues": {UPDATES: {}, DELIVERIES: {}},
+        # Objects, because Flower does not understand plain dictionaries.
+        "task_queues": [Queue(name, Exchange(name), name) for name in (UPDATES, DELIVERIES)],
+        "worker_consumer": "worker.transport:SturdyConsumer",
         "task_default_queue": UPDATES,
         "task_routes": {"attributes.deliver": {"queue": DELIVERIES}},
         "accept_content": ["json"],
@@ -113,7 +101,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
         # them: at four updates to one delivery, they lose a third of the rate.
         "queue_order_strategy": "round_robin",
         # A message that is not acknowledged in this time runs again; far longer than any task takes.
-        "visibility_timeout": max(120, round(3 * settings.longest_task)),
+        "visibility_timeout": max(120, round(3 * (settings.longest_task + LONGEST_CARRY))),
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         # Without timeouts, a half-open connection stops the worker for good.
@@ -125,140 +113,12 @@ def _transport(settings: Settings) -> dict[str, Any]:
     }
 
 
-class ThriftyChannel(redis_transport.Channel):
-    """kombu's Redis channel with one client per connection pool, instead of a new one for every command.
-
-    Creating a client costs more than the command: without this, it takes a sixth of a worker's CPU.
-    """
-
-    _client_of_pool: Any = None
-
-    def _create_client(self, asynchronous: bool = False) -> Any:
-        if asynchronous:
-            return super()._create_client(asynchronous=True)  # type: ignore[no-untyped-call]
-        # A reconnect gives the channel another pool.
-        if self._client_of_pool is None or self._client_of_pool.connection_pool is not self.pool:
-            self._client_of_pool = super()._create_client()  # type: ignore[no-untyped-call]
-        return self._client_of_pool
-
-
-# A patch, because naming a transport of our own in the settings would put its module path in place of `redis` into the
-# URL of the broker that the worker's banner and Flower show.
-redis_transport.Transport.Channel = ThriftyChannel
-
 app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
 # Read when Celery first needs them, so that importing this module needs no settings.
 app.add_defaults(lambda: _configuration(_settings()))
 
 
-def _take_updates(worker: Any, wanted: bool) -> None:
-    """Start or stop consuming the queue of updates, soon."""
-    consumer: Any = getattr(worker, "consumer", None)
-    # There is no consumer at the start, and no `task_consumer` during a reconnect.
-    taking = getattr(consumer, "task_consumer", None)
-    if taking and taking.consuming_from(UPDATES) != wanted:
-        consumer.call_soon(_switch_updates, consumer, wanted)
-
-
-def _switch_updates(consumer: Any, wanted: bool) -> None:
-    """Runs in the consumer's own thread, since its channel is not thread-safe.
-
-    Celery's own `add_task_queue` forgets that the queue was deselected, so the next reconnect would drop it.
-    """
-    queues = app.amqp.queues
-    if wanted:
-        queues.select([*queues.consume_from, UPDATES])
-    else:
-        queues.deselect(UPDATES)
-    taking = consumer.task_consumer
-    if taking and wanted:
-        taking.add_queue(queues[UPDATES])
-        taking.consume()
-    elif taking:
-        taking.cancel_by_queue(UPDATES)
-
-
-class DispatcherStep(bootsteps.StartStopStep):
-    """Runs this worker's dispatcher in a thread of the main process, from start to shutdown.
-
-    A step of the worker rather than of the consumer, and a thread rather than a timer: a reconnect of the broker restarts
-    the consumer and drops its timers.
-    """
-
-    requires = frozenset({"celery.worker.components:Pool"})
-
-    def __init__(self, worker: Any, **options: Any) -> None:
-        super().__init__(worker, **options)
-        self._dispatcher: Dispatcher | None = None
-        self._thread: threading.Thread | None = None
-        self._page: ThreadingHTTPServer | None = None
-        self._last_turn = time.monotonic()
-        self._intake: Backpressure | None = None
-
-    def start(self, worker: Any) -> None:
-        settings = runtime.settings()
-        # A worker started with `-Q deliveries` never takes updates.
-        if UPDATES in app.amqp.queues.consume_from:
-            self._intake = Backpressure(
-                runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
-            )
-        self._dispatcher = Dispatcher(
-            *runtime.build_dispatch(settings, f"{worker.hostname or socket.gethostname()}"),
-            self._publish,
-            batch_size=settings.batch_size,
-            linger=settings.linger,
-            quota=settings.quota,
-            on_turn=self._note_turn,
-        )
-        self._thread = threading.Thread(target=self._dispatcher.run, name="dispatcher", daemon=True)
-        self._thread.start()
-        if settings.health_port:
-            self._page = health.serve(settings.health_port, lambda: time.monotonic() - self._last_turn)
-
-    def stop(self, worker: Any) -> None:
-        if self._dispatcher and self._thread:
-            self._dispatcher.stop()
-            self._thread.join(THREAD_PATIENCE)
-        if self._page:
-            self._page.shutdown()
-
-    terminate = stop
-
-    def _note_turn(self) -> None:
-        self._last_turn = time.monotonic()
-        if self._intake:
-            self._intake.look()
-
-    def _publish(self, ticket: BatchId) -> None:
-        # A ticket that cannot be sent now is worthless later: no retries, and no expiry to clean up.
-        app.send_task("attributes.deliver", task_id=ticket, queue=DELIVERIES, retry=False)
-
-
-class StreamStep(bootsteps.StartStopStep):
-    """Runs this worker's stream consumer, in the same way and for the same reasons as `DispatcherStep`."""
-
-    requires = frozenset({"celery.worker.components:Pool"})
-
-    def __init__(self, worker: Any, **options: Any) -> None:
-        super().__init__(worker, **options)
-        self._consumer: StreamConsumer | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self, worker: Any) -> None:
-        name = f"{worker.hostname or socket.gethostname()}"
-        self._consumer = runtime.build_stream_consumer(runtime.settings(), name)
-        self._thread = threading.Thread(target=self._consumer.run, name="stream", daemon=True)
-        self._thread.start()
-
-    def stop(self, worker: Any) -> None:
-        if self._consumer and self._thread:
-            self._consumer.stop()
-            self._thread.join(THREAD_PATIENCE)
-
-    terminate = stop
-
-
-app.steps["worker"].update({DispatcherStep, StreamStep})
+app.steps["worker"].update({DispatcherStep, QueueStep, StreamStep})
 
 
 class _WithoutBodies(logging.Filter):

@@ -125,6 +125,13 @@ def _setting(parse: Callable[[str], Any], default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
 
 
+def without_protocol(url: str) -> str:
+    """Return a Redis URL without the option `protocol`: every connection here speaks RESP2."""
+    base, _, query = url.partition("?")
+    options = "&".join(option for option in query.split("&") if not option.startswith("protocol="))
+    return f"{base}?{options}" if options else base
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings; `metadata["doc"]` of each field says what it means."""
@@ -205,6 +212,9 @@ class Settings:
         settings = cls(**found)
         if not settings.broker_url:
             settings = dataclasses.replace(settings, broker_url=settings.redis_url)
+        # Celery does not know this option, which a URL of the state may have.
+        broker_url = Secret(without_protocol(settings.broker_url.reveal()))
+        settings = dataclasses.replace(settings, broker_url=broker_url)
         mistakes += settings._contradictions(role, environ)
         if mistakes:
             raise ConfigError(mistakes)

@@ -99,7 +99,7 @@ class Bulk:
             self._chunk = []
             for index, update in given:
                 try:
-                    self._chunk.append((index, _checked(update, self._names)))
+                    self._chunk.append((index, checked(update, self._names)))
                 except InvalidUpdate as error:
                     self.result.refused.append(Refusal(index, error.user, error.rule))
             yield [update for _, update in self._chunk]
@@ -125,7 +125,7 @@ def fate_of(added: Added) -> Accepted:
     return "stale" if added.stale else "pending"
 
 
-def _checked(given: object, names: frozenset[str]) -> Update:
+def checked(given: object, names: frozenset[str]) -> Update:
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         kind = type(given).__name__
         raise InvalidUpdate("?", f"an update must be (user, attributes[, occurred_at]), got {kind}")

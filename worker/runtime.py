@@ -6,6 +6,8 @@ import functools
 import os
 import random
 import threading
+from collections.abc import Callable, Container
+from typing import Any
 
 from worker import logs
 from worker.clock import SystemClock
@@ -16,6 +18,8 @@ from worker.delivery.attribute_catalog import AttributeCatalog
 from worker.delivery.loop import Delivery
 from worker.delivery.policy import Policy
 from worker.delivery.usersig import Signer
+from worker.intake.brokers import Queue, RabbitQueue
+from worker.intake.celery_queue import QueueConsumer
 from worker.intake.stream import StreamConsumer
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
@@ -120,6 +124,34 @@ def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
     """A consumer with connections of its own, since its reads block."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
     return StreamConsumer(redis, keys, producer(), Refused(redis, keys), SystemClock(), worker=worker)
+
+
+def build_queue_consumer(
+    settings: Settings,
+    worker: str,
+    open_queue: Callable[[], Queue],
+    *,
+    report: Callable[[dict[str, int], float], None],
+    revoked: Container[str],
+) -> QueueConsumer:
+    """A consumer of the broker's queue, which `open_queue` connects to."""
+    redis, keys = connect(settings), Keys(settings.sdkappid)
+    return QueueConsumer(
+        redis,
+        keys,
+        producer(),
+        Refused(redis, keys),
+        SystemClock(),
+        open_queue,
+        worker=worker,
+        report=report,
+        revoked=revoked,
+    )
+
+
+def build_rabbit_queue(settings: Settings, connection: Any, name: str) -> RabbitQueue:
+    """The queue at RabbitMQ, with what it cannot remember kept in the state."""
+    return RabbitQueue(connection, name, connect(settings), Keys(settings.sdkappid))
 
 
 # One of each per process, created on first use: with prefork that is after the fork, so processes never share a

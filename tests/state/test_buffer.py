@@ -176,7 +176,7 @@ def test_scripts_are_sent_again_after_a_flush(buffer: Buffer, client: redis.Redi
 
     batch, users = claim(buffer, client)
 
-    assert buffer.settle(batch, {users[0].user: Acked()}) == 1
+    assert buffer.settle(batch, {users[0].user: Acked()}) == (1, False)
 
 
 def test_every_key_of_an_app_is_on_one_node_and_in_the_catalogue(
@@ -222,7 +222,7 @@ def test_a_half_character_in_the_apis_words_does_not_stop_a_dead_letter(
 
     letter = dead_letter(90033, json.loads('"value too long: caf\\ud83d"'))
 
-    assert buffer.settle(batch.id, {"ann": letter}) == 1
+    assert buffer.settle(batch.id, {"ann": letter}) == (1, False)
 
 
 def attempts_after(buffer: Buffer, client: redis.Redis, keys: Keys, *, outage_ends_ms: int | None) -> int:

@@ -267,7 +267,7 @@ def test_what_is_in_flight_at_a_pause_is_still_settled(line: Line, buffer: Buffe
 
     line.pause("maintenance")
 
-    assert buffer.settle(batch.id, {}, rest=Acked()) == 100
+    assert buffer.settle(batch.id, {}, rest=Acked()) == (100, False)
     assert buffer.snapshot().balanced
 
 

@@ -18,11 +18,14 @@ from worker.state.leader import Leader, LeaderLoop
 log = structlog.get_logger()
 
 #: Longest time between two turns, seconds: how late the first update after a quiet time is noticed.
-TURN = 0.05
+TURN = 0.02
 #: Seconds a dispatcher stays elected without renewing; how long a killed one is missed.
 TERM = 2.0
 #: Age at which an unclaimed ticket counts as lost, seconds. Longer than it should ever wait.
 TICKET_TTL = 10.0
+#: Seconds of slots that tickets are issued for. Enough threads then wait for their slots to fill every one; more tickets would
+#: grow old in the queue, since a worker that goes on with the next batch needs none.
+HORIZON = 0.5
 #: Seconds between two searches for expired leases.
 RECLAIM_EVERY = 1.0
 
@@ -49,9 +52,7 @@ class Dispatcher(LeaderLoop):
         """
         super().__init__(leader)
         self._buffer, self._publish, self._on_turn = buffer, publish, on_turn
-        # Unclaimed tickets for one second of full speed keep the line busy while a new dispatcher is elected, and are few
-        # enough that each still finds a slot within patience.
-        self._most = max(2, round(quota))
+        self._quota = max(1, round(quota))
         self._batch_size, self._linger = batch_size, linger
         self._reclaim_in = 0.0
 
@@ -61,7 +62,11 @@ class Dispatcher(LeaderLoop):
     def lead(self) -> float:
         """Issue the tickets that are due, and reclaim expired leases now and then."""
         tick = self._buffer.tick(
-            size=self._batch_size, linger=self._linger, ticket_ttl=TICKET_TTL, most=self._most
+            size=self._batch_size,
+            linger=self._linger,
+            ticket_ttl=TICKET_TTL,
+            quota=self._quota,
+            horizon=HORIZON,
         )
         for position, ticket in enumerate(tick.tickets):
             try:

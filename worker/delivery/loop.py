@@ -1,4 +1,4 @@
-"""The delivery loop: one ticket, one batch, one attempt at each of its users.
+"""The delivery loop: a ticket carries a worker through one batch, or several, with one attempt at each user.
 
 1. **Permit first.** Reserve the next free slot of the fleet's shared clock. If there is none within patience, hand the
    ticket back: other workers have the slots.
@@ -7,6 +7,8 @@
 3. **Prepare, wait, send.** Sign, encode and connect, wait for the slot, and write, if the lease still covers the whole
    call. A worker that was frozen must not wake up and send an old batch.
 4. **Settle.** `plan.py` decides what the answer means; carry that out, until nothing is left of the plan.
+5. **Go on.** If there is another full batch that no ticket is out for, settling issues one, and the worker begins again
+   with it: most of what a batch costs is Celery's message, which is paid once.
 
 Between claim and settle everything may fail or die at any point: the lease then runs out, and the users are reclaimed. A
 user is sent again rather than lost; setting a value twice is harmless, and what is sent is the newest.
@@ -48,12 +50,15 @@ from worker.delivery.policy import Policy, rule_for
 from worker.models import Acked, Batch, BatchId, DeadLettered, Outcome, Retried, Snoozed, UserId
 from worker.ratelimit import DWELL, Permit, RateLimiter
 from worker.state.attribute_names import AttributeNames
-from worker.state.buffer import Buffer
+from worker.state.buffer import Buffer, new_batch_id
 from worker.state.connection import RedisError
 from worker.state.line import Line
 
 log = structlog.get_logger()
 
+#: Batches, and seconds, after which a worker returns to Celery for its next ticket. Flower shows a task once it has ended, and
+#: a shutdown waits for it.
+MOST_BATCHES, LONGEST_CARRY = 20, 10.0
 #: Seconds before the slot at which the batch is claimed and prepared: about 3 ms of work, the rest is for a busy machine.
 LEAD = 0.1
 #: Slots that may be missed in a row before the users are handed back.
@@ -98,11 +103,14 @@ class _Claim:
     lease_ends: float
     #: The permit of the next call or, once used, of the last one.
     permit: Permit
+    #: A ticket for the next batch, to be issued if there is one.
+    successor: BatchId | None = None
     permit_used: bool = False
+    goes_on: bool = False
 
 
 class Delivery:
-    """Delivers batches: `deliver` is the body of one Celery task. Thread-safe."""
+    """Delivers batches: `carry` is the body of one Celery task. Thread-safe."""
 
     def __init__(
         self,
@@ -128,25 +136,42 @@ class Delivery:
         self._api, self._policy, self._clock, self._rng = api, policy, clock, rng
         self._batch_size, self._lease, self._quota, self._stopping = batch_size, lease, quota, stopping
 
+    def carry(self, ticket: BatchId) -> list[Summary]:
+        """Deliver the ticket's batch, and others while full ones are waiting. Raises only what Redis raises."""
+        summaries: list[Summary] = []
+        ends_at = self._clock.monotonic() + LONGEST_CARRY
+        while True:
+            last = len(summaries) + 1 == MOST_BATCHES or self._clock.monotonic() > ends_at
+            successor = None if last else new_batch_id()
+            summary, goes_on = self._attempt(ticket, successor)
+            summaries.append(summary)
+            if not goes_on or successor is None:
+                return summaries
+            ticket = successor
+
     def deliver(self, ticket: BatchId) -> Summary:
         """Claim one batch with the ticket and settle all of it. Raises only what Redis raises."""
+        return self._attempt(ticket, None)[0]
+
+    def _attempt(self, ticket: BatchId, successor: BatchId | None) -> tuple[Summary, bool]:
+        """Deliver one batch; returns also whether the successor was issued."""
         summary = Summary(ticket)
         permit = None if self._stopping() else self._limiter.reserve()
         if permit is None:
             self._buffer.release_tickets([ticket])
             summary.outcome = "no_permit"
-            return summary
+            return summary, False
         self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
         claimed_at = self._clock.monotonic()
         batch = self._buffer.claim(ticket, self._batch_size, epoch=permit.epoch)
         if batch is None or not batch.users:
             summary.outcome = "spent" if batch is None else "empty"
-            return summary
+            return summary, False
 
         summary.users = len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
         summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
-        claim = _Claim(batch, summary, claimed_at + self._lease, permit)
+        claim = _Claim(batch, summary, claimed_at + self._lease, permit, successor)
         try:
             summary.outcome = self._deliver(claim)
         except RedisError:
@@ -159,7 +184,7 @@ class Delivery:
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
         # The canonical line: one a batch, with everything anyone asks about it.
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
-        return summary
+        return summary, claim.goes_on
 
     def _deliver(self, claim: _Claim) -> str:
         """Carry out the plan of the batch to its end; returns the outcome in one word."""
@@ -183,7 +208,8 @@ class Delivery:
                 return end
             if end:
                 rest = Snoozed(end.delay, suspect=plan.bisecting)
-                claim.summary.snoozed += self._buffer.settle(claim.batch.id, {}, rest=rest) or 0
+                settled = self._buffer.settle(claim.batch.id, {}, rest=rest)
+                claim.summary.snoozed += settled.users if settled else 0
                 return end.outcome
         return _outcome_of(claim.summary)
 
@@ -332,8 +358,18 @@ class Delivery:
         all_acked = len(outcomes) == len(claim.batch.users) and set(outcomes.values()) == {ACKED}
         named, rest = ({}, ACKED) if all_acked else (outcomes, None)
         claimed_ms = claim.batch.claimed_ms
-        if self._buffer.settle(claim.batch.id, named, rest=rest, claimed_ms=claimed_ms) is None:
+        # Only a batch that was delivered whole is proof that another one can be.
+        settled = self._buffer.settle(
+            claim.batch.id,
+            named,
+            rest=rest,
+            claimed_ms=claimed_ms,
+            successor=claim.successor if all_acked else None,
+            size=self._batch_size,
+        )
+        if settled is None:
             return False
+        claim.goes_on = settled.goes_on
         summary, ends = claim.summary, outcomes.values()
         summary.acked += sum(isinstance(end, Acked) for end in ends)
         summary.retried += sum(isinstance(end, Retried) for end in ends)

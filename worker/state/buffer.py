@@ -16,6 +16,7 @@ tests can hold time still; None means Redis' clock.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class Added(NamedTuple):
 
 
 NOTHING_ADDED = Added(0, 0, 0, 0, ())
+
+
+class Settled(NamedTuple):
+    """How many users were settled, and whether the ticket that goes on with the next batch was issued."""
+
+    users: int
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +170,11 @@ class Buffer:
         self._claim_keys += [k.rate, k.health]
         self._settle = scripts.load(redis, "settle")
         self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
-        self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health]
+        self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health, k.tickets]
         self._extend = scripts.load(redis, "extend")
         self._reclaim = scripts.load(redis, "reclaim")
         self._dispatch = scripts.load(redis, "dispatch")
-        self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line]
+        self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line, k.partial_at]
 
     def add(
         self,
@@ -217,18 +225,21 @@ class Buffer:
         *,
         rest: Outcome | None = None,
         claimed_ms: int = 0,
+        successor: BatchId | None = None,
+        size: int = 0,
         now_ms: int | None = None,
-    ) -> int | None:
+    ) -> Settled | None:
         """End the claim on the users named and, with `rest`, on all others of the batch.
 
-        Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. Returns the number of
-        users settled, or None if the batch is no longer held (its lease was reclaimed): then nothing has changed.
+        Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. `successor` is a
+        ticket to issue if another batch of `size` users is ready for it. Returns None if the batch is no longer held (its
+        lease was reclaimed): then nothing has changed.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
-        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow, claimed_ms)
-        settled: int = self._settle(self._settle_keys, args)
-        return None if settled < 0 else settled
+        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow, claimed_ms, successor or "", size)
+        users, issued = self._settle(self._settle_keys, args)
+        return None if users < 0 else Settled(users, bool(issued))
 
     def extend(
         self, batch: BatchId, *, epoch: int | None = None, now_ms: int | None = None
@@ -256,12 +267,23 @@ class Buffer:
         return BatchId(expired.decode())
 
     def tick(
-        self, *, size: int, linger: float, ticket_ttl: float, most: int, now_ms: int | None = None
+        self,
+        *,
+        size: int,
+        linger: float,
+        ticket_ttl: float,
+        quota: int,
+        horizon: float,
+        now_ms: int | None = None,
     ) -> Tick:
-        """Issue the tickets that are due, `most` outstanding; `linger` and `ticket_ttl` in seconds."""
-        ids = [new_batch_id() for _ in range(most)]
+        """Issue the tickets that are due, for batches of `size` users and `quota` calls a second.
+
+        `linger`, `ticket_ttl` and `horizon` in seconds: how long users wait for company, a ticket to be claimed, and how far
+        ahead slots are filled.
+        """
+        ids = [new_batch_id() for _ in range(max(2, math.ceil(horizon * quota)))]
         times = (round(linger * 1000), round(ticket_ttl * 1000))
-        args = (_argument(now_ms), size, *times, most, _encode(ids))
+        args = (_argument(now_ms), size, *times, quota, round(horizon * 1000), _encode(ids))
         issued, next_due = self._dispatch(self._dispatch_keys, args)
         return Tick(tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
 

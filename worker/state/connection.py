@@ -22,6 +22,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
+from ..config import without_protocol
+
 __all__ = [
     "AsyncRedis",
     "BusyLoadingError",
@@ -47,7 +49,19 @@ def connect(
 
     A server that does not answer in time raises `TimeoutError`. `options` are those of `redis.Redis`.
     """
-    return Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=connect_timeout, **options)
+    return Redis.from_url(
+        resp2(url), socket_timeout=timeout, socket_connect_timeout=connect_timeout, **options
+    )
+
+
+def resp2(url: str) -> str:
+    """Return the URL of a connection that speaks RESP2, whatever it asked for.
+
+    Every server speaks it. RESP3 has to be asked for with HELLO, which TencentDB for Redis, older Sentinels and many
+    proxies refuse, and nothing here needs it.
+    """
+    url = without_protocol(url)
+    return f"{url}{'&' if '?' in url else '?'}protocol=2"
 
 
 def retry_once() -> Retry:
@@ -61,7 +75,7 @@ def retry_once() -> Retry:
 def connect_async(url: str, *, timeout: float, connections: int) -> AsyncRedis:
     """Build a client for asyncio with at most so many connections; who needs one more waits for `timeout` seconds."""
     pool = BlockingConnectionPool.from_url(
-        url,
+        resp2(url),
         max_connections=connections,
         timeout=timeout,
         socket_timeout=timeout,

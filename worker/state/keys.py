@@ -125,6 +125,11 @@ class Keys:
         return self._key("tickets")
 
     @property
+    def partial_at(self) -> str:
+        """string: ms at which a ticket was last issued for a batch that is not full."""
+        return self._key("partial_at")
+
+    @property
     def dispatcher(self) -> str:
         """string with expiry: name of the worker that leads as the dispatcher."""
         return self._key("dispatcher")
@@ -149,6 +154,26 @@ class Keys:
     def consumer(self) -> str:
         """string with expiry: name of the worker that leads as the consumer of `updates`."""
         return self._key("consumer")
+
+    @property
+    def queue_consumer(self) -> str:
+        """string with expiry: name of the worker that leads as the consumer of Celery's queue."""
+        return self._key("queue_consumer")
+
+    @property
+    def taken(self) -> str:
+        """zset: digest of a message of RabbitMQ's that is not acknowledged yet, scored by the ms it was first taken."""
+        return self._key("taken")
+
+    @property
+    def scheduled(self) -> str:
+        """zset: JSON [[[user, attributes, event time], ...], message id] scored by the ms before which it must wait."""
+        return self._key("scheduled")
+
+    @property
+    def intake(self) -> str:
+        """hash: counter -> count of what came by Celery's queue, and "waiting" messages in it when last seen."""
+        return self._key("intake")
 
     @property
     def refused(self) -> str:

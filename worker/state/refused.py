@@ -50,6 +50,17 @@ class RefusedUpdate:
         return cls(key.decode(), texts["source"], texts["user"], texts["rule"], texts["payload"])
 
 
+def _text(update: object) -> str:
+    if isinstance(update, str):
+        # The beginning of a message that could not be read.
+        return update
+    try:
+        return json.dumps(update, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        # Keys that are not text, or too deep: nothing that JSON could hold.
+        return f"<{type(update).__name__}>"
+
+
 class Refused:
     """The refused updates of one app. Thread-safe."""
 
@@ -59,12 +70,12 @@ class Refused:
     def keep(
         self, source: Source, error: InvalidUpdate, update: object, *, on: Pipeline | None = None
     ) -> None:
-        """Keep `update`, anything that JSON can represent, with the reason; `on` a pipeline, or at once."""
+        """Keep `update`, whatever it is, with the reason; `on` a pipeline, or at once."""
         fields: dict[Any, Any] = {
             "source": source,
             "user": error.user,
             "rule": error.rule,
-            "payload": json.dumps(update, ensure_ascii=False)[:MAX_PAYLOAD],
+            "payload": _text(update)[:MAX_PAYLOAD],
         }
         # A lone surrogate may be what it was refused for.
         encoded = {name: text.encode(errors="replace") for name, text in fields.items()}

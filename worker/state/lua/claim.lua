@@ -54,12 +54,12 @@ end
 
 local users = redis.call('ZRANGE', live, 0, limit - 1)
 if #users > 0 then
-  redis.call('ZREM', live, unpack(users))
+  redis.call('ZREMRANGEBYRANK', live, 0, #users - 1)
 end
 if #users < limit then
   local spare = redis.call('ZRANGE', backfill, 0, limit - #users - 1)
   if #spare > 0 then
-    redis.call('ZREM', backfill, unpack(spare))
+    redis.call('ZREMRANGEBYRANK', backfill, 0, #spare - 1)
   end
   for _, user in ipairs(spare) do
     users[#users + 1] = user

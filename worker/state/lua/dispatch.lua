@@ -1,10 +1,12 @@
 --[[
 Issue as many tickets as there are batches to send.
 
-Wanted are the full batches, plus one for the rest once its oldest user has lingered or a delayed user is due; the
-tickets still outstanding are subtracted. So two workers that both believe they lead issue no more than one would. During
-a pause nothing is issued; below the quota, no more than the calls of a second; while the line is stopped, one ticket
-when a probe is due.
+Wanted are the full batches, plus one for the rest if a delayed user is due, if its oldest user has lingered, or if that
+user came after a quiet time: only those who come within the linger of the last partial batch wait for company. The
+tickets still outstanding are subtracted, so two workers that both believe they lead issue no more than one would.
+
+No more is issued than there are free slots soon: workers that go on with one batch after another take slots without a
+ticket from here. During a pause nothing is issued; while the line is stopped, one ticket when a probe is due.
 
 KEYS[1]  zset, tickets
 KEYS[2]  zset, lane `live`
@@ -12,25 +14,29 @@ KEYS[3]  zset, lane `backfill`
 KEYS[4]  zset, lane `delayed`
 KEYS[5]  hash, rate
 KEYS[6]  hash, line
+KEYS[7]  string, partial_at: ms of the last partial batch
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  users a batch
 ARGV[3]  linger, ms
 ARGV[4]  age at which an outstanding ticket counts as lost, ms
-ARGV[5]  most tickets outstanding
-ARGV[6]  JSON array of fresh ticket ids
+ARGV[5]  calls a second at the quota
+ARGV[6]  how far ahead slots are looked at, ms
+ARGV[7]  JSON array of fresh ticket ids
 Returns  {tickets issued (the first ids of the array), ms until something may become due, or -1}
 ]]
-local tickets, live, backfill, delayed, rate, line = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local tickets, live, backfill, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local rate, line, partial_at = KEYS[5], KEYS[6], KEYS[7]
 local now, size, linger, ticket_ttl = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local most, ids = tonumber(ARGV[5]), cjson.decode(ARGV[6])
+local quota, horizon, ids = tonumber(ARGV[5]), tonumber(ARGV[6]), cjson.decode(ARGV[7])
 
-local paused_at, paused_until, limit = numbers(rate, 'paused_at', 'paused_until', 'limit')
+local paused_at, paused_until, limit, slot = numbers(rate, 'paused_at', 'paused_until', 'limit', 'next')
 if paused_at / 1000 <= now + 1 and paused_until / 1000 > now then
   return { 0, math.ceil(paused_until / 1000 - now) }
 end
-if limit > 0 then
-  most = math.min(most, math.max(2, limit))
-end
+-- A slot further away than any wait for it is from before the clock was set back.
+local ahead = math.max(0, slot / 1000 - now)
+local free = horizon - (ahead <= ticket_ttl and ahead or 0)
+local most = math.max(2, math.ceil(free / 1000 * (limit > 0 and math.min(limit, quota) or quota)))
 
 redis.call('ZREMRANGEBYSCORE', tickets, '-inf', now - ticket_ttl)
 -- A ticket from the future is from before the clock was set back: it would never grow old.
@@ -43,9 +49,11 @@ for _, lane in ipairs({ live, backfill }) do
   oldest = math.min(oldest, tonumber(redis.call('ZRANGE', lane, 0, 0, 'WITHSCORES')[2]) or math.huge)
 end
 
-local wanted = math.floor(ready / size)
-if ready % size > 0 and (due > 0 or oldest + linger <= now) then
-  wanted = wanted + 1
+local wanted, partial = math.floor(ready / size), false
+if ready % size > 0 then
+  local last = tonumber(redis.call('GET', partial_at)) or 0
+  partial = due > 0 or oldest + linger <= now or oldest >= last + linger or last > now
+  wanted = wanted + (partial and 1 or 0)
 end
 
 local state, next_probe, wait = unpack(redis.call('HMGET', line, 'state', 'next_probe', 'wait'))
@@ -64,6 +72,9 @@ end
 local issued = math.max(0, math.min(wanted - outstanding, most - outstanding, #ids))
 for i = 1, issued do
   redis.call('ZADD', tickets, now, ids[i])
+end
+if partial and issued > 0 then
+  redis.call('SET', partial_at, now)
 end
 
 local next_due = redis.call('ZRANGEBYSCORE', delayed, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]

@@ -24,6 +24,7 @@ KEYS[10] hash, shadow: user -> record last delivered
 KEYS[11] zset, shadow_at
 KEYS[12] hash, ledger
 KEYS[13] hash, health
+KEYS[14] zset, tickets
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id
 ARGV[3]  JSON object: user -> outcome
@@ -31,17 +32,20 @@ ARGV[4]  JSON outcome for the rest, or null to leave them in flight
 ARGV[5]  how long delivered values are remembered, ms; 0 = not at all
 ARGV[6]  how many users are remembered at most
 ARGV[7]  ms at which the batch was claimed, 0 = unknown
-Returns  the number of users settled, or -1 if the batch is not held any more
+ARGV[8]  id of a ticket to issue if there is another full batch for it, empty = none
+ARGV[9]  users in a full batch
+Returns  {the number of users settled, or -1 if the batch is not held any more; 1 if the ticket was issued, else 0}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, dead, dead_at = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
-local shadow, shadow_at, ledger, health = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
+local shadow, shadow_at, ledger, health, tickets = KEYS[10], KEYS[11], KEYS[12], KEYS[13], KEYS[14]
 local now, batch, outcomes, rest = now_ms(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
 local shadow_ttl, shadow_max, claimed = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local successor, size = ARGV[8], tonumber(ARGV[9])
 
 local held = redis.call('HGET', batches, batch)
 if not held then
-  return -1
+  return { -1, 0 }
 end
 local users, left = {}, {}
 for _, user in ipairs(cjson.decode(held)) do
@@ -49,7 +53,7 @@ for _, user in ipairs(cjson.decode(held)) do
   list[#list + 1] = user
 end
 if #users == 0 then
-  return 0
+  return { 0, 0 }
 end
 
 local sent = redis.call('HMGET', flight, unpack(users))
@@ -58,6 +62,7 @@ local delivered = shadow_ttl > 0 and redis.call('HMGET', shadow, unpack(users)) 
 redis.call('HDEL', flight, unpack(users))
 local ok_at, outage_ended_at = numbers(health, 'ok_at', 'calm_at')
 local counts = { delivered = 0, coalesced = 0, dead_lettered = 0 }
+local memories, times = { shadow }, { shadow_at }
 
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
 local function remember(i, user, packed, known)
@@ -74,8 +79,8 @@ local function remember(i, user, packed, known)
     end
     packed = cjson.encode(memory)
   end
-  redis.call('HSET', shadow, user, packed)
-  redis.call('ZADD', shadow_at, now, user)
+  memories[#memories + 1], memories[#memories + 2] = user, packed
+  times[#times + 1], times[#times + 2] = now, user
 end
 
 local function put_back(user, record, newer, delay)
@@ -142,6 +147,10 @@ for i, user in ipairs(users) do
   end
 end
 
+if #memories > 1 then
+  redis.call('HSET', unpack(memories))
+  redis.call('ZADD', unpack(times))
+end
 if #left > 0 then
   redis.call('HSET', batches, batch, cjson.encode(left))
 else
@@ -161,4 +170,13 @@ if #forget > 0 then
   redis.call('ZREM', shadow_at, unpack(forget))
   redis.call('HDEL', shadow, unpack(forget))
 end
-return #users
+
+if successor == '' then
+  return { #users, 0 }
+end
+local ready = redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
+if ready < size * (redis.call('ZCARD', tickets) + 1) then
+  return { #users, 0 }
+end
+redis.call('ZADD', tickets, now, successor)
+return { #users, 1 }

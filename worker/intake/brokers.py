@@ -1,0 +1,233 @@
+"""Takes messages out of the broker's queue in bulk, and acknowledges them in bulk.
+
+Whatever the broker, a message stays with it until `finish`, and a message that is taken a second time has the time of
+the first: otherwise what was delivered twice would count as newer than what happened in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from worker.errors import InvalidUpdate
+from worker.intake.celery_message import MOST_BYTES, Envelope, unpack
+from worker.state import scripts
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+
+#: Most messages, and bytes, of one taking. While a script adds more than 200 updates, deliveries would miss their slots.
+MOST, MOST_BYTES_AT_ONCE = 200, 4_000_000
+#: Messages that RabbitMQ sends ahead: five takings, so that it is never waited for.
+PREFETCH = 5 * MOST
+#: Seconds between two heartbeats of RabbitMQ, and until an answer of it is overdue.
+HEARTBEAT, ANSWER_TIMEOUT = 20.0, 10.0
+#: Seconds for which RabbitMQ's messages are remembered if they are never acknowledged.
+REMEMBERED = 7 * 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Messages in the order of the queue, each with the ms at which it was first taken. `id` finds them again."""
+
+    id: Any
+    messages: Sequence[tuple[bytes | Envelope, int]]
+
+
+class Queue(Protocol):
+    """The broker's queue of updates. Its errors are those of the broker's library."""
+
+    def take(self, now_ms: int) -> Taken | None:
+        """Take some messages at `now_ms` on the state's clock, or those taken before and not finished; None if none."""
+
+    def open(self, message: bytes | Envelope) -> Envelope:
+        """Return what is in a message; raises `InvalidUpdate` if it is not even an envelope."""
+
+    def finish(self, taken: Taken) -> None:
+        """Acknowledge all of them: they are accepted, or kept as refused."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there may be a message, at most so long."""
+
+    def waiting(self) -> int:
+        """How many messages are in the queue."""
+
+    def close(self) -> None:
+        """Let go of the broker. Raises nothing."""
+
+
+class RedisQueue:
+    """A queue of kombu's Redis transport: a list for each priority."""
+
+    def __init__(self, redis: Redis, lists: Sequence[str], *, name: str, close: Callable[[], object]) -> None:
+        """`lists` are the keys of the queue, from the highest priority to the lowest; `name` starts our own keys.
+
+        `close` lets go of what `redis` came from.
+        """
+        self._redis, self._close = redis, close
+        # The script takes four lists, which is how many kombu has by default.
+        self._lists = [*lists, *(f"{name}.priority" for _ in range(4))][: max(4, len(lists))]
+        self._taken, self._last = f"{name}.taken", f"{name}.taken_at"
+        self._take = scripts.load(redis, "take")
+        self._finish = scripts.load(redis, "finish")
+
+    def take(self, now_ms: int) -> Taken | None:
+        keys = [*self._lists, self._taken, self._last]
+        at, *messages = self._take(keys, (now_ms, MOST, MOST_BYTES_AT_ONCE, MOST_BYTES)) or (None,)
+        return Taken(at, [(message, int(at)) for message in messages]) if at else None
+
+    def open(self, message: bytes | Envelope) -> Envelope:
+        return unpack(message) if isinstance(message, bytes) else message
+
+    def finish(self, taken: Taken) -> None:
+        self._finish([self._taken], [taken.id])
+
+    def wait(self, seconds: float) -> None:
+        # Moves the oldest message to where it is: there is no other way to wait without taking.
+        self._redis.blmove(self._lists[0], self._lists[0], seconds, "RIGHT", "RIGHT")
+
+    def waiting(self) -> int:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in self._lists:
+                pipe.llen(key)
+            return sum(pipe.execute())
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._close()
+
+
+class RabbitQueue:
+    """A queue of RabbitMQ, consumed over a connection of py-amqp.
+
+    RabbitMQ delivers a message again after its consumer is gone, and does not say when it did so first. So that is
+    remembered in the state, from before the message is accepted until RabbitMQ has seen the acknowledgement.
+    """
+
+    def __init__(self, connection: Any, queue: str, redis: Redis, keys: Keys) -> None:
+        """`connection` is a `kombu.Connection` of the caller's, which `close` releases."""
+        self._connection, self._queue, self._redis, self._key = connection, queue, redis, keys.taken
+        self._buffer: list[Any] = []
+        self._bytes = 0
+        self._unforgotten: list[bytes] = []
+        self._checked_at = time.monotonic()
+        try:
+            self._channel = self._consume()
+        except BaseException:
+            self.close()
+            raise
+
+    def _consume(self) -> Any:
+        channel = self._connection.channel()
+        try:
+            channel.queue_declare(self._queue, passive=True)
+        except self._connection.channel_errors:
+            # Nobody has sent anything yet. Queue and exchange as every Celery client declares them.
+            channel = self._connection.channel()
+            channel.exchange_declare(self._queue, "direct", durable=True, auto_delete=False)
+            channel.queue_declare(self._queue, durable=True, auto_delete=False)
+            channel.queue_bind(self._queue, self._queue, self._queue)
+        channel.basic_qos(0, PREFETCH, False)
+        channel.basic_consume(self._queue, callback=self._receive, on_cancel=self._cancelled)
+        return channel
+
+    def _receive(self, message: Any) -> None:
+        self._buffer.append(message)
+        self._bytes += len(message.body)
+
+    def _cancelled(self, _tag: str) -> None:
+        raise ConnectionError("the queue was deleted")
+
+    def take(self, now_ms: int) -> Taken | None:
+        self._drain(0.0)
+        if not self._buffer:
+            return None
+        size = count = 0
+        while count < min(MOST, len(self._buffer)) and size < MOST_BYTES_AT_ONCE:
+            size += len(self._buffer[count].body)
+            count += 1
+        messages = self._buffer[:count]
+        del self._buffer[:count]
+        self._bytes -= size
+        envelopes = [_envelope(message) for message in messages]
+        times = self._first_taken(messages, envelopes, now_ms)
+        return Taken(messages[-1].delivery_tag, list(zip(envelopes, times, strict=True)))
+
+    def _first_taken(self, messages: list[Any], envelopes: list[Envelope], now_ms: int) -> list[int]:
+        digests = [_digest(envelope) for envelope in envelopes]
+        again = [message.delivery_info.get("redelivered") for message in messages]
+        with self._redis.pipeline(transaction=False) as pipe:
+            if self._unforgotten:
+                pipe.zrem(self._key, *self._unforgotten)
+            pipe.zremrangebyscore(self._key, "-inf", now_ms - REMEMBERED * 1000)
+            fresh = {digest: now_ms for digest, old in zip(digests, again, strict=True) if not old}
+            if fresh:
+                pipe.zadd(self._key, fresh)
+            if len(fresh) < len(digests):
+                pipe.zadd(self._key, dict.fromkeys(digests, now_ms), nx=True)
+                pipe.zmscore(self._key, digests)
+            scores = pipe.execute()[-1]
+        self._unforgotten = digests
+        if not any(again):
+            return [now_ms] * len(digests)
+        return [int(score) if old else now_ms for score, old in zip(scores, again, strict=True)]
+
+    def open(self, message: bytes | Envelope) -> Envelope:
+        if not isinstance(message, Envelope):
+            raise InvalidUpdate("?", "the message has no envelope")
+        if len(message.body) > MOST_BYTES:
+            raise InvalidUpdate("?", f"the message is longer than {MOST_BYTES:,} bytes")
+        return message
+
+    def finish(self, taken: Taken) -> None:
+        self._channel.basic_ack(taken.id, multiple=True)
+        # The answer to this comes after the acknowledgement has been seen: only then may the times be forgotten.
+        self._channel.queue_declare(self._queue, passive=True)
+
+    def wait(self, seconds: float) -> None:
+        if not self._buffer:
+            self._drain(seconds)
+
+    def _drain(self, seconds: float) -> None:
+        """Read what RabbitMQ has sent; waits at most so long for the first message."""
+        now = time.monotonic()
+        if now - self._checked_at >= HEARTBEAT / 4:
+            self._checked_at = now
+            self._connection.heartbeat_check(rate=4)
+        # So many reads that a taking is full: a message is one or two of them.
+        for _ in range(2 * MOST):
+            # More large ones stay in the socket.
+            if len(self._buffer) >= MOST or self._bytes >= MOST_BYTES_AT_ONCE:
+                return
+            try:
+                self._connection.drain_events(timeout=seconds if not self._buffer else 0.0005)
+            except (TimeoutError, BlockingIOError, socket.timeout):
+                return
+
+    def waiting(self) -> int:
+        return int(self._channel.queue_declare(self._queue, passive=True).message_count) + len(self._buffer)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._connection.release()
+
+
+def _envelope(message: Any) -> Envelope:
+    properties = message.properties
+    body = message.body
+    body = body.encode(errors="surrogatepass") if isinstance(body, str) else bytes(body)
+    headers = properties.get("application_headers")
+    return Envelope(body, properties.get("content_type"), properties.get("content_encoding"), headers, properties)
+
+
+def _digest(envelope: Envelope) -> bytes:
+    """What tells a message from others, and is the same when it is delivered again."""
+    headers = json.dumps([envelope.headers, envelope.properties.get("message_id")], default=str, sort_keys=True)
+    hashed = hashlib.blake2b(envelope.body, digest_size=12)
+    hashed.update(headers.encode(errors="replace"))
+    return hashed.digest()

@@ -1,0 +1,252 @@
+"""The way in for Celery clients: their messages, taken out of the broker's queue hundreds at a time.
+
+    app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
+
+No task runs for them: a Celery task per update costs fifty times as much, and what is in a message could end the worker
+that runs it. Every worker runs a consumer in a thread of its own; a short term in Redis elects which of them acts, so
+messages are taken in the order of the queue. A message is acknowledged once its updates are accepted, or kept among the
+refused ones. It may be taken twice, by a successor of a consumer that was killed; its event time is then the same, so it
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from worker.clock import Clock
+from worker.errors import InvalidUpdate
+from worker.intake.brokers import Queue, Taken
+from worker.intake.celery_message import Call, Envelope, legible, read
+from worker.models import Update
+from worker.producer import Producer, checked
+from worker.state.buffer import MAX_UPDATES_PER_ADD
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+from worker.state.leader import Leader, LeaderLoop
+from worker.state.refused import Refused
+
+log = structlog.get_logger()
+
+#: Seconds a consumer stays elected without renewing; how long a killed one is missed.
+TERM = 3.0
+#: Seconds to wait for the first new message: how late one of another priority is noticed, and a stop.
+BLOCK = 0.1
+#: Seconds until updates without room are sent again.
+FULL_PAUSE = 1.0
+#: The share of the room that must be free before messages are taken again.
+FREE_SHARE = 0.1
+#: Seconds between two reports.
+REPORT_EVERY = 0.5
+#: Most scheduled messages that are accepted in one turn.
+MOST_DUE = 100
+
+#: What a report counts: messages taken, and what became of their updates.
+COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "revoked", "scheduled")
+
+
+@dataclass(slots=True)
+class _Read:
+    """What some messages contained: updates to accept, updates to refuse, and members of `scheduled` with their ms."""
+
+    updates: list[Update] = field(default_factory=list)
+    refused: list[tuple[InvalidUpdate, Any]] = field(default_factory=list)
+    scheduled: dict[str, int] = field(default_factory=dict)
+
+
+class QueueConsumer(LeaderLoop):
+    """One worker's consumer of the queue of updates."""
+
+    interrupted = "queue_interrupted"
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        producer: Producer,
+        refused: Refused,
+        clock: Clock,
+        open_queue: Callable[[], Queue],
+        *,
+        worker: str,
+        report: Callable[[dict[str, int], float], None] = lambda counts, seconds: None,
+        revoked: Container[str] = (),
+    ) -> None:
+        """`open_queue` connects to the broker, and is called again after every failure.
+
+        `report` gets the counts of the last `REPORT_EVERY` seconds, and those seconds; `revoked` has the ids of messages
+        that somebody has taken back.
+        """
+        super().__init__(Leader(redis, keys.queue_consumer, worker, clock, term=TERM))
+        self._redis, self._keys = redis, keys
+        self._producer, self._refused, self._clock = producer, refused, clock
+        self._open_queue, self._report, self._revoked = open_queue, report, revoked
+        self._queue: Queue | None = None
+        self._taken: Taken | None = None
+        self._left: list[Update] = []
+        self._due: list[bytes] = []
+        self._full = False
+        self._counts: Counter[str] = Counter()
+        self._reported_at = clock.monotonic()
+
+    def run(self) -> None:
+        super().run()
+        self.follow()
+
+    def follow(self) -> None:
+        """Let go of everything: what was taken and not finished is the next leader's."""
+        self._taken, self._left, self._due = None, [], []
+        if self._queue:
+            self._queue.close()
+            self._queue = None
+
+    def sign_of_life(self) -> None:
+        self._report_counts()
+
+    def lead(self) -> float:
+        """Take some messages and accept what is in them."""
+        if self._left:
+            return self._accept()
+        if self._full and not self._producer.has_room(FREE_SHARE):
+            return FULL_PAUSE
+        now_ms = self._producer.now_ms()
+        if self._take_due(now_ms):
+            return self._accept()
+        self._queue = self._queue or self._open_queue()
+        self._taken = self._queue.take(now_ms)
+        # After a machine slept in between, these messages are its successor's.
+        if not self.leader.leads:
+            self.follow()
+            return 0.0
+        if self._taken is None:
+            self._queue.wait(BLOCK)
+            return 0.0
+        self._read(self._queue, self._taken, now_ms)
+        return self._accept()
+
+    # Reading: from messages to updates.
+
+    def _read(self, queue: Queue, taken: Taken, now_ms: int) -> None:
+        names = self._producer.names()
+        batch = _Read()
+        for message, taken_ms in taken.messages:
+            envelope: Envelope | bytes = message
+            try:
+                envelope = queue.open(message)
+                self._sort(read(envelope, taken_ms), now_ms, names, batch)
+            except InvalidUpdate as error:
+                batch.refused.append((error, legible(envelope)))
+            except Exception as error:
+                # A defect of ours must not keep what is behind it waiting.
+                log.error("message_unreadable", error=type(error).__name__)
+                rule = f"it could not be read ({type(error).__name__})"
+                batch.refused.append((InvalidUpdate("?", rule), legible(envelope)))
+        self._counts["taken"] += len(taken.messages)
+        self._keep(batch)
+        self._left = batch.updates
+
+    def _sort(self, call: Call, now_ms: int, names: frozenset[str], batch: _Read) -> None:
+        """Put the updates of a message where they belong."""
+        if call.id and call.id in self._revoked:
+            self._counts["revoked"] += 1
+        elif call.expires_ms and call.expires_ms <= max(now_ms, call.eta_ms):
+            self._counts["expired"] += 1
+        elif call.eta_ms > now_ms:
+            good = self._check(call, names, batch)
+            if good:
+                self._counts["scheduled"] += 1
+                # ASCII, so that no text in it can fail to be encoded.
+                member = json.dumps([[[u.user, u.attrs, u.occurred_ms] for u in good], call.id])
+                batch.scheduled[member] = call.eta_ms
+        else:
+            batch.updates += self._check(call, names, batch)
+
+    def _check(self, call: Call, names: frozenset[str], batch: _Read) -> list[Update]:
+        good = []
+        for given in call.updates:
+            try:
+                update = checked(given, names)
+            except InvalidUpdate as error:
+                batch.refused.append((error, given))
+            else:
+                good.append(update if update.occurred_ms else Update(update.user, update.attrs, call.event_ms))
+        return good
+
+    def _keep(self, batch: _Read) -> None:
+        """Keep what is refused, and what must not be accepted yet, before the messages are acknowledged."""
+        if not batch.refused and not batch.scheduled:
+            return
+        self._counts["refused"] += len(batch.refused)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for error, given in batch.refused:
+                self._refused.keep("celery", error, given, on=pipe)
+            if batch.scheduled:
+                pipe.zadd(self._keys.scheduled, dict(batch.scheduled))
+            pipe.execute()
+        for rule, updates in Counter(error.rule for error, _ in batch.refused).items():
+            log.warning("update_refused", source="celery", rule=rule, updates=updates)
+
+    def _take_due(self, now_ms: int) -> bool:
+        """Whether there are scheduled messages whose time has come: these go first."""
+        self._due = self._redis.zrangebyscore(self._keys.scheduled, "-inf", now_ms, start=0, num=MOST_DUE)
+        if not self._due:
+            return False
+        names, batch = self._producer.names(), _Read()
+        for member in self._due:
+            updates, id = json.loads(member)
+            self._sort(Call(id, updates, now_ms), now_ms, names, batch)
+        self._keep(batch)
+        self._left = batch.updates
+        return True
+
+    # Accepting.
+
+    def _accept(self) -> float:
+        """Accept what is left, in order, then finish what it came from; returns the seconds until the next turn."""
+        while self._left:
+            chunk = self._left[:MAX_UPDATES_PER_ADD]
+            added = self._producer.add(chunk)
+            waiting = [chunk[place] for place in added.full]
+            self._left[: len(chunk)] = waiting
+            self._counts.update(
+                accepted=added.accepted,
+                coalesced=added.coalesced,
+                unchanged=added.unchanged,
+                stale=added.stale,
+            )
+            self._note(full=bool(waiting))
+            if waiting:
+                return FULL_PAUSE
+            if not self.leader.leads:
+                self.follow()
+                return 0.0
+        if self._due:
+            self._redis.zrem(self._keys.scheduled, *self._due)
+            self._due = []
+        if self._taken and self._queue:
+            self._queue.finish(self._taken)
+            self._taken = None
+        return 0.0
+
+    def _note(self, *, full: bool) -> None:
+        """While there is no room, messages stay in the broker."""
+        if full != self._full:
+            log.warning("intake_closed" if full else "intake_opened")
+        self._full = full
+
+    def _report_counts(self) -> None:
+        now = self._clock.monotonic()
+        seconds = now - self._reported_at
+        if seconds < REPORT_EVERY:
+            return
+        self._reported_at = now
+        counts = {name: self._counts[name] for name in COUNTS if self._counts[name]}
+        if counts:
+            self._counts.clear()
+            log.info("updates_taken", **counts, seconds=round(seconds, 2))
+            self._report(counts, seconds)

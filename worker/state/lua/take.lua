@@ -1,0 +1,49 @@
+--[[
+Take messages out of a queue of Celery's, oldest first, and note when: the first time is the one that counts.
+
+What was taken stays in a list of its own until `finish`, so a consumer that dies loses nothing: the next one gets the
+same messages, with the same time. Each taking has a time of its own, later than the one before, which makes it the
+version of what is in it. All of these keys are the broker's, none the state's.
+
+KEYS[1]  list, the queue, with the newest message on the left
+KEYS[2]  list, the same queue at the second priority
+KEYS[3]  list, the same queue at the third priority
+KEYS[4]  list, the same queue at the lowest priority
+KEYS[5]  list, what was taken: the time, then the messages in their order
+KEYS[6]  string, the time of the last taking
+ARGV[1]  now in ms, on the state's clock
+ARGV[2]  most messages to take
+ARGV[3]  most bytes to take; one message more than fits may be taken
+ARGV[4]  bytes of the longest message that can be used: of longer ones, one byte more than that is kept
+Returns  {time in ms, message, ...}, or {} if the queue is empty
+]]
+local queues, taken, last = { KEYS[1], KEYS[2], KEYS[3], KEYS[4] }, KEYS[5], KEYS[6]
+local now, most, most_bytes, longest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+
+local unfinished = redis.call('LRANGE', taken, 0, -1)
+if #unfinished > 0 then
+  return unfinished
+end
+
+local messages, bytes = {}, 0
+for _, queue in ipairs(queues) do
+  while #messages < most and bytes < most_bytes do
+    local message = redis.call('RPOP', queue)
+    if not message then
+      break
+    end
+    if #message > longest then
+      message = string.sub(message, 1, longest + 1)
+    end
+    messages[#messages + 1], bytes = message, bytes + #message
+  end
+end
+if #messages == 0 then
+  return {}
+end
+
+local time = math.max(now, (tonumber(redis.call('GET', last)) or 0) + 1)
+redis.call('SET', last, whole(time))
+redis.call('RPUSH', taken, whole(time), unpack(messages))
+table.insert(messages, 1, whole(time))
+return messages

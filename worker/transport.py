@@ -1,0 +1,161 @@
+"""What of Celery must withstand: whatever a queue holds, and whatever the broker answers.
+
+Celery ends the worker at an exception that it does not expect, and a message that has caused one goes to the next worker.
+So what cannot be used is kept among the refused updates here, before Celery sees it; and an error that nobody expected is
+waited out like a lost connection.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from celery.worker.consumer import Consumer
+from kombu.transport import redis as redis_transport
+
+from worker import runtime
+from worker.errors import InvalidUpdate
+from worker.state.connection import ConnectionError as RedisConnectionError
+from worker.state.connection import RedisError
+
+log = structlog.get_logger()
+
+#: Seconds until a worker whose broker answers with errors tries again.
+RETRY_AFTER = 1.0
+
+
+def keep(rule: str, raw: object) -> None:
+    """Keep a message that Celery could not use; raises what Redis raises."""
+    text = raw.decode(errors="replace") if isinstance(raw, bytes | memoryview) else str(raw)
+    log.warning("message_refused", source="celery", rule=rule)
+    runtime.refused().keep("celery", InvalidUpdate("?", rule), text)
+
+
+class SturdyChannel(redis_transport.Channel):
+    """kombu's Redis channel, with one client per connection pool, RESP2, and messages that cannot be read kept.
+
+    Creating a client costs more than the command: with a new one for each, as kombu has it, it takes a sixth of a
+    worker's CPU. And every server speaks RESP2, while older ones, and proxies, refuse the command that asks for RESP3.
+    """
+
+    _client_of_pool: Any = None
+    #: What was popped from a queue last, until it is delivered.
+    _popped: Any = None
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        transport = self.connection
+        if transport is None or getattr(transport, "client", None) is None:
+            # A channel of a connection that is gone: the same as a lost connection.
+            raise RedisConnectionError("the connection is closed")
+        return super()._connparams(asynchronous=asynchronous) | {"protocol": 2}
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return self._watched(super()._create_client(asynchronous=True))  # type: ignore[no-untyped-call]
+        # A reconnect gives the channel another pool.
+        if self._client_of_pool is None or self._client_of_pool.connection_pool is not self.pool:
+            self._client_of_pool = super()._create_client()  # type: ignore[no-untyped-call]
+        return self._client_of_pool
+
+    def _watched(self, client: Any) -> Any:
+        """The client that pops messages, made to note each until it is delivered."""
+        parse: Callable[..., Any] = client.parse_response
+
+        def noted(connection: Any, command: str, **options: Any) -> Any:
+            self._popped = None
+            answer = parse(connection, command, **options)
+            self._popped = answer if command == "BRPOP" else None
+            return answer
+
+        client.parse_response = noted
+        return client
+
+    def _brpop_read(self, **options: Any) -> Any:
+        self._popped = None
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
+        except (redis_transport.Empty, RedisError, OSError):
+            raise
+        except Exception as error:
+            if not self._popped:
+                raise
+            queue, message = self._popped
+            try:
+                keep(f"Celery cannot read the message ({type(error).__name__})", message)
+            except RedisError:
+                # Nothing else has it: Celery notes what it has taken only after it has read it.
+                with self.conn_or_acquire() as client:
+                    client.rpush(queue, message)
+                raise
+            return True
+
+    def _receive_one(self, c: Any) -> Any:
+        try:
+            return super()._receive_one(c)  # type: ignore[no-untyped-call]
+        except (redis_transport.Empty, RedisError, OSError):
+            raise
+        except Exception as error:
+            # A broadcast, such as a command of `celery inspect`: nothing is lost with it.
+            log.warning("broadcast_dropped", error=type(error).__name__)
+            return None
+
+
+# A patch, because naming a transport of our own in the settings would put its module path in place of `redis` into the
+# URL of the broker that the worker's banner and Flower show.
+redis_transport.Transport.Channel = SturdyChannel
+
+
+class SturdyConsumer(Consumer):
+    """Celery's consumer, which goes on after every error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What the consumer waits out: everything. READONLY, OOM and the like are answers, not lost connections, but end
+        # in the same way: somebody mends the server, or it fails over.
+        self.connection_errors = (Exception,)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        handle = super().create_task_handler(*args, **kwargs)
+        lost = self.conninfo.connection_errors
+
+        def sturdy(message: Any) -> Any:
+            try:
+                return handle(message)
+            except (RedisError, OSError, *(kind for kind in lost if kind is not KeyError)):
+                raise
+            except Exception as error:
+                self._refuse(message, f"Celery cannot use the message ({type(error).__name__})")
+
+        return sturdy
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        self._refuse(message, "the message is not a task")
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Any) -> None:
+        self._refuse(message, "the task is unknown")
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Any) -> None:
+        self._refuse(message, f"the message is not a valid task ({type(exc).__name__})")
+
+    def on_decode_error(self, message: Any, exc: Any) -> None:
+        self._refuse(message, f"the message cannot be decoded ({type(exc).__name__})")
+
+    def _refuse(self, message: Any, rule: str) -> None:
+        """Keep a message and acknowledge it; if it cannot be kept, it stays with the broker."""
+        keep(rule, message.body)
+        message.ack()
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        super().on_connection_error_before_connected(exc)
+        time.sleep(RETRY_AFTER)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        log.warning("broker_interrupted", error=type(exc).__name__)
+        try:
+            super().on_connection_error_after_connected(exc)
+        except Exception as error:
+            log.warning("broker_interrupted", error=type(error).__name__)
+        if not isinstance(exc, self.conninfo.connection_errors):
+            time.sleep(RETRY_AFTER)
