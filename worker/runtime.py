@@ -6,7 +6,7 @@ import functools
 import os
 import random
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 from worker import logs
@@ -132,7 +132,6 @@ def build_queue_consumer(
     open_queue: Callable[[], Queue],
     *,
     report: Callable[[dict[str, int], float], None],
-    revoked: Container[str],
 ) -> QueueConsumer:
     """A consumer of the broker's queue, which `open_queue` connects to."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
@@ -145,7 +144,6 @@ def build_queue_consumer(
         open_queue,
         worker=worker,
         report=report,
-        revoked=revoked,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a worker does beside its tasks: dispatch, and take in what came by Celery's queue and by the stream.
+"""What a worker does beside its tasks: dispatch, and take in what came by the stream and by Celery's queue.
 
 Each is a step of the worker, with a thread of its own in the main process, from start to shutdown. A step of the worker
 rather than of the consumer, and a thread rather than a timer: a reconnect of the broker restarts the consumer and drops its
@@ -7,32 +7,24 @@ timers.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
-import uuid
 from functools import partial
 from http.server import ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
-import structlog
 from celery import bootsteps
-from celery.worker import state
 
 from worker import runtime
 from worker.clock import SystemClock
 from worker.delivery.dispatcher import Dispatcher
 from worker.intake.backpressure import Backpressure
-from worker.intake.brokers import HEARTBEAT, Queue, RabbitQueue, RedisQueue
 from worker.models import BatchId
 from worker.operate import health
-from worker.state.connection import Redis
-from worker.state.leader import LeaderLoop
+from worker.queue_process import UPDATES, QueueProcess, has_bulk_intake
 
-log = structlog.get_logger()
-
-UPDATES, DELIVERIES = "updates", "deliveries"
+DELIVERIES = "deliveries"
 
 #: Seconds a worker waits for each of its threads to finish a turn.
 THREAD_PATIENCE = 10.0
@@ -42,17 +34,25 @@ def _name(worker: Any) -> str:
     return f"{worker.hostname or socket.gethostname()}"
 
 
+class _Loop(Protocol):
+    """What runs in a thread until it is stopped."""
+
+    def run(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class _ThreadStep(bootsteps.StartStopStep):
-    """Runs a leader's loop in a thread of its own."""
+    """Runs a loop in a thread of its own."""
 
     requires = frozenset({"celery.worker.components:Pool"})
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        self._loop: LeaderLoop | None = None
+        self._loop: _Loop | None = None
         self._thread: threading.Thread | None = None
 
-    def loop(self, worker: Any) -> LeaderLoop | None:
+    def loop(self, worker: Any) -> _Loop | None:
         """Build what this worker runs, if anything."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class DispatcherStep(_ThreadStep):
         self._last_turn = time.monotonic()
         self._intake: Backpressure | None = None
 
-    def loop(self, worker: Any) -> LeaderLoop:
+    def loop(self, worker: Any) -> _Loop:
         settings = runtime.settings()
         # Only with a broker whose messages are taken by tasks, and never in a worker started with `-Q deliveries`.
         if UPDATES in worker.app.amqp.queues.consume_from:
@@ -118,70 +118,22 @@ def _publish(app: Any, ticket: BatchId) -> None:
 class StreamStep(_ThreadStep):
     """This worker's consumer of the stream."""
 
-    def loop(self, worker: Any) -> LeaderLoop:
+    def loop(self, worker: Any) -> _Loop:
         return runtime.build_stream_consumer(runtime.settings(), _name(worker))
 
 
 class QueueStep(_ThreadStep):
-    """This worker's consumer of Celery's queue of updates, in place of Celery's own."""
+    """What takes Celery's queue of updates in bulk, in place of Celery's own consumer."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         queues = worker.app.amqp.queues
-        self._open = _opener(worker.app) if UPDATES in queues.consume_from else None
-        if self._open:
+        self._in_bulk = UPDATES in queues.consume_from and has_bulk_intake(worker.app.conf.broker_url)
+        if self._in_bulk:
             queues.deselect(UPDATES)
 
-    def loop(self, worker: Any) -> LeaderLoop | None:
-        if not self._open:
-            return None
-        return runtime.build_queue_consumer(
-            runtime.settings(),
-            _name(worker),
-            self._open,
-            report=partial(_show, worker.app, _name(worker)),
-            revoked=state.revoked,
-        )
-
-
-def _opener(app: Any) -> Any:
-    """What opens the queue at this broker; None if its messages can only be taken by Celery."""
-    scheme = runtime.settings().broker_url.reveal().partition("://")[0]
-    if scheme.partition("+")[0] in ("redis", "rediss", "sentinel", "unix"):
-        return partial(_open_redis, app)
-    return partial(_open_rabbit, app) if scheme in ("amqp", "amqps", "pyamqp") else None
-
-
-def _open_redis(app: Any) -> Queue:
-    # Over kombu's own pool, which knows how to reach this broker, and without its client, which knows few commands.
-    connection = app.connection_for_write()
-    try:
-        channel = connection.channel()
-        prefix = channel.global_keyprefix
-        lists = [prefix + channel._q_for_pri(UPDATES, step) for step in channel.priority_steps]
-        return RedisQueue(
-            Redis(connection_pool=channel.pool), lists, name=f"{prefix}{UPDATES}", close=connection.release
-        )
-    except BaseException:
-        connection.release()
-        raise
-
-
-def _open_rabbit(app: Any) -> Queue:
-    settings = runtime.settings()
-    return runtime.build_rabbit_queue(settings, app.connection_for_write(heartbeat=HEARTBEAT), UPDATES)
-
-
-def _show(app: Any, worker: str, counts: dict[str, int], seconds: float) -> None:
-    """Show in Flower what was taken in, as if it were a task that has just ended."""
-    id = str(uuid.uuid4())
-    about = {"name": "attributes.intake", "args": "()", "kwargs": "{}", "retries": 0, "eta": None, "expires": None}
-    # Events are for looking at: without a broker there is nobody to look.
-    with contextlib.suppress(Exception), app.events.default_dispatcher(hostname=worker) as events:
-        events.send("task-received", uuid=id, root_id=id, parent_id=None, **about)
-        events.send("task-started", uuid=id)
-        shown = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-        events.send("task-succeeded", uuid=id, result=shown, runtime=round(seconds, 3))
+    def loop(self, worker: Any) -> _Loop | None:
+        return QueueProcess(_name(worker)) if self._in_bulk else None
 
 
 def _take_updates(worker: Any, wanted: bool) -> None:

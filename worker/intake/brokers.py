@@ -15,16 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from worker.errors import InvalidUpdate
-from worker.intake.celery_message import MOST_BYTES, Envelope, unpack
+from worker.intake.celery_message import MOST_BYTES, Envelope
 from worker.state import scripts
 from worker.state.connection import Redis
 from worker.state.keys import Keys
 
-#: Most messages, and bytes, of one taking. While a script adds more than 200 updates, deliveries would miss their slots.
-MOST, MOST_BYTES_AT_ONCE = 200, 4_000_000
-#: Messages that RabbitMQ sends ahead: five takings, so that it is never waited for.
-PREFETCH = 5 * MOST
+#: Most messages, and bytes, of one taking: while a script takes more, everybody else waits for Redis.
+MOST, MOST_BYTES_AT_ONCE = 1000, 4_000_000
+#: Messages that RabbitMQ sends ahead: two takings, so that it is never waited for.
+PREFETCH = 2 * MOST
 #: Seconds between two heartbeats of RabbitMQ, and until an answer of it is overdue.
 HEARTBEAT, ANSWER_TIMEOUT = 20.0, 10.0
 #: Seconds for which RabbitMQ's messages are remembered if they are never acknowledged.
@@ -44,9 +43,6 @@ class Queue(Protocol):
 
     def take(self, now_ms: int) -> Taken | None:
         """Take some messages at `now_ms` on the state's clock, or those taken before and not finished; None if none."""
-
-    def open(self, message: bytes | Envelope) -> Envelope:
-        """Return what is in a message; raises `InvalidUpdate` if it is not even an envelope."""
 
     def finish(self, taken: Taken) -> None:
         """Acknowledge all of them: they are accepted, or kept as refused."""
@@ -80,9 +76,6 @@ class RedisQueue:
         keys = [*self._lists, self._taken, self._last]
         at, *messages = self._take(keys, (now_ms, MOST, MOST_BYTES_AT_ONCE, MOST_BYTES)) or (None,)
         return Taken(at, [(message, int(at)) for message in messages]) if at else None
-
-    def open(self, message: bytes | Envelope) -> Envelope:
-        return unpack(message) if isinstance(message, bytes) else message
 
     def finish(self, taken: Taken) -> None:
         self._finish([self._taken], [taken.id])
@@ -176,13 +169,6 @@ class RabbitQueue:
         if not any(again):
             return [now_ms] * len(digests)
         return [int(score) if old else now_ms for score, old in zip(scores, again, strict=True)]
-
-    def open(self, message: bytes | Envelope) -> Envelope:
-        if not isinstance(message, Envelope):
-            raise InvalidUpdate("?", "the message has no envelope")
-        if len(message.body) > MOST_BYTES:
-            raise InvalidUpdate("?", f"the message is longer than {MOST_BYTES:,} bytes")
-        return message
 
     def finish(self, taken: Taken) -> None:
         self._channel.basic_ack(taken.id, multiple=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import orjson
 from kombu.utils.json import loads as load_with_types
 
 from worker.errors import InvalidUpdate
@@ -51,7 +52,7 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
 
 _MISSING = object()
 
-_decode = json.JSONDecoder().decode
+_parse_anything = json.JSONDecoder().decode
 
 
 class Envelope(NamedTuple):
@@ -71,7 +72,6 @@ class Call(NamedTuple):
     they are worthless, `event_ms` for updates without an event time of their own.
     """
 
-    id: str
     updates: list[Any]
     event_ms: int
     eta_ms: int = 0
@@ -83,7 +83,7 @@ def unpack(raw: bytes) -> Envelope:
     if len(raw) > MOST_BYTES:
         raise _invalid(f"the message is longer than {MOST_BYTES:,} bytes")
     try:
-        message = _decode(raw.decode())
+        message = _parse(raw)
     except (ValueError, RecursionError):
         raise _invalid("the message is not JSON") from None
     if type(message) is not dict:
@@ -109,7 +109,7 @@ def read(envelope: Envelope, taken_ms: int) -> Call:
     task = headers.get("task")
     if task is None and type(body) is dict:
         # Protocol 1.
-        headers = {**headers, **{name: body.get(name) for name in ("task", "id", "eta", "expires")}}
+        headers = {**headers, **{name: body.get(name) for name in ("task", "eta", "expires")}}
         task, args, kwargs = body.get("task"), body.get("args", []), body.get("kwargs", {})
     elif type(body) is list and len(body) == 3:
         args, kwargs = body[0], body[1]
@@ -124,8 +124,8 @@ def read(envelope: Envelope, taken_ms: int) -> Call:
             raise _invalid("the header eta is after the year 2286")
         # It counts as having happened when it was to be accepted, however late it was taken.
         occurred_ms = eta_ms if eta_ms >= EARLIEST_MS else event_ms(headers, properties, taken_ms)
-        return Call(_id(headers), updates, occurred_ms, eta_ms, expires_ms)
-    return Call(_id(headers), updates, event_ms(headers, properties, taken_ms))
+        return Call(updates, occurred_ms, eta_ms, expires_ms)
+    return Call(updates, event_ms(headers, properties, taken_ms))
 
 
 def legible(envelope: Envelope | bytes) -> str:
@@ -138,6 +138,15 @@ def legible(envelope: Envelope | bytes) -> str:
     return envelope.decode(errors="replace")
 
 
+def _parse(text: bytes | str) -> Any:
+    """JSON as Python's own parser reads it, three times as fast; raises `ValueError` or `RecursionError`."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        # What only Python's parser accepts, such as NaN, or an error.
+        return _parse_anything(text.decode() if isinstance(text, bytes) else text)
+
+
 def _invalid(rule: str) -> InvalidUpdate:
     return InvalidUpdate("?", rule)
 
@@ -147,20 +156,17 @@ def _shape(value: object) -> str:
     return f"{kind} of {len(value)}" if isinstance(value, list) else kind
 
 
-def _id(headers: Mapping[str, Any]) -> str:
-    found = headers.get("id")
-    return found if type(found) is str else ""
-
-
 def _body(envelope: Envelope, headers: Mapping[str, Any]) -> Any:
     kind = envelope.content_type
+    if len(envelope.body) > MOST_BYTES:
+        raise _invalid(f"the message is longer than {MOST_BYTES:,} bytes")
     if type(kind) is not str or kind.partition(";")[0].strip().lower() != "application/json":
         shown = f"{kind:.60}" if type(kind) is str else type(kind).__name__
         raise _invalid(f"the content type must be application/json, got {shown!r}")
     text = _text(envelope, headers)
     try:
         # Few messages have types beyond JSON's, such as datetime, and looking into each object takes time.
-        return load_with_types(text) if '"__type__"' in text else _decode(text)
+        return load_with_types(text) if "__type__" in text else _parse(text)
     except Exception:
         raise _invalid("the body is not JSON") from None
 

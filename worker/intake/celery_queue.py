@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ import structlog
 from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.intake.brokers import Queue, Taken
-from worker.intake.celery_message import Call, Envelope, legible, read
+from worker.intake.celery_message import Call, Envelope, legible, read, unpack
 from worker.models import Update
 from worker.producer import Producer, checked
 from worker.state.buffer import MAX_UPDATES_PER_ADD
@@ -41,13 +42,15 @@ BLOCK = 0.1
 FULL_PAUSE = 1.0
 #: The share of the room that must be free before messages are taken again.
 FREE_SHARE = 0.1
+#: Messages that are read at once, while Redis adds what was read before.
+READ_AT_ONCE = MAX_UPDATES_PER_ADD
 #: Seconds between two reports.
 REPORT_EVERY = 0.5
 #: Most scheduled messages that are accepted in one turn.
 MOST_DUE = 100
 
 #: What a report counts: messages taken, and what became of their updates.
-COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "revoked", "scheduled")
+COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "scheduled")
 
 
 @dataclass(slots=True)
@@ -75,21 +78,23 @@ class QueueConsumer(LeaderLoop):
         *,
         worker: str,
         report: Callable[[dict[str, int], float], None] = lambda counts, seconds: None,
-        revoked: Container[str] = (),
     ) -> None:
         """`open_queue` connects to the broker, and is called again after every failure.
 
-        `report` gets the counts of the last `REPORT_EVERY` seconds, and those seconds; `revoked` has the ids of messages
-        that somebody has taken back.
+        `report` gets the counts of the last `REPORT_EVERY` seconds, and those seconds.
         """
         super().__init__(Leader(redis, keys.queue_consumer, worker, clock, term=TERM))
         self._redis, self._keys = redis, keys
         self._producer, self._refused, self._clock = producer, refused, clock
-        self._open_queue, self._report, self._revoked = open_queue, report, revoked
+        self._open_queue, self._report = open_queue, report
         self._queue: Queue | None = None
+        self._adder = ThreadPoolExecutor(1, "queue-adder")
         self._taken: Taken | None = None
+        #: What was taken and not read yet, and what was read and not accepted yet.
+        self._unread: Sequence[tuple[bytes | Envelope, int]] = ()
         self._left: list[Update] = []
         self._due: list[bytes] = []
+        self._now_ms = 0
         self._full = False
         self._counts: Counter[str] = Counter()
         self._reported_at = clock.monotonic()
@@ -97,10 +102,11 @@ class QueueConsumer(LeaderLoop):
     def run(self) -> None:
         super().run()
         self.follow()
+        self._adder.shutdown()
 
     def follow(self) -> None:
         """Let go of everything: what was taken and not finished is the next leader's."""
-        self._taken, self._left, self._due = None, [], []
+        self._taken, self._unread, self._left, self._due = None, (), [], []
         if self._queue:
             self._queue.close()
             self._queue = None
@@ -110,7 +116,7 @@ class QueueConsumer(LeaderLoop):
 
     def lead(self) -> float:
         """Take some messages and accept what is in them."""
-        if self._left:
+        if self._taken or self._due:
             return self._accept()
         if self._full and not self._producer.has_room(FREE_SHARE):
             return FULL_PAUSE
@@ -119,26 +125,23 @@ class QueueConsumer(LeaderLoop):
             return self._accept()
         self._queue = self._queue or self._open_queue()
         self._taken = self._queue.take(now_ms)
-        # After a machine slept in between, these messages are its successor's.
-        if not self.leader.leads:
-            self.follow()
-            return 0.0
         if self._taken is None:
             self._queue.wait(BLOCK)
             return 0.0
-        self._read(self._queue, self._taken, now_ms)
+        self._unread, self._now_ms = self._taken.messages, now_ms
         return self._accept()
 
     # Reading: from messages to updates.
 
-    def _read(self, queue: Queue, taken: Taken, now_ms: int) -> None:
-        names = self._producer.names()
-        batch = _Read()
-        for message, taken_ms in taken.messages:
+    def _read(self) -> list[Update]:
+        """Return the updates in the next messages; what else is in them is kept before they are acknowledged."""
+        messages, self._unread = self._unread[:READ_AT_ONCE], self._unread[READ_AT_ONCE:]
+        names, batch = self._producer.names(), _Read()
+        for message, taken_ms in messages:
             envelope: Envelope | bytes = message
             try:
-                envelope = queue.open(message)
-                self._sort(read(envelope, taken_ms), now_ms, names, batch)
+                envelope = unpack(message) if isinstance(message, bytes) else message
+                self._sort(read(envelope, taken_ms), self._now_ms, names, batch)
             except InvalidUpdate as error:
                 batch.refused.append((error, legible(envelope)))
             except Exception as error:
@@ -146,22 +149,20 @@ class QueueConsumer(LeaderLoop):
                 log.error("message_unreadable", error=type(error).__name__)
                 rule = f"it could not be read ({type(error).__name__})"
                 batch.refused.append((InvalidUpdate("?", rule), legible(envelope)))
-        self._counts["taken"] += len(taken.messages)
+        self._counts["taken"] += len(messages)
         self._keep(batch)
-        self._left = batch.updates
+        return batch.updates
 
     def _sort(self, call: Call, now_ms: int, names: frozenset[str], batch: _Read) -> None:
         """Put the updates of a message where they belong."""
-        if call.id and call.id in self._revoked:
-            self._counts["revoked"] += 1
-        elif call.expires_ms and call.expires_ms <= max(now_ms, call.eta_ms):
+        if call.expires_ms and call.expires_ms <= max(now_ms, call.eta_ms):
             self._counts["expired"] += 1
         elif call.eta_ms > now_ms:
             good = self._check(call, names, batch)
             if good:
                 self._counts["scheduled"] += 1
                 # ASCII, so that no text in it can fail to be encoded.
-                member = json.dumps([[[u.user, u.attrs, u.occurred_ms] for u in good], call.id])
+                member = json.dumps([[u.user, u.attrs, u.occurred_ms] for u in good])
                 batch.scheduled[member] = call.eta_ms
         else:
             batch.updates += self._check(call, names, batch)
@@ -198,8 +199,7 @@ class QueueConsumer(LeaderLoop):
             return False
         names, batch = self._producer.names(), _Read()
         for member in self._due:
-            updates, id = json.loads(member)
-            self._sort(Call(id, updates, now_ms), now_ms, names, batch)
+            self._sort(Call(json.loads(member), now_ms), now_ms, names, batch)
         self._keep(batch)
         self._left = batch.updates
         return True
@@ -207,12 +207,22 @@ class QueueConsumer(LeaderLoop):
     # Accepting.
 
     def _accept(self) -> float:
-        """Accept what is left, in order, then finish what it came from; returns the seconds until the next turn."""
-        while self._left:
-            chunk = self._left[:MAX_UPDATES_PER_ADD]
-            added = self._producer.add(chunk)
+        """Accept what was taken, in order, then finish it; returns the seconds until the next turn."""
+        while self._left or self._unread:
+            # After a machine slept in between, this is its successor's.
+            if not self.leader.leads:
+                self.follow()
+                return 0.0
+            chunk, rest = self._left[:MAX_UPDATES_PER_ADD], self._left[MAX_UPDATES_PER_ADD:]
+            adding = self._adder.submit(self._producer.add, chunk)
+            try:
+                # While Redis adds one chunk, the next one is read: each would otherwise wait for the other.
+                self._left = rest or self._read()
+            finally:
+                wait([adding])
+            added = adding.result()
             waiting = [chunk[place] for place in added.full]
-            self._left[: len(chunk)] = waiting
+            self._left = waiting + self._left
             self._counts.update(
                 accepted=added.accepted,
                 coalesced=added.coalesced,
@@ -222,9 +232,6 @@ class QueueConsumer(LeaderLoop):
             self._note(full=bool(waiting))
             if waiting:
                 return FULL_PAUSE
-            if not self.leader.leads:
-                self.follow()
-                return 0.0
         if self._due:
             self._redis.zrem(self._keys.scheduled, *self._due)
             self._due = []

@@ -16,7 +16,6 @@ tests can hold time still; None means Redis' clock.
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,11 +280,12 @@ class Buffer:
         `linger`, `ticket_ttl` and `horizon` in seconds: how long users wait for company, a ticket to be claimed, and how far
         ahead slots are filled.
         """
-        ids = [new_batch_id() for _ in range(max(2, math.ceil(horizon * quota)))]
+        prefix = new_batch_id()[:-4]
         times = (round(linger * 1000), round(ticket_ttl * 1000))
-        args = (_argument(now_ms), size, *times, quota, round(horizon * 1000), _encode(ids))
+        args = (_argument(now_ms), size, *times, quota, round(horizon * 1000), prefix)
         issued, next_due = self._dispatch(self._dispatch_keys, args)
-        return Tick(tuple(ids[:issued]), None if next_due < 0 else next_due / 1000)
+        ids = tuple(BatchId(f"{prefix}{number:04x}") for number in range(1, issued + 1))
+        return Tick(ids, None if next_due < 0 else next_due / 1000)
 
     def release_tickets(self, tickets: Iterable[BatchId]) -> None:
         """Give back tickets that will not be used, so that the dispatcher issues others at once."""

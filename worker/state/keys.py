@@ -167,7 +167,7 @@ class Keys:
 
     @property
     def scheduled(self) -> str:
-        """zset: JSON [[[user, attributes, event time], ...], message id] scored by the ms before which it must wait."""
+        """zset: JSON [[user, attributes, event time], ...] scored by the ms before which they must wait."""
         return self._key("scheduled")
 
     @property

@@ -51,12 +51,14 @@ for i, update in ipairs(updates) do
     local waiting, sent = record and record.a or none, attributes(in_flight[i])
     local remembered, undelivered = memory and memory.a or none, letter and letter.a or none
 
-    -- Values that are newer than what is known; what repeats a delivered value makes that as new as itself.
+    -- Values that are newer than what is known; what repeats a delivered value makes that as new as itself. Each place
+    -- was checked against the next when its value was accepted, so the first one found is the newest.
     local fresh, repeated = {}, false
     for name, value in pairs(attrs) do
       value = value ~= cjson.null and value
-      local known, lost, version = newest(name, waiting, sent, remembered), undelivered[name], occurred
+      local known, version = waiting[name] or sent[name] or remembered[name], occurred
       if occurred == 0 then
+        local lost = undelivered[name]
         version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
       end
       if not known or version >= known[2] then
@@ -81,8 +83,11 @@ for i, update in ipairs(updates) do
     else
       if record then
         coalesced = coalesced + 1
+        for name, pair in pairs(fresh) do
+          record.a[name] = pair
+        end
       else
-        record = { t = now, a = {}, b = lane == 'backfill' and 1 or nil }
+        record = { t = now, a = fresh, b = lane == 'backfill' and 1 or nil }
         pending_count = pending_count + 1
         -- A user in flight waits outside the lanes until its batch is settled.
         if not in_flight[i] then
@@ -90,10 +95,11 @@ for i, update in ipairs(updates) do
           entries[#entries + 1] = user
         end
       end
-      for name, pair in pairs(fresh) do
-        record.a[name] = pair
-        if letter and letter.a[name] and letter.a[name][2] <= pair[2] then
-          letter.a[name], letters[user] = nil, letter
+      if letter then
+        for name, pair in pairs(fresh) do
+          if letter.a[name] and letter.a[name][2] <= pair[2] then
+            letter.a[name], letters[user] = nil, letter
+          end
         end
       end
       if record.b and lane == 'live' then

@@ -21,13 +21,13 @@ ARGV[3]  linger, ms
 ARGV[4]  age at which an outstanding ticket counts as lost, ms
 ARGV[5]  calls a second at the quota
 ARGV[6]  how far ahead slots are looked at, ms
-ARGV[7]  JSON array of fresh ticket ids
-Returns  {tickets issued (the first ids of the array), ms until something may become due, or -1}
+ARGV[7]  what the ids of the tickets begin with, used by nobody else; the number of each follows, four hex digits
+Returns  {tickets issued, numbered from 1; ms until something may become due, or -1}
 ]]
 local tickets, live, backfill, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local rate, line, partial_at = KEYS[5], KEYS[6], KEYS[7]
 local now, size, linger, ticket_ttl = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local quota, horizon, ids = tonumber(ARGV[5]), tonumber(ARGV[6]), cjson.decode(ARGV[7])
+local quota, horizon, prefix = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 
 local paused_at, paused_until, limit, slot = numbers(rate, 'paused_at', 'paused_until', 'limit', 'next')
 if paused_at / 1000 <= now + 1 and paused_until / 1000 > now then
@@ -62,16 +62,16 @@ if state then
   -- A probe further away than the wait was set before the clock was set back.
   local is_due = state == 'stopped' and (next_probe <= now or next_probe > now + wait)
   if is_due and wanted > 0 then
-    redis.call('ZADD', tickets, now, ids[1])
-    redis.call('HSET', line, 'probe', ids[1], 'next_probe', now + wait)
+    redis.call('ZADD', tickets, now, prefix .. '0001')
+    redis.call('HSET', line, 'probe', prefix .. '0001', 'next_probe', now + wait)
     return { 1, wait }
   end
   return { 0, -1 }
 end
 
-local issued = math.max(0, math.min(wanted - outstanding, most - outstanding, #ids))
+local issued = math.max(0, math.min(wanted - outstanding, most - outstanding, 65535))
 for i = 1, issued do
-  redis.call('ZADD', tickets, now, ids[i])
+  redis.call('ZADD', tickets, now, string.format('%s%04x', prefix, i))
 end
 if partial and issued > 0 then
   redis.call('SET', partial_at, now)

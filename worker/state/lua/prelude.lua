@@ -38,12 +38,6 @@ local function attributes(packed)
   return packed and cjson.decode(packed).a or none
 end
 
--- What is known about an attribute. Each place was checked against the next when its value was accepted, so the first
--- one found has the highest version.
-local function newest(name, pending, in_flight, delivered)
-  return pending[name] or in_flight[name] or delivered[name]
-end
-
 -- Let a user wait in its lane, at the place of its first update.
 local function enter_lane(live, backfill, user, record)
   redis.call('ZADD', record.b and backfill or live, record.t, user)

@@ -28,7 +28,8 @@ for _, user in ipairs(users) do
     local in_flight, delivered = attributes(sent), attributes(redis.call('HGET', shadow, user))
     local any = false
     for name, pair in pairs(letter.a) do
-      local known = newest(name, record.a, in_flight, delivered)
+      -- Each place was checked against the next when its value was accepted: the first one found is the newest.
+      local known = record.a[name] or in_flight[name] or delivered[name]
       -- The shadow has the version of the dead letter itself, with an unknown value.
       if not known or pair[2] > known[2] or (known[1] == cjson.null and pair[2] == known[2]) then
         any, record.a[name] = true, pair

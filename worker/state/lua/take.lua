@@ -13,7 +13,7 @@ KEYS[5]  list, what was taken: the time, then the messages in their order
 KEYS[6]  string, the time of the last taking
 ARGV[1]  now in ms, on the state's clock
 ARGV[2]  most messages to take
-ARGV[3]  most bytes to take; one message more than fits may be taken
+ARGV[3]  most bytes to take, but for the last few messages
 ARGV[4]  bytes of the longest message that can be used: of longer ones, one byte more than that is kept
 Returns  {time in ms, message, ...}, or {} if the queue is empty
 ]]
@@ -27,15 +27,16 @@ end
 
 local messages, bytes = {}, 0
 for _, queue in ipairs(queues) do
-  while #messages < most and bytes < most_bytes do
-    local message = redis.call('RPOP', queue)
-    if not message then
-      break
+  -- A few at a time: how long they are is known only afterwards.
+  local popped = {}
+  while popped and #messages < most and bytes < most_bytes do
+    popped = redis.call('RPOP', queue, math.min(16, most - #messages))
+    for _, message in ipairs(popped or {}) do
+      if #message > longest then
+        message = string.sub(message, 1, longest + 1)
+      end
+      messages[#messages + 1], bytes = message, bytes + #message
     end
-    if #message > longest then
-      message = string.sub(message, 1, longest + 1)
-    end
-    messages[#messages + 1], bytes = message, bytes + #message
   end
 end
 if #messages == 0 then
