@@ -16,12 +16,13 @@ import structlog
 from celery.exceptions import Reject
 
 from worker import runtime
-from worker.celery import UPDATES, app
+from worker.celery import app
 from worker.delivery.loop import Summary
 from worker.errors import BufferFull, InvalidUpdate
 from worker.models import BatchId
 from worker.producer import NoRoom
 from worker.state.connection import RedisError
+from worker.steps import UPDATES
 
 log = structlog.get_logger()
 

@@ -256,7 +256,7 @@ class Fleet:
         while True:
             while not self.tickets:
                 self.world.park()
-            self.summaries.append(delivery.deliver(self.tickets.pop(0)))
+            self.summaries += delivery.carry(self.tickets.pop(0))
             if self.summaries[-1].outcome == "stopped":
                 self.history.append(self.line.read())
 

@@ -175,7 +175,7 @@ def test_a_permit_from_before_a_pause_claims_nothing(
 ) -> None:
     pacing, buffer = limiter(client, keys, clock), Buffer(client, keys)
     buffer.add([Update("ann", {"city": "Paris"})])
-    tickets = buffer.tick(size=1, linger=0, ticket_ttl=9, most=5).tickets
+    tickets = buffer.tick(size=1, linger=0, ticket_ttl=9, quota=5, horizon=1.0).tickets
     permit = pacing.reserve(now_us=START)
     assert permit is not None
 

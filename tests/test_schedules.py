@@ -88,7 +88,7 @@ SCRIPT_BUGS = {
     ),
     "a claimed user stays in its lane": (
         "claim",
-        "  redis.call('ZREM', live, unpack(users))",
+        "  redis.call('ZREMRANGEBYRANK', live, 0, #users - 1)",
         "  local _ = 0",
     ),
     "two slots for one": ("reserve", "slot + width))", "slot + math.floor(width / 2)))"),

@@ -14,8 +14,10 @@ from typing import Any
 
 import structlog
 from celery import Celery, Task, signals
+from celery.concurrency import ALIASES
 from celery.worker.request import Request
-from kombu import Exchange, Queue
+from kombu.entity import Exchange, Queue
+from kombu.utils.imports import symbol_by_name
 
 from worker import logs, runtime, transport  # noqa: F401  # the transport patches Celery's
 from worker.config import Settings
@@ -136,6 +138,22 @@ def _configure_logs(**_: Any) -> None:
     settings = runtime.settings()
     logs.configure(settings.log_level, settings.log_format)
     logging.getLogger("celery.worker.consumer.consumer").addFilter(_WithoutBodies())
+
+
+#: Pools that stop in order and use every slot; each is tested. With gevent, eventlet and solo, Celery does not acknowledge
+#: while it waits for work, and delivers a fraction.
+POOLS = ("threads", "prefork")
+
+
+@signals.worker_init.connect
+def _refuse_other_pools(sender: Any, **_: Any) -> None:
+    wanted = symbol_by_name(sender.pool_cls, ALIASES)
+    if wanted not in {symbol_by_name(ALIASES[name]) for name in POOLS}:
+        name = wanted.__module__.rpartition(".")[2]
+        print(
+            f"imattr cannot start:\n  --pool {name} is not supported, use threads or prefork", file=sys.stderr
+        )
+        raise SystemExit(2)
 
 
 @signals.worker_init.connect

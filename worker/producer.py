@@ -125,11 +125,13 @@ def fate_of(added: Added) -> Accepted:
     return "stale" if added.stale else "pending"
 
 
-def checked(given: object, names: frozenset[str]) -> Update:
+def checked(given: object, names: frozenset[str], otherwise: int | None = None) -> Update:
+    """Return a valid update, or raise `InvalidUpdate`; `otherwise` is the event time, in ms, of one that has none."""
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         kind = type(given).__name__
         raise InvalidUpdate("?", f"an update must be (user, attributes[, occurred_at]), got {kind}")
-    return check_update(given[0], given[1], given[2] if len(given) == 3 else None, names)
+    occurred_at = given[2] if len(given) == 3 else None
+    return check_update(given[0], given[1], otherwise if occurred_at is None else occurred_at, names)
 
 
 class Producer:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +32,25 @@ from worker.state.leader import Leader
 from worker.state.line import Line
 from worker.state.refused import Refused
 
-#: Set when this process shuts down: batches in flight are finished, and no new ones begin.
-stopping = threading.Event()
+
+class Flag:
+    """A flag that processes forked from this one share. Setting it takes no lock, so a signal handler may."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+    def clear(self) -> None:
+        self._byte[0] = 0
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+
+#: Set when this worker shuts down: batches in flight are finished, and no new ones begin.
+stopping = Flag()
 
 
 @functools.cache
@@ -136,14 +153,7 @@ def build_queue_consumer(
     """A consumer of the broker's queue, which `open_queue` connects to."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
     return QueueConsumer(
-        redis,
-        keys,
-        producer(),
-        Refused(redis, keys),
-        SystemClock(),
-        open_queue,
-        worker=worker,
-        report=report,
+        redis, keys, producer(), Refused(redis, keys), SystemClock(), open_queue, worker=worker, report=report
     )
 
 

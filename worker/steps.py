@@ -7,13 +7,18 @@ timers.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, Protocol
 
+import structlog
 from celery import bootsteps
 
 from worker import runtime
@@ -22,12 +27,15 @@ from worker.delivery.dispatcher import Dispatcher
 from worker.intake.backpressure import Backpressure
 from worker.models import BatchId
 from worker.operate import health
-from worker.queue_process import UPDATES, QueueProcess, has_bulk_intake
 
-DELIVERIES = "deliveries"
+log = structlog.get_logger()
+
+UPDATES, DELIVERIES = "updates", "deliveries"
 
 #: Seconds a worker waits for each of its threads to finish a turn.
 THREAD_PATIENCE = 10.0
+#: Seconds until a process that ended is started again, and that one which was asked to end may take.
+RESTART_AFTER, PROCESS_PATIENCE = 1.0, 8.0
 
 
 def _name(worker: Any) -> str:
@@ -120,6 +128,47 @@ class StreamStep(_ThreadStep):
 
     def loop(self, worker: Any) -> _Loop:
         return runtime.build_stream_consumer(runtime.settings(), _name(worker))
+
+
+def has_bulk_intake(broker_url: str) -> bool:
+    """Whether messages of this broker can be taken in bulk; else Celery's tasks take them one by one."""
+    scheme = broker_url.partition("://")[0].partition("+")[0]
+    return scheme in ("redis", "rediss", "sentinel", "unix", "amqp", "amqps", "pyamqp")
+
+
+class QueueProcess:
+    """Keeps the process that takes messages in bulk running, until `stop`."""
+
+    def __init__(self, worker: str) -> None:
+        """`worker` is the name of the worker that Flower shows."""
+        self._command = [sys.executable, "-m", "worker.queue_process", worker]
+        self._stopped = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> None:
+        """Start it, and again whenever it ends."""
+        while not self._stopped.is_set():
+            # Modules are found as the worker found them, wherever it was started.
+            environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env=environ)
+            status = self._process.wait()
+            if not self._stopped.is_set():
+                log.error("queue_process_ended", status=status)
+                self._stopped.wait(RESTART_AFTER)
+
+    def stop(self) -> None:
+        """End it in order: what it has taken is accepted or stays with the broker."""
+        self._stopped.set()
+        process = self._process
+        if process is None:
+            return
+        if process.stdin:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        try:
+            process.wait(PROCESS_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 class QueueStep(_ThreadStep):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import structlog
@@ -28,7 +29,7 @@ RETRY_AFTER = 1.0
 
 def keep(rule: str, raw: object) -> None:
     """Keep a message that Celery could not use; raises what Redis raises."""
-    text = raw.decode(errors="replace") if isinstance(raw, bytes | memoryview) else str(raw)
+    text = bytes(raw).decode(errors="replace") if isinstance(raw, bytes | memoryview) else str(raw)
     log.warning("message_refused", source="celery", rule=rule)
     runtime.refused().keep("celery", InvalidUpdate("?", rule), text)
 
@@ -49,7 +50,8 @@ class SturdyChannel(redis_transport.Channel):
         if transport is None or getattr(transport, "client", None) is None:
             # A channel of a connection that is gone: the same as a lost connection.
             raise RedisConnectionError("the connection is closed")
-        return super()._connparams(asynchronous=asynchronous) | {"protocol": 2}
+        found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
+        return found | {"protocol": 2}
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -76,7 +78,7 @@ class SturdyChannel(redis_transport.Channel):
         self._popped = None
         try:
             return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
-        except (redis_transport.Empty, RedisError, OSError):
+        except (Empty, RedisError, OSError):
             raise
         except Exception as error:
             if not self._popped:
@@ -94,7 +96,7 @@ class SturdyChannel(redis_transport.Channel):
     def _receive_one(self, c: Any) -> Any:
         try:
             return super()._receive_one(c)  # type: ignore[no-untyped-call]
-        except (redis_transport.Empty, RedisError, OSError):
+        except (Empty, RedisError, OSError):
             raise
         except Exception as error:
             # A broadcast, such as a command of `celery inspect`: nothing is lost with it.
@@ -107,7 +109,7 @@ class SturdyChannel(redis_transport.Channel):
 redis_transport.Transport.Channel = SturdyChannel
 
 
-class SturdyConsumer(Consumer):
+class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hints
     """Celery's consumer, which goes on after every error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,12 +120,13 @@ class SturdyConsumer(Consumer):
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         handle = super().create_task_handler(*args, **kwargs)
-        lost = self.conninfo.connection_errors
+        # KeyError is among the errors of kombu's Redis transport, and of messages.
+        lost = tuple(kind for kind in self.conninfo.connection_errors if kind is not KeyError)
 
         def sturdy(message: Any) -> Any:
             try:
                 return handle(message)
-            except (RedisError, OSError, *(kind for kind in lost if kind is not KeyError)):
+            except (RedisError, *lost):
                 raise
             except Exception as error:
                 self._refuse(message, f"Celery cannot use the message ({type(error).__name__})")

@@ -103,7 +103,7 @@ def test_expired_leases_are_reclaimed(buffer: Buffer, client: redis.Redis, keys:
     buffer.claim(tickets[0], 100)
     client.zadd(keys.leases, {tickets[0]: 1})
 
-    for _ in range(30):
+    for _ in range(60):
         leading.turn()
 
     assert buffer.snapshot().in_flight == 0

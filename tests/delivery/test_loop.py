@@ -178,7 +178,7 @@ class Loop:
         self.make_due()
         due = self.line.read().next_probe or 0
         self.clock.now = max(self.clock.now, due - EPOCH_US / 1e6)
-        tick = self.buffer.tick(size=100, linger=0, ticket_ttl=9, most=5)
+        tick = self.buffer.tick(size=100, linger=0, ticket_ttl=9, quota=5, horizon=1.0)
         [ticket] = tick.tickets
         return self.delivery.deliver(ticket)
 
@@ -376,7 +376,7 @@ def test_after_a_probe_that_failed_others_are_sent_as_the_next_one(client: redis
     loop.add(["ann"])
     due = loop.line.read().next_probe or 0
     loop.clock.now = due - EPOCH_US / 1e6
-    [ticket] = loop.buffer.tick(size=100, linger=0, ticket_ttl=9, most=5).tickets
+    [ticket] = loop.buffer.tick(size=100, linger=0, ticket_ttl=9, quota=5, horizon=1.0).tickets
     loop.delivery.deliver(ticket)
 
     assert loop.api.calls == [["user001"], ["ann"]]

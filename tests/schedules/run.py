@@ -22,6 +22,7 @@ from tests.history import Applied, Call, History, Offer, Violation
 from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
+from worker.delivery import loop
 from worker.delivery.answers import Answer, Failure, NoReply, Reply
 from worker.delivery.dispatcher import TERM, Dispatcher
 from worker.delivery.loop import Delivery
@@ -366,11 +367,11 @@ class Schedule(Fleet):
                 self.world.park()
             ticket = self.tickets.pop(0)
             try:
-                summary = delivery.deliver(ticket)
+                summaries = delivery.carry(ticket)
             except _LOST_REPLIES as error:
                 self.tell(f"deliver {ticket}: {type(error).__name__}")
             else:
-                self.tell(f"deliver {summary}")
+                self.tell(f"deliver {summaries}")
 
     def _dispatch(self, dispatcher: Dispatcher, worker: Worker) -> None:
         # As `Dispatcher.run` does, but ever more slowly while there is nothing to do: turns that find
@@ -695,10 +696,11 @@ def _deterministic(seed: int) -> Iterator[None]:
     def new_batch_id() -> BatchId:
         nonlocal made
         made += 1
-        return BatchId(f"batch{made:06}")
+        return BatchId(f"batch{made:06}-0000")
 
     with (
         mock.patch.object(buffer, "new_batch_id", new_batch_id),
+        mock.patch.object(loop, "new_batch_id", new_batch_id),
         mock.patch.object(leader, "random", random.Random(f"{seed} dispatchers")),
     ):
         yield

@@ -24,7 +24,7 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
 
 
 def turn(buffer: Buffer, *, now_ms: int = NOW, most: int = 10) -> Tick:
-    return buffer.tick(size=100, linger=0.25, ticket_ttl=10.0, most=most, now_ms=now_ms)
+    return buffer.tick(size=100, linger=0.25, ticket_ttl=10.0, quota=most, horizon=1.0, now_ms=now_ms)
 
 
 def claim(buffer: Buffer, client: redis.Redis, *, now_ms: int = NOW) -> tuple[BatchId, list[ClaimedUser]]:
@@ -39,19 +39,89 @@ def updates(count: int, value: str = "Paris") -> list[Update]:
     return [Update(f"user{number:04}", {"city": value}) for number in range(count)]
 
 
-def test_a_lone_update_lingers_for_company(buffer: Buffer) -> None:
+def test_the_first_update_after_a_quiet_time_goes_at_once(buffer: Buffer) -> None:
     buffer.add(updates(1), now_ms=NOW)
 
-    assert turn(buffer, now_ms=NOW + 100) == Tick((), 0.15)
-    assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
+    assert len(turn(buffer, now_ms=NOW).tickets) == 1
 
 
-def test_full_batches_go_at_once_and_the_rest_lingers(buffer: Buffer) -> None:
+def test_who_comes_soon_after_a_partial_batch_lingers_for_company(
+    buffer: Buffer, client: redis.Redis
+) -> None:
+    buffer.add(updates(1), now_ms=NOW)
+    [ticket] = turn(buffer).tickets
+    assert buffer.claim(ticket, 100, now_ms=NOW)
+
+    buffer.add(updates(3, "Rome")[1:2], now_ms=NOW + 100)
+    assert turn(buffer, now_ms=NOW + 200) == Tick((), 0.15)
+    assert turn(buffer, now_ms=NOW + 349) == Tick((), 0.001)
+    assert len(turn(buffer, now_ms=NOW + 350).tickets) == 1
+
+
+@pytest.mark.parametrize("gap", [10, 60, 120, 200, 240, 260, 400, 1000])
+def test_a_steady_trickle_costs_no_more_calls_than_lingering_always(
+    buffer: Buffer, client: redis.Redis, gap: int
+) -> None:
+    """One user every `gap` ms; those who linger always are sent when the oldest of them has waited 250 ms."""
+    calls, lingering, oldest = 0, 0, -1
+    for now in range(0, 20_000, 10):
+        if now % gap < 10:
+            buffer.add([Update(f"user{now}", {"city": "Paris"})], now_ms=NOW + now)
+            oldest = now if oldest < 0 else oldest
+        for ticket in turn(buffer, now_ms=NOW + now).tickets:
+            calls += bool(buffer.claim(ticket, 100, now_ms=NOW + now).users)  # type: ignore[union-attr]
+        if 0 <= oldest <= now - 250:
+            lingering, oldest = lingering + 1, -1
+
+    assert calls <= lingering + 1
+
+
+def test_a_clock_that_was_set_back_keeps_nobody_lingering(buffer: Buffer) -> None:
+    buffer.add(updates(1), now_ms=NOW + 3_600_000)
+    [ticket] = turn(buffer, now_ms=NOW + 3_600_000).tickets
+    assert buffer.claim(ticket, 100, now_ms=NOW + 3_600_000)
+
+    buffer.add(updates(2)[1:], now_ms=NOW)
+
+    assert len(turn(buffer, now_ms=NOW).tickets) == 1
+
+
+def test_full_batches_go_at_once_and_the_rest_lingers(buffer: Buffer, client: redis.Redis) -> None:
+    client.set(buffer._keys.partial_at, NOW)
     buffer.add(updates(230), now_ms=NOW)
 
     assert len(turn(buffer).tickets) == 2
     assert len(turn(buffer).tickets) == 0, "those are outstanding"
     assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
+
+
+def test_no_tickets_are_issued_for_slots_that_are_taken(buffer: Buffer, client: redis.Redis) -> None:
+    """Workers that go on with one batch after another take slots without a ticket from the dispatcher."""
+    buffer.add(updates(2000), now_ms=NOW)
+    client.hset(buffer._keys.rate, "next", (NOW + 700) * 1000)
+
+    assert len(turn(buffer, most=10).tickets) == 3
+
+
+def test_a_slot_from_before_the_clock_was_set_back_holds_up_no_tickets(
+    buffer: Buffer, client: redis.Redis
+) -> None:
+    buffer.add(updates(2000), now_ms=NOW)
+    client.hset(buffer._keys.rate, "next", (NOW + 3_600_000) * 1000)
+
+    assert len(turn(buffer, most=10).tickets) == 10
+
+
+def test_settling_issues_a_ticket_for_a_full_batch_that_nobody_is_sent_for(
+    buffer: Buffer, client: redis.Redis
+) -> None:
+    buffer.add(updates(399), now_ms=NOW)
+    batches = [claim(buffer, client)[0] for _ in range(2)]
+    first, second = new_batch_id(), new_batch_id()
+
+    assert buffer.settle(batches[0], {}, rest=Acked(), successor=first, size=100) == (100, True)
+    assert buffer.settle(batches[1], {}, rest=Acked(), successor=second, size=100) == (100, False)
+    assert client.zrange(buffer._keys.tickets, 0, -1) == [first.encode()]
 
 
 def test_no_more_tickets_than_the_most_are_outstanding(buffer: Buffer) -> None:

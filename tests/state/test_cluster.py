@@ -76,7 +76,7 @@ def test_every_step_of_the_buffer_passes(cluster: redis.Redis) -> None:
     keys = new_keys()
     buffer = Buffer(cluster, keys)
     buffer.add([Update(f"u{number}", {"city": "Paris"}) for number in range(200)])
-    [first, second] = buffer.tick(size=100, linger=0, ticket_ttl=10, most=10).tickets
+    [first, second] = buffer.tick(size=100, linger=0, ticket_ttl=10, quota=10, horizon=1.0).tickets
 
     batch = buffer.claim(first, 100)
     assert batch is not None

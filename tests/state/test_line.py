@@ -27,7 +27,7 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
 
 
 def turn(buffer: Buffer, now_ms: int) -> Tick:
-    return buffer.tick(size=100, linger=0.25, ticket_ttl=10, most=10, now_ms=now_ms)
+    return buffer.tick(size=100, linger=0.25, ticket_ttl=10, quota=10, horizon=1.0, now_ms=now_ms)
 
 
 def stop(
@@ -257,7 +257,7 @@ def test_a_persons_pause_is_ended_by_a_person_only(line: Line, buffer: Buffer) -
     state = line.read()
     assert (state.state, state.reason, state.next_probe) == ("paused", "maintenance", None)
     assert line.resume()
-    assert len(turn(buffer, NOW).tickets) == 2
+    assert len(turn(buffer, NOW).tickets) == 3
 
 
 def test_what_is_in_flight_at_a_pause_is_still_settled(line: Line, buffer: Buffer) -> None:

@@ -80,6 +80,7 @@ class Model:
     shadow: dict[str, dict[str, tuple[str | None, int]]] = field(default_factory=dict)
     dead: dict[str, Values] = field(default_factory=dict)
     tickets: set[str] = field(default_factory=set)
+    partial_at: int = 0
     #: When the last successful batch was claimed, and when the last outage ended.
     ok_at: int = 0
     calm_at: int = 0
@@ -277,6 +278,7 @@ def read(client: redis.Redis, buffer: Buffer) -> Model:
             for user, raw in table(keys.dead).items()
         },
         tickets=set(scores(keys.tickets)),
+        partial_at=int(client.get(keys.partial_at) or 0),
         ok_at=int(client.hget(keys.health, "ok_at") or 0),
         calm_at=int(client.hget(keys.health, "calm_at") or 0),
         ledger=dict.fromkeys(LEDGER, 0)
@@ -313,7 +315,7 @@ class BufferMachine(RuleBasedStateMachine):
         # The same ids in each run: two leases that end at the same time are reclaimed in the order of ids.
         numbers = itertools.count()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("worker.state.buffer.new_batch_id", lambda: BatchId(f"batch {next(numbers):06}"))
+        self.patch.setattr("worker.state.buffer.new_batch_id", lambda: BatchId(f"batch {next(numbers):06} 0000"))
         keys = new_keys()
         self.dead = DeadLetters(self.client, keys)
         self.buffer = Buffer(self.client, keys, lease=LEASE_MS / 1000, shadow_ttl=10**8)
@@ -368,14 +370,20 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(target=tickets, size=st.integers(1, 3))
     def tick(self, size: int) -> Any:
-        tick = self.buffer.tick(size=size, linger=LINGER_MS / 1000, ticket_ttl=10**6, most=3, now_ms=self.now)
-        lanes = self.model.lanes
+        tick = self.buffer.tick(
+            size=size, linger=LINGER_MS / 1000, ticket_ttl=10**6, quota=3, horizon=1.0, now_ms=self.now
+        )
+        lanes, last = self.model.lanes, self.model.partial_at
         due = [at for at in lanes["delayed"].values() if at <= self.now]
         waiting = [*lanes["live"].values(), *lanes["backfill"].values()]
         wanted, rest = divmod(len(due) + len(waiting), size)
-        if rest and (due or min(waiting) + LINGER_MS <= self.now):
-            wanted += 1
+        oldest = min(waiting, default=10**15)
+        lingers = last <= self.now < oldest + LINGER_MS and oldest < last + LINGER_MS
+        partial = bool(rest) and (bool(due) or not lingers)
+        wanted += partial
         assert len(tick.tickets) == max(0, min(wanted, 3) - len(self.model.tickets))
+        if partial and tick.tickets:
+            self.model.partial_at = self.now
         self.model.tickets |= set(tick.tickets)
         return multiple(*tick.tickets)
 
@@ -409,8 +417,10 @@ class BufferMachine(RuleBasedStateMachine):
         batch=batches,
         named=st.dictionaries(users, outcomes, max_size=5),
         rest=st.one_of(st.none(), outcomes),
+        size=st.sampled_from([0, 1, 2]),
     )
-    def settle(self, batch: BatchId, named: dict[str, Outcome], rest: Outcome | None) -> Any:
+    def settle(self, batch: BatchId, named: dict[str, Outcome], rest: Outcome | None, size: int) -> Any:
+        successor = buffer.new_batch_id() if size else None
         for user in self.model.batches.get(batch, []):
             if isinstance(named.get(user, rest), Acked):
                 for name, (_, version) in self.model.flight[user].values.items():
@@ -419,9 +429,21 @@ class BufferMachine(RuleBasedStateMachine):
         expected = self.model.settle(batch, named, rest, self.now)
         claimed_ms = self.model.claimed_at[batch]
 
-        settled = self.buffer.settle(batch, named, rest=rest, claimed_ms=claimed_ms, now_ms=self.now)
+        settled = self.buffer.settle(
+            batch,
+            named,
+            rest=rest,
+            claimed_ms=claimed_ms,
+            successor=successor,
+            size=size,
+            now_ms=self.now,
+        )
 
-        assert settled == (None if expected is None else (expected, False))
+        ready = len(self.model.lanes["live"]) + len(self.model.lanes["backfill"])
+        goes_on = bool(expected and successor) and ready >= size * (len(self.model.tickets) + 1)
+        assert settled == (None if expected is None else (expected, goes_on))
+        if goes_on and successor:
+            self.model.tickets.add(successor)
 
         return multiple() if batch in self.model.batches else batch
 
@@ -560,6 +582,8 @@ BUGS = {
         "failed_at",
     ),
     "a suspect is forgotten": ("settle", "record.s = 1", "local _ = 0"),
+    "a worker goes on though there is no full batch": ("settle", "ready >= size", "ready >= 1"),
+    "a partial batch is not noted": ("dispatch", "redis.call('SET', partial_at, now)", "local _ = 0"),
     "nobody learns that the service works": ("settle", "'ok_at', claimed", "'ok_at', 0"),
 }
 

@@ -58,6 +58,9 @@ def status_table(state: dict[str, Any]) -> Table:
     table.add_row("dead letters", Text(f"{state['dead']:,}", style="yellow" if state["dead"] else ""))
     eta = _eta(state["eta_s"])
     table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, {eta}")
+    intake = ", ".join(f"{name} {count:,}" for name, count in state["intake"].items() if count)
+    if intake:
+        table.add_row("Celery queue", intake)
     counters = ", ".join(
         f"{name.replace('_', ' ')} {ledger[name]:,}" for name in ledger if name != "balanced"
     )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,7 +105,7 @@ class RabbitQueue:
         self._connection, self._queue, self._redis, self._key = connection, queue, redis, keys.taken
         self._buffer: list[Any] = []
         self._bytes = 0
-        self._unforgotten: list[bytes] = []
+        self._digests: list[bytes] = []
         self._checked_at = time.monotonic()
         try:
             self._channel = self._consume()
@@ -155,8 +153,6 @@ class RabbitQueue:
         digests = [_digest(envelope) for envelope in envelopes]
         again = [message.delivery_info.get("redelivered") for message in messages]
         with self._redis.pipeline(transaction=False) as pipe:
-            if self._unforgotten:
-                pipe.zrem(self._key, *self._unforgotten)
             pipe.zremrangebyscore(self._key, "-inf", now_ms - REMEMBERED * 1000)
             fresh = {digest: now_ms for digest, old in zip(digests, again, strict=True) if not old}
             if fresh:
@@ -165,7 +161,7 @@ class RabbitQueue:
                 pipe.zadd(self._key, dict.fromkeys(digests, now_ms), nx=True)
                 pipe.zmscore(self._key, digests)
             scores = pipe.execute()[-1]
-        self._unforgotten = digests
+        self._digests = digests
         if not any(again):
             return [now_ms] * len(digests)
         return [int(score) if old else now_ms for score, old in zip(scores, again, strict=True)]
@@ -174,6 +170,7 @@ class RabbitQueue:
         self._channel.basic_ack(taken.id, multiple=True)
         # The answer to this comes after the acknowledgement has been seen: only then may the times be forgotten.
         self._channel.queue_declare(self._queue, passive=True)
+        self._redis.zrem(self._key, *self._digests)
 
     def wait(self, seconds: float) -> None:
         if not self._buffer:
@@ -192,7 +189,7 @@ class RabbitQueue:
                 return
             try:
                 self._connection.drain_events(timeout=seconds if not self._buffer else 0.0005)
-            except (TimeoutError, BlockingIOError, socket.timeout):
+            except (TimeoutError, BlockingIOError):
                 return
 
     def waiting(self) -> int:
@@ -208,12 +205,17 @@ def _envelope(message: Any) -> Envelope:
     body = message.body
     body = body.encode(errors="surrogatepass") if isinstance(body, str) else bytes(body)
     headers = properties.get("application_headers")
-    return Envelope(body, properties.get("content_type"), properties.get("content_encoding"), headers, properties)
+    return Envelope(
+        body, properties.get("content_type"), properties.get("content_encoding"), headers, properties
+    )
 
 
 def _digest(envelope: Envelope) -> bytes:
     """What tells a message from others, and is the same when it is delivered again."""
-    headers = json.dumps([envelope.headers, envelope.properties.get("message_id")], default=str, sort_keys=True)
-    hashed = hashlib.blake2b(envelope.body, digest_size=12)
-    hashed.update(headers.encode(errors="replace"))
-    return hashed.digest()
+    headers = envelope.headers if isinstance(envelope.headers, dict) else {}
+    id = (
+        headers.get("id")
+        or envelope.properties.get("message_id")
+        or envelope.properties.get("correlation_id")
+    )
+    return hashlib.blake2b(envelope.body + str(id).encode(errors="replace"), digest_size=12).digest()

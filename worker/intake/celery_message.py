@@ -39,7 +39,14 @@ _LZMA_MEMORY = 64_000_000
 _PARAMETERS = {UPDATE: (("user_id", "attrs", "occurred_at"), 2), UPDATE_MANY: (("updates",), 1)}
 
 #: Encodings that take quadratic time, or read more than text.
-_UNSAFE_ENCODINGS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "unicode-escape", "raw-unicode-escape"}
+_UNSAFE_ENCODINGS = {
+    "idna",
+    "punycode",
+    "unicode_escape",
+    "raw_unicode_escape",
+    "unicode-escape",
+    "raw-unicode-escape",
+}
 
 _UNPACKERS: dict[str, Callable[[], Any]] = {
     # kombu calls zlib's format gzip; the real one is understood, too.

@@ -11,6 +11,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from worker.models import Update
 from worker.producer import Producer, checked
 from worker.state.buffer import MAX_UPDATES_PER_ADD
 from worker.state.connection import Redis
+from worker.state.intake import COUNTS, record_intake
 from worker.state.keys import Keys
 from worker.state.leader import Leader, LeaderLoop
 from worker.state.refused import Refused
@@ -48,9 +50,6 @@ READ_AT_ONCE = MAX_UPDATES_PER_ADD
 REPORT_EVERY = 0.5
 #: Most scheduled messages that are accepted in one turn.
 MOST_DUE = 100
-
-#: What a report counts: messages taken, and what became of their updates.
-COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "scheduled")
 
 
 @dataclass(slots=True)
@@ -171,11 +170,9 @@ class QueueConsumer(LeaderLoop):
         good = []
         for given in call.updates:
             try:
-                update = checked(given, names)
+                good.append(checked(given, names, call.event_ms))
             except InvalidUpdate as error:
                 batch.refused.append((error, given))
-            else:
-                good.append(update if update.occurred_ms else Update(update.user, update.attrs, call.event_ms))
         return good
 
     def _keep(self, batch: _Read) -> None:
@@ -249,11 +246,13 @@ class QueueConsumer(LeaderLoop):
     def _report_counts(self) -> None:
         now = self._clock.monotonic()
         seconds = now - self._reported_at
-        if seconds < REPORT_EVERY:
+        if seconds < REPORT_EVERY or not self._counts.total():
             return
-        self._reported_at = now
         counts = {name: self._counts[name] for name in COUNTS if self._counts[name]}
-        if counts:
-            self._counts.clear()
-            log.info("updates_taken", **counts, seconds=round(seconds, 2))
+        self._reported_at = now
+        self._counts.clear()
+        log.info("updates_taken", **counts, seconds=round(seconds, 2))
+        # For `imattr status` and Flower only: the ledger is kept by the scripts.
+        with contextlib.suppress(Exception):
+            record_intake(self._redis, self._keys, counts, self._queue.waiting() if self._queue else None)
             self._report(counts, seconds)

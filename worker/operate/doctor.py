@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 
 from worker import logs, runtime
 from worker.clock import Clock, SystemClock
-from worker.config import Settings
+from worker.config import Settings, without_protocol
 from worker.delivery.answers import NoReply, Reply
 from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
 from worker.delivery.policy import Verdict, rule_for
@@ -41,6 +41,8 @@ SLOW = 0.005
 PINGS = 5
 #: Seconds by which this machine's clock may differ from Redis', and from the API's: warning, then error.
 REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
+#: Where a message goes whose sender names no queue.
+DEFAULT_QUEUE = "celery"
 #: Timeouts of a Redis broker, seconds.
 _TIMEOUTS = {"socket_connect_timeout": 3, "socket_timeout": 5}
 
@@ -208,22 +210,41 @@ def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so:
 def broker(settings: Settings) -> list[Finding]:
     """Whether Celery's broker answers and, when it is another Redis than the state's, keeps its messages."""
     url = settings.broker_url.reveal()
-    options = {} if url.startswith(("amqp", "pyamqp")) else _TIMEOUTS
+    options = (
+        {} if url.startswith(("amqp", "pyamqp")) else _TIMEOUTS | {"global_keyprefix": settings.broker_prefix}
+    )
     try:
         with Connection(url, connect_timeout=3, transport_options=options) as connection:  # type: ignore[no-untyped-call]
             connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.2)
-            if url == settings.redis_url.reveal():
-                return [Finding("broker", "ok", "answers (the same Redis)")]
             kind = connection.transport.driver_type
-            answers = Finding("broker", "ok", f"answers, {kind}")
-            return [answers, _broker_eviction(connection)] if kind == "redis" else [answers]
+            if url == without_protocol(settings.redis_url.reveal()):
+                found = [Finding("broker", "ok", "answers (the same Redis)")]
+            else:
+                found = [Finding("broker", "ok", f"answers, {kind}")]
+                found += [_broker_eviction(connection)] if kind == "redis" else []
+            stray = _waiting(connection, DEFAULT_QUEUE)
+            return found + [Finding("broker queue", "warning", *_stray(stray))] if stray else found
     except OperationalError as error:
-        found, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
+        words, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
     except Exception as error:
         # kombu quotes a URL that it cannot read, password and all.
-        found = f"IMATTR_BROKER_URL is not understood ({type(error).__name__})"
+        words = f"IMATTR_BROKER_URL is not understood ({type(error).__name__})"
         fix = "write it like amqp://user:password@host:5672// or redis://host:6379/1"
-    return [Finding("broker", "error", found, fix)]
+    return [Finding("broker", "error", words, fix)]
+
+
+def _waiting(connection: Any, queue: str) -> int:
+    """How many messages are in a queue; 0 if there is no such queue."""
+    try:
+        return int(connection.channel().queue_declare(queue, passive=True).message_count)
+    except connection.channel_errors:
+        return 0
+
+
+def _stray(messages: int) -> tuple[str, str]:
+    found = f"{messages:,} messages wait in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
+    fix = 'if they are updates, send them with queue="updates", or set task_routes in the client that sends them'
+    return found, fix
 
 
 def _broker_eviction(connection: Any) -> Finding:

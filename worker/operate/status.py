@@ -9,6 +9,7 @@ from worker.config import Settings
 from worker.ratelimit import SPACING, RateState, read_rate
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
+from worker.state.intake import read_intake
 from worker.state.keys import Keys
 from worker.state.line import Line, LineState
 
@@ -53,6 +54,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         "in_flight": snapshot.in_flight,
         "dead": snapshot.dead,
         "rate": {"quota": settings.quota, "limit": limit, "current": current},
+        "intake": read_intake(redis, keys),
         "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
         "eta_s": None if eta is None else round(eta, 1),
     }

@@ -236,7 +236,16 @@ class Buffer:
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
-        args = (_argument(now_ms), batch, packed, packed_rest, *self._shadow, claimed_ms, successor or "", size)
+        args = (
+            _argument(now_ms),
+            batch,
+            packed,
+            packed_rest,
+            *self._shadow,
+            claimed_ms,
+            successor or "",
+            size,
+        )
         users, issued = self._settle(self._settle_keys, args)
         return None if users < 0 else Settled(users, bool(issued))
 

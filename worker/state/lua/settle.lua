@@ -124,13 +124,7 @@ for i, user in ipairs(users) do
   local verb, first, second = unpack(outcomes[user] or rest)
   local newer = waiting[i] and cjson.decode(waiting[i])
   if verb == 'ack' then
-    if shadow_ttl > 0 and not delivered[i] then
-      -- By far the most frequent outcome: the record itself is the memory.
-      memories[#memories + 1], memories[#memories + 2] = user, sent[i]
-      times[#times + 1], times[#times + 2] = now, user
-    else
-      remember(i, user, sent[i], true)
-    end
+    remember(i, user, sent[i], true)
     counts.delivered = counts.delivered + 1
   elseif verb == 'dead_letter' then
     remember(i, user, sent[i], false)
@@ -177,12 +171,9 @@ if #forget > 0 then
   redis.call('HDEL', shadow, unpack(forget))
 end
 
-if successor == '' then
-  return { #users, 0 }
+local ready = successor ~= '' and redis.call('ZCARD', live) + redis.call('ZCARD', backfill) or 0
+local goes_on = successor ~= '' and ready >= size * (redis.call('ZCARD', tickets) + 1)
+if goes_on then
+  redis.call('ZADD', tickets, now, successor)
 end
-local ready = redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
-if ready < size * (redis.call('ZCARD', tickets) + 1) then
-  return { #users, 0 }
-end
-redis.call('ZADD', tickets, now, successor)
-return { #users, 1 }
+return { #users, goes_on and 1 or 0 }
