@@ -14,10 +14,9 @@ from typing import Any
 
 import structlog
 from celery import Celery, Task, signals
-from celery.concurrency import ALIASES
+from celery.concurrency import get_implementation
 from celery.worker.request import Request
 from kombu.entity import Exchange, Queue
-from kombu.utils.imports import symbol_by_name
 
 from worker import logs, runtime, transport  # noqa: F401  # the transport patches Celery's
 from worker.config import Settings
@@ -65,7 +64,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url.reveal(),
         # Objects, because Flower does not understand plain dictionaries.
-        "task_queues": [Queue(name, Exchange(name), name) for name in (UPDATES, DELIVERIES)],
+        "task_queues": [_queue(UPDATES), _queue(DELIVERIES)],
         "worker_consumer": "worker.transport:SturdyConsumer",
         "task_default_queue": UPDATES,
         "task_routes": {"attributes.deliver": {"queue": DELIVERIES}},
@@ -91,6 +90,10 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "broker_transport_options": _transport(settings),
     }
+
+
+def _queue(name: str) -> Queue:
+    return Queue(name, Exchange(name), name)  # type: ignore[no-untyped-call]
 
 
 def _transport(settings: Settings) -> dict[str, Any]:
@@ -147,8 +150,8 @@ POOLS = ("threads", "prefork")
 
 @signals.worker_init.connect
 def _refuse_other_pools(sender: Any, **_: Any) -> None:
-    wanted = symbol_by_name(sender.pool_cls, ALIASES)
-    if wanted not in {symbol_by_name(ALIASES[name]) for name in POOLS}:
+    wanted = get_implementation(sender.pool_cls)
+    if wanted not in [get_implementation(name) for name in POOLS]:
         name = wanted.__module__.rpartition(".")[2]
         print(
             f"imattr cannot start:\n  --pool {name} is not supported, use threads or prefork", file=sys.stderr

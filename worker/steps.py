@@ -50,7 +50,7 @@ class _Loop(Protocol):
     def stop(self) -> None: ...
 
 
-class _ThreadStep(bootsteps.StartStopStep):
+class _ThreadStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no type hints
     """Runs a loop in a thread of its own."""
 
     requires = frozenset({"celery.worker.components:Pool"})

@@ -315,7 +315,9 @@ class BufferMachine(RuleBasedStateMachine):
         # The same ids in each run: two leases that end at the same time are reclaimed in the order of ids.
         numbers = itertools.count()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("worker.state.buffer.new_batch_id", lambda: BatchId(f"batch {next(numbers):06} 0000"))
+        self.patch.setattr(
+            "worker.state.buffer.new_batch_id", lambda: BatchId(f"batch {next(numbers):06} 0000")
+        )
         keys = new_keys()
         self.dead = DeadLetters(self.client, keys)
         self.buffer = Buffer(self.client, keys, lease=LEASE_MS / 1000, shadow_ttl=10**8)
@@ -430,13 +432,7 @@ class BufferMachine(RuleBasedStateMachine):
         claimed_ms = self.model.claimed_at[batch]
 
         settled = self.buffer.settle(
-            batch,
-            named,
-            rest=rest,
-            claimed_ms=claimed_ms,
-            successor=successor,
-            size=size,
-            now_ms=self.now,
+            batch, named, rest=rest, claimed_ms=claimed_ms, successor=successor, size=size, now_ms=self.now
         )
 
         ready = len(self.model.lanes["live"]) + len(self.model.lanes["backfill"])

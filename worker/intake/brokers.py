@@ -80,7 +80,7 @@ class RedisQueue:
 
     def wait(self, seconds: float) -> None:
         # Moves the oldest message to where it is: there is no other way to wait without taking.
-        self._redis.blmove(self._lists[0], self._lists[0], seconds, "RIGHT", "RIGHT")
+        self._redis.blmove(self._lists[0], self._lists[0], seconds, "RIGHT", "RIGHT")  # type: ignore[arg-type]
 
     def waiting(self) -> int:
         with self._redis.pipeline(transaction=False) as pipe:
@@ -159,7 +159,7 @@ class RabbitQueue:
                 pipe.zadd(self._key, fresh)
             if len(fresh) < len(digests):
                 pipe.zadd(self._key, dict.fromkeys(digests, now_ms), nx=True)
-                pipe.zmscore(self._key, digests)
+                pipe.zmscore(self._key, digests)  # type: ignore[arg-type]
             scores = pipe.execute()[-1]
         self._digests = digests
         if not any(again):

@@ -173,7 +173,7 @@ def _body(envelope: Envelope, headers: Mapping[str, Any]) -> Any:
     text = _text(envelope, headers)
     try:
         # Few messages have types beyond JSON's, such as datetime, and looking into each object takes time.
-        return load_with_types(text) if "__type__" in text else _parse(text)
+        return load_with_types(text) if "__type__" in text else _parse(text)  # type: ignore[no-untyped-call]
     except Exception:
         raise _invalid("the body is not JSON") from None
 

@@ -76,7 +76,7 @@ class QueueConsumer(LeaderLoop):
         open_queue: Callable[[], Queue],
         *,
         worker: str,
-        report: Callable[[dict[str, int], float], None] = lambda counts, seconds: None,
+        report: Callable[[dict[str, int], float], None] = lambda _counts, _seconds: None,
     ) -> None:
         """`open_queue` connects to the broker, and is called again after every failure.
 
@@ -92,7 +92,7 @@ class QueueConsumer(LeaderLoop):
         #: What was taken and not read yet, and what was read and not accepted yet.
         self._unread: Sequence[tuple[bytes | Envelope, int]] = ()
         self._left: list[Update] = []
-        self._due: list[bytes] = []
+        self._due: Any = ()
         self._now_ms = 0
         self._full = False
         self._counts: Counter[str] = Counter()
@@ -105,7 +105,7 @@ class QueueConsumer(LeaderLoop):
 
     def follow(self) -> None:
         """Let go of everything: what was taken and not finished is the next leader's."""
-        self._taken, self._unread, self._left, self._due = None, (), [], []
+        self._taken, self._unread, self._left, self._due = None, (), [], ()
         if self._queue:
             self._queue.close()
             self._queue = None
@@ -231,7 +231,7 @@ class QueueConsumer(LeaderLoop):
                 return FULL_PAUSE
         if self._due:
             self._redis.zrem(self._keys.scheduled, *self._due)
-            self._due = []
+            self._due = ()
         if self._taken and self._queue:
             self._queue.finish(self._taken)
             self._taken = None

@@ -223,7 +223,7 @@ def broker(settings: Settings) -> list[Finding]:
                 found = [Finding("broker", "ok", f"answers, {kind}")]
                 found += [_broker_eviction(connection)] if kind == "redis" else []
             stray = _waiting(connection, DEFAULT_QUEUE)
-            return found + [Finding("broker queue", "warning", *_stray(stray))] if stray else found
+            return [*found, Finding("broker queue", "warning", *_stray(stray))] if stray else found
     except OperationalError as error:
         words, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
     except Exception as error:
