@@ -18,6 +18,7 @@ from kombu.transport import redis as redis_transport
 
 from worker import runtime
 from worker.errors import InvalidUpdate
+from worker.intake.celery_message import UPDATE, UPDATE_MANY, Envelope, read
 from worker.state.connection import ConnectionError as RedisConnectionError
 from worker.state.connection import RedisError
 
@@ -109,6 +110,11 @@ class SturdyChannel(redis_transport.Channel):
 redis_transport.Transport.Channel = SturdyChannel
 
 
+def _envelope(message: Any) -> Envelope:
+    kind, encoding = message.content_type, message.content_encoding
+    return Envelope(bytes(message.body), kind, encoding, message.headers, message.properties)
+
+
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hints
     """Celery's consumer, which goes on after every error."""
 
@@ -125,7 +131,12 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hint
 
         def sturdy(message: Any) -> Any:
             try:
+                # A task whose arguments cannot be passed to it fails without a word to anybody.
+                if type(message.headers) is dict and message.headers.get("task") in (UPDATE, UPDATE_MANY):
+                    read(_envelope(message), 0)
                 return handle(message)
+            except InvalidUpdate as error:
+                self._refuse(message, error.rule)
             except (RedisError, *lost):
                 raise
             except Exception as error:

@@ -242,7 +242,8 @@ def _waiting(connection: Any, queue: str) -> int:
 
 
 def _stray(messages: int) -> tuple[str, str]:
-    found = f"{messages:,} messages wait in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
+    many = "1 message waits" if messages == 1 else f"{messages:,} messages wait"
+    found = f"{many} in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
     fix = 'if they are updates, send them with queue="updates", or set task_routes in the client that sends them'
     return found, fix
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -69,8 +69,9 @@ class EmbeddedServer:
         port: int | None = None,
         appendfsync: Literal["always", "everysec"] = "everysec",
         environ: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
-        """`environ` is the server process' environment; None = ours."""
+        """`environ` is the server process' environment; None = ours. `options` are more of its arguments."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = port or free_port()
@@ -89,7 +90,7 @@ class EmbeddedServer:
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         # In a session of its own, so that Ctrl-C in the terminal does not reach the server, which stops last.
         self._process = subprocess.Popen(
-            [find_server(), *arguments],
+            [find_server(), *arguments, *options],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,0 +1,369 @@
+"""The border to Celery, with real workers: nothing in a queue ends one, nor does any answer of the broker's server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import requests
+from celery import Celery
+from kombu import Connection
+
+from tests.chaos.brokers import RabbitMQ, find_rabbitmq
+from tests.intake.messages import MALFORMED, encoded, envelope
+from tests.test_end_to_end import HASTY, System, running, updates, wait_until
+from worker.intake.brokers import RabbitQueue, Taken
+from worker.operate import doctor
+from worker.sandbox.processes import Plan
+from worker.sandbox.redis_server import EmbeddedServer
+from worker.state.intake import read_intake
+from worker.state.keys import Keys
+from worker.state.refused import Refused
+from worker.state.scripts import text
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+PLAN = Plan(workers=2, concurrency=4, flower=False)
+
+
+def workers(system: System) -> dict[str, int]:
+    system.sandbox.check()
+    return {name: pid for name, pid in system.sandbox.pids().items() if name.startswith("worker")}
+
+
+def leader(system: System) -> str:
+    """The worker whose process takes messages now."""
+    return text(system.redis.get(system.keys.queue_consumer) or "").partition("@")[0]
+
+
+@pytest.mark.parametrize("queue", ["updates", "deliveries"])
+def test_nothing_in_a_queue_ends_a_worker_or_stops_what_is_behind_it(tmp_path: Path, queue: str) -> None:
+    with running(tmp_path, PLAN) as system:
+        before = workers(system)
+        for message in MALFORMED.values():
+            system.redis.lpush(queue, message if isinstance(message, bytes) else encoded(message))
+            system.redis.publish(
+                "/0.celery.pidbox", message if isinstance(message, bytes) else encoded(message)
+            )
+        stranger = Celery(broker=system.sandbox.redis_url, set_as_current=False)
+        for user, attrs in updates(50):
+            stranger.send_task("attributes.update", [user, attrs], queue="updates")
+
+        wait_until(lambda: len(system.simulator("users")) >= 50)
+        wait_until(lambda: not system.redis.llen(queue) and not system.redis.hlen("unacked"))
+
+        assert dict(updates(50)).items() <= system.simulator("users").items()
+        assert workers(system) == before
+        assert Refused(system.redis, system.keys).count() == len(MALFORMED)
+        logs = "".join(log.read_text() for log in tmp_path.glob("worker-*.log"))
+        assert "Unrecoverable error" not in logs
+        assert "queue_process_ended" not in logs
+
+
+def _readonly(client: redis.Redis) -> Iterator[None]:
+    client.replicaof("127.0.0.1", "1")
+    yield
+    client.replicaof("NO", "ONE")
+
+
+def _master_down(client: redis.Redis) -> Iterator[None]:
+    client.config_set("replica-serve-stale-data", "no")
+    client.replicaof("127.0.0.1", "1")
+    yield
+    client.replicaof("NO", "ONE")
+
+
+def _out_of_memory(client: redis.Redis) -> Iterator[None]:
+    client.config_set("maxmemory", "1mb")
+    yield
+    client.config_set("maxmemory", "0")
+
+
+def _no_replicas(client: redis.Redis) -> Iterator[None]:
+    client.config_set("min-replicas-to-write", 1)
+    yield
+    client.config_set("min-replicas-to-write", 0)
+
+
+def _no_auth(client: redis.Redis) -> Iterator[None]:
+    client.config_set("requirepass", "x")
+    client.client_kill_filter(_type="normal", skipme=True)
+    yield
+    client.config_set("requirepass", "")
+
+
+def _busy(client: redis.Redis) -> Iterator[None]:
+    client.config_set("busy-reply-threshold", 200)
+    with contextlib.suppress(redis.RedisError):
+        client.eval("local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 3 do end", 0)
+    yield
+
+
+FAULTS: dict[str, Callable[[redis.Redis], Iterator[None]]] = {
+    "READONLY": _readonly,
+    "MASTERDOWN": _master_down,
+    "OOM": _out_of_memory,
+    "NOREPLICAS": _no_replicas,
+    "NOAUTH": _no_auth,
+    "BUSY": _busy,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_reply_of_redis_is_waited_out_in_the_middle_and_at_the_start(
+    tmp_path: Path, fault: str
+) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=4, flower=False), **HASTY) as system:
+        stranger = Celery(broker=system.sandbox.redis_url, set_as_current=False)
+        system.producer.set_many(updates(3000))
+        before = workers(system)
+        striking = FAULTS[fault](system.redis)
+        next(striking)
+        # A second worker starts into it.
+        starting = system.sandbox.start_worker(2)
+        time.sleep(2)
+        assert workers(system).items() >= before.items()
+
+        next(striking, None)
+        starting()
+        stranger.send_task("attributes.update", ["late", {"city": "Oslo"}], queue="updates")
+        wait_until(lambda: system.settled() and "late" in system.simulator("users"))
+
+        assert workers(system).items() >= before.items()
+        assert len(system.simulator("users")) == 3001
+        assert system.snapshot().balanced
+
+
+@pytest.mark.parametrize("query", ["", "?protocol=3"])
+def test_a_server_that_refuses_hello_will_do_for_state_and_broker(tmp_path: Path, query: str) -> None:
+    options = ("--rename-command", "HELLO", "")
+    with EmbeddedServer(tmp_path / "old", persistent=False, options=options) as server:
+        with redis.Redis.from_url(server.url, protocol=2) as client, pytest.raises(redis.ResponseError):
+            client.execute_command("HELLO", "3")
+        with running(tmp_path, PLAN, IMATTR_REDIS_URL=server.url + query) as system:
+            system.redis = redis.Redis.from_url(server.url, protocol=2)
+            stranger = Celery(broker=server.url, set_as_current=False)
+            stranger.conf.broker_transport_options = {}
+            for user, attrs in updates(20):
+                system.redis.lpush("updates", encoded(envelope(user, attrs)))
+            system.redis.xadd(system.keys.updates, {"user": "eve", "attrs": '{"city":"Oslo"}'})
+            system.producer.set("ann", {"city": "Rome"})
+
+            wait_until(lambda: len(system.simulator("users")) == 22)
+
+
+def test_a_worker_killed_while_it_takes_messages_loses_none(tmp_path: Path) -> None:
+    with running(tmp_path, PLAN, **HASTY) as system:
+        for user, attrs in updates(20_000):
+            system.redis.lpush("updates", encoded(envelope(user, attrs)))
+        wait_until(lambda: system.snapshot().ledger["accepted"] > 1000)
+        name = leader(system)
+        os.killpg(workers(system)[name], signal.SIGKILL)
+        system.sandbox.forget(name)
+        for user, attrs in updates(500, "Rome"):
+            system.redis.lpush("updates", encoded(envelope(user, attrs)))
+
+        wait_until(system.settled_all, 90)
+
+        assert system.simulator("users") == dict(updates(20_000)) | dict(updates(500, "Rome"))
+        assert system.snapshot().balanced
+
+
+def test_the_intake_ends_with_its_worker_however_that_ends(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=2, flower=False)) as system:
+        [worker] = workers(system).values()
+        [intake] = _children(worker)
+
+        os.kill(intake, signal.SIGKILL)
+        wait_until(lambda: _children(worker) and _children(worker) != [intake])
+        [successor] = _children(worker)
+        system.redis.lpush("updates", encoded(envelope("ann")))
+        wait_until(lambda: "ann" in system.simulator("users"))
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{successor}").exists(), 20)
+        system.sandbox.forget("worker-1")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] + [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        if thread.name != str(pid)
+        for child in (thread / "children").read_text().split()
+    ]
+
+
+def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=2, flower=True)) as system:
+        for user, attrs in updates(500):
+            system.redis.lpush("updates", encoded(envelope(user, attrs)))
+        system.redis.lpush("updates", b"Xanadu")
+        wait_until(lambda: len(system.simulator("users")) == 500)
+        wait_until(lambda: read_intake(system.redis, system.keys)["taken"] == 501)
+
+        metrics = system.sandbox.flower_url + "/metrics"
+        wait_until(lambda: 'task="attributes.intake"' in requests.get(metrics, timeout=20).text)
+        broker = requests.get(f"{system.sandbox.flower_url}/broker", timeout=20).text
+        assert "updates" in broker
+        assert "deliveries" in broker
+        assert "has no attribute" not in broker
+
+
+def test_doctor_finds_messages_that_were_sent_without_a_queue(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=2, flower=False)) as system:
+        Celery(broker=system.sandbox.redis_url, set_as_current=False).send_task(
+            "attributes.update", ["ann", {"city": "Paris"}]
+        )
+
+        findings = list(doctor.examine(system.sandbox.environ))
+
+        [found] = [finding for finding in findings if finding.check == "broker queue"]
+        assert found.level == "warning"
+        assert "1 message waits in Celery's default queue" in found.found
+        assert "task_routes" in found.fix
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_every_pool_ends_in_order_at_sigterm(tmp_path: Path, pool: str) -> None:
+    plan = Plan(workers=1, concurrency=2, pool=pool, flower=False, simulator_options=("--latency", "0.6"))
+    with running(tmp_path, plan) as system:
+        faults = [
+            {"kind": "user_code", "user": f"user{n:05}", "code": 90048, "times": None} for n in (3, 40, 77)
+        ]
+        system.simulator("faults", faults)
+        system.producer.set_many(updates(100))
+        wait_until(lambda: system.snapshot().in_flight)
+        time.sleep(1.5)
+        [worker] = workers(system).values()
+        calls = system.simulator("state")["calls"]
+
+        os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{worker}").exists() or _is_zombie(worker))
+        system.sandbox.forget("worker-1")
+
+        assert system.simulator("state")["calls"] - calls <= 4
+        assert system.snapshot().in_flight == 0
+        assert system.snapshot().balanced
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("pool", ["solo", "gevent", "eventlet"])
+def test_a_pool_that_is_not_supported_is_refused_at_the_start(tmp_path: Path, pool: str) -> None:
+    environ = {
+        **os.environ,
+        "IMATTR_SDKAPPID": "1400000000",
+        "IMATTR_SECRET_KEY": "x" * 64,
+        "IMATTR_API_URL": "http://127.0.0.1:9",
+        "IMATTR_REDIS_URL": "redis://127.0.0.1:9/0",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "worker", "worker", "--pool", pool]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 or f"No module named '{pool}'" in said
+    assert done.returncode != 2 or "not supported, use threads or prefork" in said
+
+
+rabbitmq = pytest.mark.skipif(find_rabbitmq() is None, reason="RabbitMQ is not installed")
+
+
+@rabbitmq
+def test_rabbitmqs_messages_are_taken_in_bulk_and_bad_ones_kept(tmp_path: Path) -> None:
+    broker = RabbitMQ(tmp_path / "rabbit")
+    try:
+        with running(tmp_path / "box", PLAN, IMATTR_BROKER_URL=broker.url) as system:
+            before = workers(system)
+            stranger = Celery(broker=broker.url, set_as_current=False)
+            for user, attrs in updates(300):
+                stranger.send_task("attributes.update", [user, attrs], queue="updates")
+            stranger.send_task("attributes.updat", ["x", {}], queue="updates", compression="gzip")
+            with stranger.connection_for_write() as connection:
+                channel = connection.channel()
+                for raw in (b"hello", b"", b"\xff", b"[" * 10_000):
+                    message = channel.prepare_message(
+                        raw, content_type="application/json", headers={"task": {}}
+                    )
+                    channel.basic_publish(message, exchange="", routing_key="updates")
+                    channel.basic_publish(message, exchange="", routing_key="deliveries")
+            stranger.send_task("attributes.update", ["last", {"city": "Oslo"}], queue="updates")
+
+            wait_until(lambda: len(system.simulator("users")) == 301)
+            wait_until(lambda: Refused(system.redis, system.keys).count() == 9)
+
+            assert workers(system) == before
+            assert not system.redis.zcard(system.keys.taken)
+    finally:
+        broker.stop()
+
+
+@rabbitmq
+def test_what_rabbitmq_delivers_again_has_the_time_of_the_first_taking(
+    tmp_path: Path, client: redis.Redis, keys: Keys
+) -> None:
+    broker = RabbitMQ(tmp_path / "rabbit")
+
+    def connect() -> RabbitQueue:
+        return RabbitQueue(Connection(broker.url), "updates", client, keys)
+
+    def take(queue: RabbitQueue, now_ms: int, count: int) -> Taken:
+        messages: list[Any] = []
+        while len(messages) < count:
+            queue.wait(0.1)
+            if taken := queue.take(now_ms):
+                messages += taken.messages
+        return Taken(taken.id if taken else None, messages)
+
+    try:
+        killed = connect()
+        stranger = Celery(broker=broker.url, set_as_current=False)
+        for number in range(3):
+            stranger.send_task("attributes.update", [f"user{number}", {"city": "x"}], queue="updates")
+        assert [at for _, at in take(killed, 1_000, 3).messages] == [1_000] * 3
+        killed.close()
+        stranger.send_task("attributes.update", ["new", {"city": "x"}], queue="updates")
+        successor = connect()
+
+        again = take(successor, 2_000, 4)
+        successor.finish(again)
+
+        assert [at for _, at in again.messages] == [1_000, 1_000, 1_000, 2_000]
+        assert successor.waiting() == 0
+        assert take_nothing(successor)
+        successor.close()
+        last = connect()
+        assert take_nothing(last)
+        last.close()
+    finally:
+        broker.stop()
+
+
+def take_nothing(queue: RabbitQueue) -> bool:
+    queue.wait(0.2)
+    return queue.take(3_000) is None
+
+
+def test_a_worker_of_deliveries_only_leaves_the_updates_alone(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=0, flower=False)) as system:
+        system.sandbox._spawn(
+            "worker-1",
+            ["-m", "celery", "-A", "worker", "worker", "-P", "threads", "-c", "2", "-Q", "deliveries"],
+        )
+        system.redis.lpush("updates", encoded(envelope("ann")))
+        system.producer.set("bob", {"city": "Paris"})
+        wait_until(lambda: "bob" in system.simulator("users"))
+
+        assert system.redis.llen("updates") == 1
+        assert json.loads(system.redis.lindex("updates", 0))  # type: ignore[arg-type]
