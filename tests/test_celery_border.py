@@ -17,7 +17,7 @@ import pytest
 import redis
 import requests
 from celery import Celery
-from kombu import Connection
+from kombu.connection import Connection
 
 from tests.chaos.brokers import RabbitMQ, find_rabbitmq
 from tests.intake.messages import MALFORMED, encoded, envelope
@@ -316,7 +316,12 @@ def test_what_rabbitmq_delivers_again_has_the_time_of_the_first_taking(
     broker = RabbitMQ(tmp_path / "rabbit")
 
     def connect() -> RabbitQueue:
-        return RabbitQueue(Connection(broker.url), "updates", client, keys)
+        return RabbitQueue(
+            Connection(broker.url),  # type: ignore[no-untyped-call]
+            "updates",
+            client,
+            keys,
+        )
 
     def take(queue: RabbitQueue, now_ms: int, count: int) -> Taken:
         messages: list[Any] = []

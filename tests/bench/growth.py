@@ -75,10 +75,10 @@ def _step_costs(pending: int, rounds: int = 80) -> dict[str, float]:
         client.zadd(keys.tickets, dict.fromkeys(tickets, 1))
 
         def cost(step: Callable[[int], object]) -> float:
-            used = _redis_cpu(client)
+            used = redis_cpu(client)
             for number in range(rounds):
                 step(number)
-            return (_redis_cpu(client) - used) / rounds
+            return (redis_cpu(client) - used) / rounds
 
         return {
             "memory": memory,
@@ -92,7 +92,7 @@ def _hundreds(start: int, count: int) -> range:
     return range(start, start + 100 * count, 100)
 
 
-def _redis_cpu(client: redis.Redis) -> float:
+def redis_cpu(client: redis.Redis) -> float:
     """Seconds of processor time that the server has used."""
     used = client.info("cpu")
     return float(used["used_cpu_user"]) + float(used["used_cpu_sys"])
@@ -163,16 +163,16 @@ class Fleet:
         """What happens in so many seconds from now on."""
         self.control("reset-arrivals", None)
         pids = list(self._workers().values())
-        workers, redis_cpu, (commands, scripts) = (
+        workers, used_by_redis, (commands, scripts) = (
             sum(map(cpu, pids)),
-            _redis_cpu(self._redis),
+            redis_cpu(self._redis),
             self._commands(),
         )
         start = time.monotonic()
         time.sleep(seconds)
         state, took = state_of(self.sandbox), time.monotonic() - start
         workers = sum(map(cpu, pids)) - workers
-        redis_cpu = _redis_cpu(self._redis) - redis_cpu
+        used_by_redis = redis_cpu(self._redis) - used_by_redis
         commands, scripts = (
             now - before for now, before in zip(self._commands(), (commands, scripts), strict=True)
         )
@@ -181,7 +181,7 @@ class Fleet:
             rate=(calls - 1) / state["seconds"],
             worst=state["worst_rolling_second"],
             worker_cpu=workers / calls,
-            redis_cpu=redis_cpu / took,
+            redis_cpu=used_by_redis / took,
             commands=commands / calls,
             scripts=scripts / calls,
         )

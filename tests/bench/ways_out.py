@@ -117,28 +117,6 @@ def delivery(results: Results) -> None:
     results.add("worker CPU a batch of 100", f"{busy:.2f} ms", "<= 8 ms", busy <= 8)
 
 
-def idle(results: Results) -> None:
-    """One update at a time in an idle system: accepted until applied."""
-    plan = Plan(workers=2, concurrency=16, flower=False, names=tuple(ATTRS))
-    with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), {}, plan) as sandbox:
-        producer = Producer(sandbox.redis_url, APP)
-        accepted = {}
-        for user, attrs in users(40):
-            producer.set(user, attrs)
-            accepted[user] = time.monotonic()
-            time.sleep(0.5)
-        time.sleep(1)
-        record = requests.get(f"{sandbox.api_url}/simulator/record", timeout=10).text.splitlines()
-        waits = [at - accepted[user] for at, _, user, _ in map(json.loads, record)]
-    half, most = statistics.median(waits), sorted(waits)[int(len(waits) * 0.95)]
-    results.add(
-        "idle, accepted to arrived at the API",
-        f"p50 {half:.3f} s, p95 {most:.3f} s",
-        "p50 <= 0.4 s",
-        len(waits) == 40 and half <= 0.4,
-    )
-
-
 def instrument(results: Results) -> None:
     """The simulator itself: it must never be what a measurement measures."""
     options = ("--latency", "0", "--quota", "0")
