@@ -24,6 +24,7 @@ from rich.table import Table
 from tests import history
 from tests.chaos.brokers import find_rabbitmq
 from tests.chaos.faults import FAULTS, GROUPS, Fault, Struck
+from tests.chaos.fuzz import MESSAGES, fuzz
 from tests.chaos.system import System, running
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +291,12 @@ def main() -> None:
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         good = run(directory, seed, options.minutes * 60, options.workers, options.fsync, rabbitmq, only)
-    sys.exit(0 if good else 1)
+        wrong = [] if options.only else fuzz(directory / "fuzz", seed)
+        for words in wrong:
+            console.print(f"[bold red]✗[/] {words}")
+        if not options.only and not wrong:
+            console.print(f"[green]✓[/] {MESSAGES:,} malformed messages ended no worker and lost no good one")
+    sys.exit(0 if good and not wrong else 1)
 
 
 def run(

@@ -58,6 +58,8 @@ class Contestant:
     enqueuer: str = ""
     #: Celery's app.
     app: str = ""
+    #: The same function for events that come one by one from Celery clients; empty: the same as `enqueuer`.
+    client: str = ""
     kill_users: int = DIFFERENT
     #: Whether events come with their times, in the order of arrival. The others get them in the order of events.
     takes_times: bool = False
@@ -79,7 +81,7 @@ class Contestant:
 
 def _on_celery(name: str, title: str, setting: str, kill_users: int = DIFFERENT) -> Contestant:
     module = f"tests.bench.rivals.{name}"
-    return Contestant(name, title, setting, _left_of_celery, module, module, kill_users)
+    return Contestant(name, title, setting, _left_of_celery, module, module, kill_users=kill_users)
 
 
 _BATCHES = (
@@ -96,6 +98,7 @@ CONTESTANTS = (
         _left_of_ours,
         "tests.bench.rivals.ours",
         "worker",
+        "tests.bench.rivals.ours_celery",
         takes_times=True,
     ),
     _on_celery(

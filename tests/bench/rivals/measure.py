@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -47,6 +48,10 @@ LATENCY = 0.05
 #: Seconds for the first call; and without a call until nothing more is expected, longer than any contestant
 #: takes to give what a dead worker had to another one.
 START, STALL = 60.0, 150.0
+
+
+#: Client processes that send messages one by one, and how many each of them sends.
+CLIENTS, EACH_CLIENT = 8, 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +253,40 @@ def kill_one(contestant: Contestant, scale: float) -> dict[str, Any]:
     }
 
 
+def from_clients(contestant: Contestant, cap: float) -> dict[str, Any]:
+    """Different users, one message each, from clients that all begin at once, until they are at the API."""
+    if not contestant.app:
+        return {"from_clients": None}
+    module = contestant.client or contestant.enqueuer
+    with stage(contestant) as it, contextlib.ExitStack() as stack:
+        it.start("worker-1", "worker-2")
+        logs = [it.sandbox.directory / f"{name}.log" for name in it.workers]
+        it.wait(lambda: all(b" ready." in log.read_bytes() for log in logs), START)
+        clients = []
+        for number in range(CLIENTS):
+            file = it.sandbox.directory / f"events-{number}.jsonl"
+            lines = (json.dumps((*user, 0)) + "\n" for user in users(EACH_CLIENT, number * EACH_CLIENT))
+            file.write_text("".join(lines), encoding="utf-8")
+            command = [sys.executable, "-m", "tests.bench.rivals.enqueue", module, str(file), "wait"]
+            client = subprocess.Popen(
+                command, cwd=ROOT, env=it._environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            clients.append(stack.enter_context(client))
+        for client in clients:
+            assert client.stdout
+            client.stdout.readline()
+        start = time.monotonic()
+        for client in clients:
+            assert client.stdin
+            client.stdin.write("go\n")
+            client.stdin.flush()
+        it.wait(lambda: it.state()["users"] >= CLIENTS * EACH_CLIENT, cap)
+        result = it.state()["users"] / (time.monotonic() - start)
+        for client in clients:
+            client.kill()
+    return {"from_clients": result}
+
+
 def rate(times: Sequence[float]) -> float:
     """Users a second, from the times at which they arrived (seconds), over the full seconds from the first to the last.
 
@@ -305,7 +344,9 @@ def measure(scale: Scale, say: Callable[[str], None], only: Sequence[str] = ()) 
         say(f"{contestant.title}, the job: {_short(done)}")
         killed = kill_one(contestant, scale.kill)
         say(f"{contestant.title}, one worker killed: {_short(killed)}")
-        figures[contestant.name] = Figures(**done, **killed)
+        clients = from_clients(contestant, scale.cap)
+        say(f"{contestant.title}, eight clients: {_short(clients)}")
+        figures[contestant.name] = Figures(**done, **killed, **clients)
     setup = {
         "events": scale.events,
         "users": len(job.expected.latest),

@@ -38,6 +38,8 @@ class Figures:
     users_per_second: float
     lost: int
     twice: int
+    #: Different users a second at the API, enqueued meanwhile by eight clients of Celery (None: it has none).
+    from_clients: float | None = None
 
     def whole(self, value: float) -> float:
         """What it would be for the whole job."""
@@ -98,6 +100,11 @@ _IN_CALLS += (
 
 LINES = (
     Line("users delivered a second, all different", lambda it: it.users_per_second, more=True, excuses=_OVER),
+    Line(
+        "users a second from 8 Celery clients, `delay()` until at the API",
+        lambda it: it.from_clients,
+        more=True,
+    ),
     Line("all events delivered after, s", lambda it: it.whole(it.seconds), "{:,.1f}", whole=True),
     Line("events delivered a second", lambda it: it.done * it.events / it.seconds, more=True),
     Line("calls made", lambda it: it.whole(it.calls), whole=True),
