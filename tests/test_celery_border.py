@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import pytest
 import redis
 import requests
 from celery import Celery
+from kombu.compression import decompress
 from kombu.connection import Connection
 
 from tests.chaos.brokers import RabbitMQ, find_rabbitmq
 from tests.intake.messages import MALFORMED, encoded, envelope
 from tests.test_end_to_end import HASTY, System, running, updates, wait_until
+from worker import transport
 from worker.intake.brokers import RabbitQueue, Taken
+from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
 from worker.sandbox.processes import Plan
 from worker.sandbox.redis_server import EmbeddedServer
@@ -68,6 +72,12 @@ def test_nothing_in_a_queue_ends_a_worker_or_stops_what_is_behind_it(tmp_path: P
         logs = "".join(log.read_text() for log in tmp_path.glob("worker-*.log"))
         assert "Unrecoverable error" not in logs
         assert "queue_process_ended" not in logs
+
+
+def test_celery_itself_unpacks_no_bomb() -> None:
+    assert transport
+    assert decompress(zlib.compress(b"good"), "application/x-gzip") == b"good"
+    assert len(decompress(zlib.compress(b" " * 10 * MOST_BYTES), "application/x-gzip")) == MOST_BYTES + 1
 
 
 def _readonly(client: redis.Redis) -> Iterator[None]:

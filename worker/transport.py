@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty
 from typing import Any
 
 import structlog
 from celery.worker.consumer import Consumer
+from kombu import compression
 from kombu.transport import redis as redis_transport
+from kombu.utils.json import dumps
 
 from worker import runtime
 from worker.errors import InvalidUpdate
-from worker.intake.celery_message import UPDATE, UPDATE_MANY, Envelope, read
+from worker.intake.celery_message import UPDATE, UPDATE_MANY, Envelope, decompressed, read
 from worker.state.connection import ConnectionError as RedisConnectionError
-from worker.state.connection import RedisError
+from worker.state.connection import DataError, RedisError
 
 log = structlog.get_logger()
 
@@ -79,20 +82,28 @@ class SturdyChannel(redis_transport.Channel):
         self._popped = None
         try:
             return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
-        except (Empty, RedisError, OSError):
-            raise
-        except Exception as error:
-            if not self._popped:
+        except (Empty, RedisError, OSError) as error:
+            # What redis-py itself refuses to send is something in the message.
+            if not isinstance(error, DataError):
                 raise
-            queue, message = self._popped
-            try:
-                keep(f"Celery cannot read the message ({type(error).__name__})", message)
-            except RedisError:
-                # Nothing else has it: Celery notes what it has taken only after it has read it.
-                with self.conn_or_acquire() as client:
-                    client.rpush(queue, message)
-                raise
+            self._keep_popped(error)
             return True
+        except Exception as error:
+            self._keep_popped(error)
+            return True
+
+    def _keep_popped(self, error: Exception) -> None:
+        """Keep the message that was popped and could not be delivered; raises `error` if there is none."""
+        if not self._popped:
+            raise error
+        queue, message = self._popped
+        try:
+            keep(f"Celery cannot read the message ({type(error).__name__})", message)
+        except RedisError:
+            # Nothing else has it: Celery notes what it has taken only after it has read it.
+            with self.conn_or_acquire() as client:
+                client.rpush(queue, message)
+            raise
 
     def _receive_one(self, c: Any) -> Any:
         try:
@@ -110,9 +121,38 @@ class SturdyChannel(redis_transport.Channel):
 redis_transport.Transport.Channel = SturdyChannel
 
 
-def _envelope(message: Any) -> Envelope:
+def _check(message: Any) -> None:
+    """Refuse an update that Celery could not pass to its task, and take callbacks out; raises `InvalidUpdate`.
+
+    A task whose arguments or callbacks are no such thing fails outside its body: without a word to anybody, and its slot in
+    the pool is lost.
+    """
+    headers = message.headers
+    if type(headers) is not dict or message.errors:
+        return
+    task = headers.get("task")
+    if task is None and type(message.payload) is dict:
+        task = message.payload.get("task")
+    if type(task) is not str or task not in (UPDATE, UPDATE_MANY):
+        return
+    # kombu has decompressed it already.
+    unpacked = {name: value for name, value in headers.items() if name != "compression"}
     kind, encoding = message.content_type, message.content_encoding
-    return Envelope(bytes(message.body), kind, encoding, message.headers, message.properties)
+    read(Envelope(bytes(message.body), kind, encoding, unpacked, message.properties), 0)
+    if type(message.payload) is dict:
+        message.payload.update(callbacks=None, errbacks=None, chord=None)
+        return
+    args, kwargs, embed = message.payload
+    if embed:
+        message.content_encoding = "utf-8"
+        message.body = dumps([args, kwargs, {}]).encode()  # type: ignore[no-untyped-call]
+        message._decoded_cache = None
+
+
+# kombu would unpack a bomb of any size as soon as it sees the message.
+for _kind in ("application/x-gzip", "application/x-bz2", "application/x-lzma"):
+    _pack, _ = compression.get_encoder(_kind)
+    compression.register(_pack, partial(decompressed, compression=_kind), _kind)
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hints
@@ -131,9 +171,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hint
 
         def sturdy(message: Any) -> Any:
             try:
-                # A task whose arguments cannot be passed to it fails without a word to anybody.
-                if type(message.headers) is dict and message.headers.get("task") in (UPDATE, UPDATE_MANY):
-                    read(_envelope(message), 0)
+                _check(message)
                 return handle(message)
             except InvalidUpdate as error:
                 self._refuse(message, error.rule)

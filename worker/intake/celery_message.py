@@ -181,7 +181,7 @@ def _body(envelope: Envelope, headers: Mapping[str, Any]) -> Any:
 def _text(envelope: Envelope, headers: Mapping[str, Any]) -> str:
     body, encoding = envelope.body, envelope.content_encoding
     if compression := headers.get("compression"):
-        body = _unpacked(body, compression)
+        body = decompressed(body, compression)
     if len(body) > MOST_BYTES:
         raise _invalid(f"the body is longer than {MOST_BYTES:,} bytes")
     try:
@@ -198,7 +198,8 @@ def _safe(encoding: object) -> str:
     return encoding
 
 
-def _unpacked(body: bytes, compression: object) -> bytes:
+def decompressed(body: bytes, compression: object) -> bytes:
+    """Unpack a body, up to `MOST_BYTES` and one more; raises `InvalidUpdate`."""
     kind = compression if type(compression) is str else ""
     if kind not in _UNPACKERS:
         known = "gzip, bzip2 or lzma"
@@ -219,9 +220,9 @@ def _updates(task: object, args: Any, kwargs: Any) -> list[Any]:
         raise _invalid(f"the task must be {UPDATE} or {UPDATE_MANY}, got {shown}")
     if type(args) is not list:
         raise _invalid(f"args must be a list, got {type(args).__name__}")
+    if type(kwargs) is not dict:
+        raise _invalid(f"kwargs must be an object, got {type(kwargs).__name__}")
     if kwargs:
-        if type(kwargs) is not dict:
-            raise _invalid(f"kwargs must be an object, got {type(kwargs).__name__}")
         args = _merged(task, args, kwargs)
     names, required = _PARAMETERS[task]
     if not required <= len(args) <= len(names):

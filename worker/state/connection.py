@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
+    DataError,
     OutOfMemoryError,
     RedisError,
     ResponseError,
@@ -28,6 +29,7 @@ __all__ = [
     "AsyncRedis",
     "BusyLoadingError",
     "ConnectionError",
+    "DataError",
     "OutOfMemoryError",
     "Redis",
     "RedisError",
