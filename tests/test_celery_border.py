@@ -18,7 +18,7 @@ import pytest
 import redis
 import requests
 from celery import Celery
-from kombu.compression import decompress
+from kombu.compression import get_decoder
 from kombu.connection import Connection
 
 from tests.chaos.brokers import RabbitMQ, find_rabbitmq
@@ -76,8 +76,10 @@ def test_nothing_in_a_queue_ends_a_worker_or_stops_what_is_behind_it(tmp_path: P
 
 def test_celery_itself_unpacks_no_bomb() -> None:
     assert transport
-    assert decompress(zlib.compress(b"good"), "application/x-gzip") == b"good"
-    assert len(decompress(zlib.compress(b" " * 10 * MOST_BYTES), "application/x-gzip")) == MOST_BYTES + 1
+    unpack = get_decoder("application/x-gzip")  # type: ignore[no-untyped-call]
+
+    assert unpack(zlib.compress(b"good")) == b"good"
+    assert len(unpack(zlib.compress(b" " * 10 * MOST_BYTES))) == MOST_BYTES + 1
 
 
 def _readonly(client: redis.Redis) -> Iterator[None]:

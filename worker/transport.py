@@ -1,4 +1,4 @@
-"""What of Celery must withstand: whatever a queue holds, and whatever the broker answers.
+"""Makes Celery withstand whatever a queue holds, and whatever the broker answers.
 
 Celery ends the worker at an exception that it does not expect, and a message that has caused one goes to the next worker.
 So what cannot be used is kept among the refused updates here, before Celery sees it; and an error that nobody expected is
@@ -151,8 +151,8 @@ def _check(message: Any) -> None:
 
 # kombu would unpack a bomb of any size as soon as it sees the message.
 for _kind in ("application/x-gzip", "application/x-bz2", "application/x-lzma"):
-    _pack, _ = compression.get_encoder(_kind)
-    compression.register(_pack, partial(decompressed, compression=_kind), _kind)
+    _pack, _ = compression.get_encoder(_kind)  # type: ignore[no-untyped-call]
+    compression.register(_pack, partial(decompressed, compression=_kind), _kind)  # type: ignore[no-untyped-call]
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hints
@@ -161,7 +161,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hint
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What the consumer waits out: everything. READONLY, OOM and the like are answers, not lost connections, but end
-        # in the same way: somebody mends the server, or it fails over.
+        # in the same way: the server is repaired, or fails over.
         self.connection_errors = (Exception,)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
