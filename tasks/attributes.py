@@ -1,6 +1,8 @@
 """The tasks. Any Celery client can send the first two by name, without importing this project:
 
 app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
+
+With Redis and RabbitMQ, messages are taken in bulk instead, and these two run only for those that came another way.
 """
 
 from __future__ import annotations

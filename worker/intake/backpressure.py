@@ -1,5 +1,6 @@
-"""Back-pressure: while there is no room for new users, a worker leaves updates in the broker's queue.
+"""Back-pressure where tasks take the updates: while there is no room for new users, they stay in the broker's queue.
 
+Only with a broker whose messages cannot be taken in bulk (`celery_queue.py` has its own).
 A task that finds the buffer full cannot wait: its thread is one of those that deliver, and so make room. It puts its update
 back, and this stops the worker from taking more, so that updates do not circulate.
 """

@@ -1,13 +1,11 @@
 """The event time of an update that came as a Celery message, if it does not have its own.
 
-Pools run messages side by side, so two for one user may overtake each other between the broker and the buffer. Each
-therefore gets a time in the order of the queue, before it reaches a pool. Celery puts no time of publishing into a message,
-so the best one available is used:
+Celery puts no time of publishing into a message, so the best one available is used, which keeps the order of the queue:
 
 1. the header that our own app adds when it publishes,
 2. the header `timestamp_in_ms` that RabbitMQ adds if it is configured to,
 3. AMQP's property `timestamp`, in whole seconds,
-4. the moment at which this worker took the message from the queue.
+4. the moment at which the message was taken from the queue first.
 """
 
 from __future__ import annotations
