@@ -18,6 +18,7 @@ import pytest
 import redis
 import requests
 from celery import Celery
+from celery.utils.saferepr import saferepr
 from kombu.compression import get_decoder
 from kombu.connection import Connection
 
@@ -25,11 +26,14 @@ from tests.chaos.brokers import RabbitMQ, find_rabbitmq
 from tests.intake.messages import MALFORMED, encoded, envelope
 from tests.test_end_to_end import HASTY, System, running, updates, wait_until
 from worker import transport
+from worker.celery import PrivateTask
+from worker.delivery.loop import MOST_BATCHES, Summary
 from worker.intake.brokers import RabbitQueue, Taken
 from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
 from worker.sandbox.processes import Plan
 from worker.sandbox.redis_server import EmbeddedServer
+from worker.state.buffer import new_batch_id
 from worker.state.intake import read_intake
 from worker.state.keys import Keys
 from worker.state.refused import Refused
@@ -68,11 +72,21 @@ def test_nothing_in_a_queue_ends_a_worker_or_stops_what_is_behind_it(tmp_path: P
 
         assert dict(updates(50)).items() <= system.simulator("users").items()
         assert workers(system) == before
-        # One may be kept twice, by a consumer that lost its turn in between and by its successor; none is missing.
-        assert Refused(system.redis, system.keys).count() >= len(MALFORMED)
+        assert Refused(system.redis, system.keys).count() == len(MALFORMED)
         logs = "".join(log.read_text() for log in tmp_path.glob("worker-*.log"))
         assert "Unrecoverable error" not in logs
         assert "queue_process_ended" not in logs
+
+
+def test_flower_gets_every_batch_that_a_ticket_was_good_for() -> None:
+    batch = dict.fromkeys(Summary.__slots__, 3600.123) | {
+        "batch": new_batch_id(),
+        "outcome": "partly_delivered",
+    }
+    # As Celery does with a result, before it sends it to Flower.
+    shown = saferepr([batch] * MOST_BATCHES, PrivateTask.resultrepr_maxsize)
+
+    assert shown.count("partly_delivered") == MOST_BATCHES
 
 
 def test_celery_itself_unpacks_no_bomb() -> None:

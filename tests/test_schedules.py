@@ -72,8 +72,8 @@ SCRIPT_BUGS = {
     "a ticket is good for two claims": ("claim", "redis.call('ZREM', tickets, batch) == 0", "false"),
     "a batch that comes back overwrites what is newer": (
         "settle",
-        "    for name, pair in pairs(newer.a) do\n      record.a[name] = pair\n",
-        "    for name, pair in pairs(newer.a) do\n      record.a[name] = record.a[name] or pair\n",
+        "      for name, pair in pairs(newer.a) do\n        record.a[name] = pair\n",
+        "      for name, pair in pairs(newer.a) do\n        record.a[name] = record.a[name] or pair\n",
     ),
     "an event from the past wins": ("add", "version >= known[2]", "version >= 0"),
     "a clock set back makes new values old": (

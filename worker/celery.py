@@ -49,6 +49,8 @@ class PrivateTask(Task):
     """Base of all tasks."""
 
     Request = "worker.celery:PrivateRequest"
+    #: Characters of a result in Flower: enough for every batch that a ticket carries a worker through.
+    resultrepr_maxsize = 8192
 
 
 def _settings() -> Settings:

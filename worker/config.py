@@ -210,11 +210,9 @@ class Settings:
         if role == "worker":
             mistakes += _read_key_file(found)
         settings = cls(**found)
-        if not settings.broker_url:
-            settings = dataclasses.replace(settings, broker_url=settings.redis_url)
-        # Celery does not know this option, which a URL of the state may have.
-        broker_url = Secret(without_protocol(settings.broker_url.reveal()))
-        settings = dataclasses.replace(settings, broker_url=broker_url)
+        # Without an option that a URL of the state may have, and that Celery does not know.
+        broker_url = without_protocol((settings.broker_url or settings.redis_url).reveal())
+        settings = dataclasses.replace(settings, broker_url=Secret(broker_url))
         mistakes += settings._contradictions(role, environ)
         if mistakes:
             raise ConfigError(mistakes)

@@ -150,10 +150,14 @@ class QueueProcess:
         while not self._stopped.is_set():
             # Modules are found as the worker found them, wherever it was started.
             environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env=environ)
-            status = self._process.wait()
+            try:
+                self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env=environ)
+                ended: dict[str, Any] = {"status": self._process.wait()}
+            except OSError as error:
+                # The machine has no process or memory left for it, for now.
+                ended = {"error": type(error).__name__}
             if not self._stopped.is_set():
-                log.error("queue_process_ended", status=status)
+                log.error("queue_process_ended", **ended)
                 self._stopped.wait(RESTART_AFTER)
 
     def stop(self) -> None:

@@ -82,13 +82,10 @@ class SturdyChannel(redis_transport.Channel):
         self._popped = None
         try:
             return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
-        except (Empty, RedisError, OSError) as error:
-            # What redis-py itself refuses to send is something in the message.
-            if not isinstance(error, DataError):
-                raise
-            self._keep_popped(error)
-            return True
         except Exception as error:
+            # What redis-py itself refuses to send is something in the message.
+            if isinstance(error, Empty | RedisError | OSError) and not isinstance(error, DataError):
+                raise
             self._keep_popped(error)
             return True
 
@@ -192,6 +189,10 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hint
         self._refuse(message, f"the message is not a valid task ({type(exc).__name__})")
 
     def on_decode_error(self, message: Any, exc: Any) -> None:
+        if message.channel is not self.task_consumer.channel:
+            # A broadcast, which comes by a channel of its own: no update, and nothing to acknowledge.
+            log.warning("broadcast_dropped", error=type(exc).__name__)
+            return
         self._refuse(message, f"the message cannot be decoded ({type(exc).__name__})")
 
     def _refuse(self, message: Any, rule: str) -> None:

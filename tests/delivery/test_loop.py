@@ -126,6 +126,8 @@ class Loop:
         self.api = ScriptedApi(api)
         self.api.clock = self.clock
         self.stopping = False
+        #: Every batch that was delivered by way of this.
+        self.summaries: list[Summary] = []
         self.delivery = Delivery(
             self.buffer,
             self.limiter,
@@ -171,7 +173,7 @@ class Loop:
 
     def deliver(self, users: Iterable[str] = ()) -> Summary:
         self.add(users)
-        return self.delivery.deliver(self.ticket())
+        return self._carry(self.ticket())
 
     def probe(self) -> Summary:
         """Let the dispatcher issue the line's probe when it is due, and deliver it."""
@@ -180,7 +182,13 @@ class Loop:
         self.clock.now = max(self.clock.now, due - EPOCH_US / 1e6)
         tick = self.buffer.tick(size=100, linger=0, ticket_ttl=9, quota=5, horizon=1.0)
         [ticket] = tick.tickets
-        return self.delivery.deliver(ticket)
+        return self._carry(ticket)
+
+    def _carry(self, ticket: BatchId) -> Summary:
+        """Deliver with the ticket; returns what became of its own batch."""
+        carried = self.delivery.carry(ticket)
+        self.summaries += carried
+        return carried[0]
 
     def dead(self) -> dict[str, Any]:
         letters: dict[bytes, bytes] = self.redis.hgetall(self.keys.dead)  # type: ignore[assignment]
@@ -189,6 +197,34 @@ class Loop:
 
 def some(count: int) -> list[str]:
     return [f"user{number:03}" for number in range(count)]
+
+
+@pytest.mark.parametrize(("users", "batches"), [(100, 1), (199, 1), (350, 3)])
+def test_a_ticket_carries_a_worker_through_every_full_batch(
+    client: redis.Redis, users: int, batches: int
+) -> None:
+    loop = Loop(client, lambda users: OK)
+    loop.add(some(users))
+    ticket = loop.ticket()
+
+    carried = loop.delivery.carry(ticket)
+
+    assert [summary.outcome for summary in carried] == ["delivered"] * batches
+    assert carried[0].batch == ticket
+    assert len({summary.batch for summary in carried}) == batches
+    assert loop.buffer.snapshot().pending == users - 100 * batches
+    assert loop.redis.zcard(loop.keys.tickets) == 0
+
+
+def test_a_worker_returns_to_celery_now_and_then(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(client, lambda users: OK)
+    monkeypatch.setattr("worker.delivery.loop.MOST_BATCHES", 2)
+    loop.add(some(500))
+
+    assert len(loop.delivery.carry(loop.ticket())) == 2
+    assert loop.redis.zcard(loop.keys.tickets) == 0, "no ticket is left that nobody uses"
 
 
 def test_a_full_batch_goes_out_in_one_call_and_is_acked(client: redis.Redis) -> None:
@@ -235,10 +271,10 @@ def test_a_ticket_that_comes_twice_delivers_once(client: redis.Redis) -> None:
     loop = Loop(client, lambda users: OK)
     ticket = loop.ticket()
     loop.add(["ann"])
-    loop.delivery.deliver(ticket)
+    loop.delivery.carry(ticket)
     loop.add(["bob"])
 
-    assert loop.delivery.deliver(ticket).outcome == "spent"
+    assert loop.delivery.carry(ticket)[0].outcome == "spent"
     assert loop.api.calls == [["ann"]]
 
 
@@ -364,7 +400,10 @@ def test_an_hour_of_outage_costs_no_attempt_and_few_calls(client: redis.Redis) -
     assert loop.probe().attempt == 1
     assert loop.line.read() == LineState()
     loop.make_due()
-    assert [loop.deliver().attempt for _ in range(3)] == [1, 1, 1]
+    assert loop.deliver().attempt == 1
+    delivered = [summary for summary in loop.summaries if summary.outcome == "delivered"]
+    assert [summary.users for summary in delivered] == [1, 100, 100, 99]
+    assert [summary.attempt for summary in delivered] == [1, 1, 1, 1]
 
 
 def test_after_a_probe_that_failed_others_are_sent_as_the_next_one(client: redis.Redis) -> None:
@@ -377,7 +416,7 @@ def test_after_a_probe_that_failed_others_are_sent_as_the_next_one(client: redis
     due = loop.line.read().next_probe or 0
     loop.clock.now = due - EPOCH_US / 1e6
     [ticket] = loop.buffer.tick(size=100, linger=0, ticket_ttl=9, quota=5, horizon=1.0).tickets
-    loop.delivery.deliver(ticket)
+    loop.delivery.carry(ticket)
 
     assert loop.api.calls == [["user001"], ["ann"]]
     assert loop.line.read() == LineState()

@@ -95,21 +95,19 @@ def test_full_batches_go_at_once_and_the_rest_lingers(buffer: Buffer, client: re
     assert len(turn(buffer, now_ms=NOW + 250).tickets) == 1
 
 
-def test_no_tickets_are_issued_for_slots_that_are_taken(buffer: Buffer, client: redis.Redis) -> None:
-    """Workers that go on with one batch after another take slots without a ticket from the dispatcher."""
-    buffer.add(updates(2000), now_ms=NOW)
-    client.hset(buffer._keys.rate, "next", (NOW + 700) * 1000)
-
-    assert len(turn(buffer, most=10).tickets) == 3
-
-
-def test_a_slot_from_before_the_clock_was_set_back_holds_up_no_tickets(
-    buffer: Buffer, client: redis.Redis
+@pytest.mark.parametrize(
+    ("ahead_ms", "issued"),
+    # Workers that go on with one batch after another take slots without a ticket from the dispatcher. A slot further
+    # away than any wait for it is from before the clock was set back.
+    [(0, 10), (700, 3), (3_600_000, 10)],
+)
+def test_tickets_are_issued_only_for_slots_that_are_free(
+    buffer: Buffer, client: redis.Redis, ahead_ms: int, issued: int
 ) -> None:
     buffer.add(updates(2000), now_ms=NOW)
-    client.hset(buffer._keys.rate, "next", (NOW + 3_600_000) * 1000)
+    client.hset(buffer._keys.rate, "next", (NOW + ahead_ms) * 1000)
 
-    assert len(turn(buffer, most=10).tickets) == 10
+    assert len(turn(buffer, most=10).tickets) == issued
 
 
 def test_settling_issues_a_ticket_for_a_full_batch_that_nobody_is_sent_for(

@@ -384,7 +384,7 @@ class BufferMachine(RuleBasedStateMachine):
         partial = bool(rest) and (bool(due) or not lingers)
         wanted += partial
         assert len(tick.tickets) == max(0, min(wanted, 3) - len(self.model.tickets))
-        if partial and tick.tickets:
+        if partial and tick.tickets and wanted == len(self.model.tickets) + len(tick.tickets):
             self.model.partial_at = self.now
         self.model.tickets |= set(tick.tickets)
         return multiple(*tick.tickets)
@@ -535,8 +535,8 @@ def search(client: redis.Redis) -> None:
 BUGS = {
     "an old value overwrites a newer one when a batch comes back": (
         "settle",
-        "    for name, pair in pairs(newer.a) do\n      record.a[name] = pair\n",
-        "    for name, pair in pairs(newer.a) do\n      record.a[name] = record.a[name] or pair\n",
+        "      for name, pair in pairs(newer.a) do\n        record.a[name] = pair\n",
+        "      for name, pair in pairs(newer.a) do\n        record.a[name] = record.a[name] or pair\n",
     ),
     "an update with an old event time wins": ("add", "version >= known[2]", "version >= 0"),
     "a user in flight enters a lane, too": ("add", "if not in_flight[i] then", "if true then"),
@@ -554,8 +554,8 @@ BUGS = {
     "a lost batch can be extended": ("extend", "redis.call('HEXISTS', batches, batch) == 0", "false"),
     "a merge is not counted": (
         "settle",
-        "    counts.coalesced = counts.coalesced + 1\n  end\n  redis",
-        "  end\n  redis",
+        "      counts.coalesced = counts.coalesced + 1\n      newer",
+        "      newer",
     ),
     "an update that changes nothing forgets its time": (
         "add",

@@ -149,10 +149,6 @@ class Delivery:
                 return summaries
             ticket = successor
 
-    def deliver(self, ticket: BatchId) -> Summary:
-        """Claim one batch with the ticket and settle all of it. Raises only what Redis raises."""
-        return self._attempt(ticket, None)[0]
-
     def _attempt(self, ticket: BatchId, successor: BatchId | None) -> tuple[Summary, bool]:
         """Deliver one batch; returns also whether the successor was issued."""
         summary = Summary(ticket)

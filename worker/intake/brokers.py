@@ -59,13 +59,12 @@ class RedisQueue:
     """A queue of kombu's Redis transport: a list for each priority."""
 
     def __init__(self, redis: Redis, lists: Sequence[str], *, name: str, close: Callable[[], object]) -> None:
-        """`lists` are the keys of the queue, from the highest priority to the lowest; `name` starts our own keys.
+        """`lists` are the four keys of the queue, from the highest priority to the lowest; `name` starts our own keys.
 
         `close` lets go of what `redis` came from.
         """
         self._redis, self._close = redis, close
-        # The script takes four lists, which is how many kombu has by default.
-        self._lists = [*lists, *(f"{name}.priority" for _ in range(4))][: max(4, len(lists))]
+        self._lists = list(lists)
         self._taken, self._last = f"{name}.taken", f"{name}.taken_at"
         self._take = scripts.load(redis, "take")
         self._finish = scripts.load(redis, "finish")
@@ -101,7 +100,7 @@ class RabbitQueue:
     """
 
     def __init__(self, connection: Any, queue: str, redis: Redis, keys: Keys) -> None:
-        """`connection` is a `kombu.Connection` of the caller's, which `close` releases."""
+        """`connection` is a `kombu.Connection`, `redis` a connection to the state; `close` lets go of both."""
         self._connection, self._queue, self._redis, self._key = connection, queue, redis, keys.taken
         self._buffer: list[Any] = []
         self._bytes = 0
@@ -198,6 +197,7 @@ class RabbitQueue:
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self._connection.release()
+        self._redis.close()
 
 
 def _envelope(message: Any) -> Envelope:

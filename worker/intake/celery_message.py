@@ -39,14 +39,7 @@ _LZMA_MEMORY = 64_000_000
 _PARAMETERS = {UPDATE: (("user_id", "attrs", "occurred_at"), 2), UPDATE_MANY: (("updates",), 1)}
 
 #: Encodings that take quadratic time, or read more than text.
-_UNSAFE_ENCODINGS = {
-    "idna",
-    "punycode",
-    "unicode_escape",
-    "raw_unicode_escape",
-    "unicode-escape",
-    "raw-unicode-escape",
-}
+_UNSAFE_ENCODINGS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}
 
 _UNPACKERS: dict[str, Callable[[], Any]] = {
     # kombu calls zlib's format gzip; the real one is understood, too.
@@ -98,7 +91,7 @@ def unpack(raw: bytes) -> Envelope:
     body, properties = message.get("body"), message.get("properties")
     if type(body) is not str:
         raise _invalid(f"the body must be text, got {type(body).__name__}")
-    if type(properties) is dict and properties.get("body_encoding") == "base64":
+    if _object(properties).get("body_encoding") == "base64":
         try:
             packed = binascii.a2b_base64(body)
         except ValueError:
@@ -111,7 +104,7 @@ def unpack(raw: bytes) -> Envelope:
 
 def read(envelope: Envelope, taken_ms: int) -> Call:
     """Return what a message that was taken from the queue at `taken_ms` asks for; raises `InvalidUpdate`."""
-    headers = envelope.headers if type(envelope.headers) is dict else {}
+    headers, properties = _object(envelope.headers), _object(envelope.properties)
     body = _body(envelope, headers)
     task = headers.get("task")
     if task is None and type(body) is dict:
@@ -123,7 +116,6 @@ def read(envelope: Envelope, taken_ms: int) -> Call:
     else:
         raise _invalid(f"the body must be [args, kwargs, embed], got {_shape(body)}")
     updates = _updates(task, args, kwargs)
-    properties = envelope.properties if type(envelope.properties) is dict else {}
     eta, expires = headers.get("eta"), headers.get("expires")
     if eta or expires:
         eta_ms, expires_ms = _moment_ms("eta", eta), _moment_ms("expires", expires)
@@ -139,7 +131,7 @@ def legible(envelope: Envelope | bytes) -> str:
     """The beginning of an unusable message, for the person who has to find out what sent it."""
     if isinstance(envelope, Envelope):
         try:
-            return _text(envelope, envelope.headers if type(envelope.headers) is dict else {})
+            return _text(envelope, _object(envelope.headers))
         except InvalidUpdate:
             envelope = envelope.body
     return envelope.decode(errors="replace")
@@ -156,6 +148,11 @@ def _parse(text: bytes | str) -> Any:
 
 def _invalid(rule: str) -> InvalidUpdate:
     return InvalidUpdate("?", rule)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """The value if it is an object, else an empty one."""
+    return value if type(value) is dict else {}
 
 
 def _shape(value: object) -> str:

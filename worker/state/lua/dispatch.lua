@@ -73,7 +73,7 @@ local issued = math.max(0, math.min(wanted - outstanding, most - outstanding, 65
 for i = 1, issued do
   redis.call('ZADD', tickets, now, string.format('%s%04x', prefix, i))
 end
-if partial and issued > 0 then
+if partial and issued > 0 and issued == wanted - outstanding then
   redis.call('SET', partial_at, now)
 end
 

@@ -65,38 +65,16 @@ local counts = { delivered = 0, coalesced = 0, dead_lettered = 0 }
 local memories, times = { shadow }, { shadow_at }
 
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
-local function remember(i, user, packed, known)
-  if shadow_ttl == 0 then
-    return
-  end
-  if delivered[i] or not known then
+local function remember(i, user, packed, unknown)
+  if delivered[i] or unknown then
     local memory = delivered[i] and cjson.decode(delivered[i]) or { a = {} }
     for name, pair in pairs(attributes(packed)) do
-      memory.a[name] = { known and pair[1], pair[2] }
-      if not known then
-        memory.a[name][1] = cjson.null
-      end
+      memory.a[name] = { unknown or pair[1], pair[2] }
     end
     packed = cjson.encode(memory)
   end
   memories[#memories + 1], memories[#memories + 2] = user, packed
   times[#times + 1], times[#times + 2] = now, user
-end
-
-local function put_back(user, record, newer, delay)
-  if newer then
-    for name, pair in pairs(newer.a) do
-      record.a[name] = pair
-    end
-    record.b = record.b and newer.b
-    counts.coalesced = counts.coalesced + 1
-  end
-  redis.call('HSET', pending, user, cjson.encode(record))
-  if delay > 0 then
-    redis.call('ZADD', delayed, now + delay, user)
-  else
-    enter_lane(live, backfill, user, record)
-  end
 end
 
 -- A dead letter has what is not superseded, and keeps what an earlier one of the user still had to say.
@@ -124,10 +102,10 @@ for i, user in ipairs(users) do
   local verb, first, second = unpack(outcomes[user] or rest)
   local newer = waiting[i] and cjson.decode(waiting[i])
   if verb == 'ack' then
-    remember(i, user, sent[i], true)
+    remember(i, user, sent[i])
     counts.delivered = counts.delivered + 1
   elseif verb == 'dead_letter' then
-    remember(i, user, sent[i], false)
+    remember(i, user, sent[i], cjson.null)
     dead_letter(user, cjson.decode(sent[i]), newer, first, second)
   else
     local record = cjson.decode(sent[i])
@@ -139,15 +117,27 @@ for i, user in ipairs(users) do
     elseif second == 1 then
       record.s = 1
     end
-    put_back(user, record, newer, first)
-    newer = nil
+    if newer then
+      for name, pair in pairs(newer.a) do
+        record.a[name] = pair
+      end
+      record.b = record.b and newer.b
+      counts.coalesced = counts.coalesced + 1
+      newer = nil
+    end
+    redis.call('HSET', pending, user, cjson.encode(record))
+    if first > 0 then
+      redis.call('ZADD', delayed, now + first, user)
+    else
+      enter_lane(live, backfill, user, record)
+    end
   end
   if newer then
     enter_lane(live, backfill, user, newer)
   end
 end
 
-if #memories > 1 then
+if shadow_ttl > 0 and #memories > 1 then
   redis.call('HSET', unpack(memories))
   redis.call('ZADD', unpack(times))
 end
@@ -161,7 +151,6 @@ if counts.delivered > 0 and claimed > 0 then
   redis.call('HSET', health, 'ok_at', claimed, 'failures', 0)
 end
 count(ledger, counts)
-
 -- The oldest memories go first: those past their time, and those beyond the number of users kept.
 local excess = shadow_ttl > 0 and redis.call('ZCARD', shadow_at) - shadow_max or 0
 local forget = excess > 0 and redis.call('ZRANGE', shadow_at, 0, math.min(excess, 2 * #users) - 1)
@@ -171,7 +160,7 @@ if #forget > 0 then
   redis.call('HDEL', shadow, unpack(forget))
 end
 
-local ready = successor ~= '' and redis.call('ZCARD', live) + redis.call('ZCARD', backfill) or 0
+local ready = redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
 local goes_on = successor ~= '' and ready >= size * (redis.call('ZCARD', tickets) + 1)
 if goes_on then
   redis.call('ZADD', tickets, now, successor)
