@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import itertools
+import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,18 +15,20 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import ManualClock, new_keys
+from tests.conftest import ManualClock, drawn, new_keys
 from tests.fleet import Limits, fleet
 from tests.scenarios import people
 from tests.schedules.wire import Wire
-from tests.virtual import EPOCH_US, scripts_on
+from tests.virtual import EPOCH_US, World, scripts_on
 from worker.models import Update
 from worker.ratelimit import (
     DWELL,
     EXACT_ENOUGH,
     GRACE,
+    HORIZON,
     ISOLATING_PATIENCE,
     LATE,
+    AnswerTimes,
     ClockSync,
     Permit,
     RateLimiter,
@@ -37,6 +42,7 @@ from worker.state.scripts import Argument
 START = 1_700_000_000_000_000
 INTERVAL = 10_200
 PATIENCE = 2_000_000
+HORIZON_US = round(HORIZON * 1e6)
 DWELL_US = round(DWELL * 1e6)
 
 Reserve = Callable[[int], tuple[bool, int]]
@@ -47,7 +53,7 @@ def reserve(client: redis.Redis, keys: Keys) -> Reserve:
     script = scripts.load(client, "reserve")
 
     def call(now: int) -> tuple[bool, int]:
-        granted, wait, *_ = script([keys.rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
+        granted, wait, *_ = script([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""))
         return bool(granted), wait
 
     return call
@@ -74,17 +80,17 @@ def test_a_slot_beyond_patience_is_not_reserved(reserve: Reserve) -> None:
     while reserve(START)[0]:
         granted += 1
 
-    assert granted == PATIENCE // INTERVAL + 1
+    assert granted == HORIZON_US // INTERVAL + 1
     assert reserve(START) == reserve(START), "asking in vain takes nothing"
 
 
 @given(gaps=st.lists(st.integers(0, 40_000), min_size=150, max_size=400))
 def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, gaps: list[int]) -> None:
-    reserve, rate, now, slots = client.register_script(scripts.source("reserve")), new_keys().rate, START, []
+    reserve, keys, now, slots = client.register_script(scripts.source("reserve")), new_keys(), START, []
     with client.pipeline(transaction=False) as pipe:
         for gap in gaps:
             now += gap
-            reserve([rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US), client=pipe)
+            reserve([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""), client=pipe)
         for granted, wait, now, *_ in pipe.execute():
             if granted:
                 slots.append(now + wait)
@@ -113,7 +119,7 @@ def test_a_pause_holds_for_everyone_and_ends(client: redis.Redis, keys: Keys, re
 
     pausing.pause(5.0, "too many requests", 60007, now_us=START)
 
-    assert reserve(START + 1) == (False, 5_000_000 - PATIENCE - 1)
+    assert reserve(START + 1) == (False, 5_000_000 - HORIZON_US - 1)
     assert reserve(START + 4_000_000) == (True, 1_000_000)
     assert reserve(START + 6_000_000)[0]
 
@@ -237,8 +243,8 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
     slots: list[int] = []
 
     def take() -> None:
-        for _ in range(20):
-            granted, wait, now, *_ = script([keys.rate], ("", 100, INTERVAL, PATIENCE, 0, DWELL_US))
+        for _ in range(10):
+            granted, wait, now, *_ = script([keys.rate, keys.quotas], ("", 100, PATIENCE, 0, DWELL_US, ""))
             assert granted
             slots.append(now + wait)
 
@@ -248,7 +254,7 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
     for thread in threads:
         thread.join()
 
-    assert len(slots) == 160
+    assert len(slots) == 80
     assert all(later - earlier >= INTERVAL for earlier, later in itertools.pairwise(sorted(slots)))
 
 
@@ -295,9 +301,13 @@ class Service:
 
     def __init__(self, client: redis.Redis, keys: Keys, quota: int, configured: int = 100) -> None:
         self.redis, self.quota, self.now = client, quota, START
-        self.reserve, self.key = scripts.load(client, "reserve"), keys.rate
+        self.reserve, self.keys = scripts.load(client, "reserve"), keys
         self.limiter = RateLimiter(client, keys, quota=configured, patience=2.0, clock=ManualClock())
-        self.slots = (configured, -(-1_020_000 // configured), PATIENCE)
+        self.slots = (configured, PATIENCE)
+        #: Seconds by which calls are delayed at most on their way, evenly spread.
+        self.jitter = 0.0
+        self.rng = random.Random(1)
+        self.times = AnswerTimes()
         self.arrived: list[int] = []
         self.refused: list[int] = []
 
@@ -308,17 +318,25 @@ class Service:
             while answers and answers[0][0] <= self.now:
                 answered, refused = answers.pop(0)
                 self.limiter.pause(1.0, "too many", 60007, refused=refused, now_us=answered)
-            granted, wait, _, *made_for = self.reserve([self.key], (self.now, *self.slots, 0, DWELL_US))
+            seen = "" if self.times.spread is None else round(self.times.spread * 1e6)
+            args = (self.now, *self.slots, 0, DWELL_US, seen)
+            granted, wait, _, *made_for = self.reserve([self.keys.rate, self.keys.quotas], args)
             if not granted:
                 self.now += max(wait, 1000)
                 continue
             self.now += wait
-            if made_for[0] != int(self.redis.hget(self.key, "epoch") or 0):
+            if made_for[0] != int(self.redis.hget(self.keys.rate, "epoch") or 0):
                 continue
-            self.arrived.append(self.now)
-            if sum(self.now - 1_000_000 < at for at in self.arrived[-200:]) > self.quota:
-                self.refused.append(self.now)
-                answers.append((self.now + self.LATENCY, Permit(0.0, *made_for)))
+            delay = self.rng.uniform(0, self.jitter)
+            at = self.now + round(delay * 1e6)
+            bisect.insort(self.arrived, at)
+            if sum(at - 1_000_000 < other <= at for other in self.arrived[-200:]) > self.quota:
+                self.refused.append(at)
+                bisect.insort(
+                    answers, (at + self.LATENCY, Permit(0.0, *made_for)), key=lambda answer: answer[0]
+                )
+            else:
+                self.times.note(delay + self.LATENCY / 1e6)
 
     def rate(self, seconds: float) -> float:
         """Calls a second lately."""
@@ -337,6 +355,51 @@ def test_the_rate_settles_closely_below_what_is_granted_and_stays(
 
     assert 0.95 * granted <= service.rate(20) <= granted
     assert len(service.refused) - refused <= 5
+
+
+@pytest.mark.parametrize(("jitter", "least"), [(0.0, 98.0), (0.02, 97.0), (0.05, 94.0), (0.1, 90.0)])
+def test_slots_are_as_far_apart_as_the_network_needs(
+    wire: Wire, keys: Keys, jitter: float, least: float
+) -> None:
+    service = Service(wire, keys, 100)
+    service.jitter = jitter
+
+    service.run(120)
+
+    assert service.rate(60) >= least
+    assert len(service.refused) <= len(service.arrived) / 5000
+
+
+def test_the_rate_follows_a_network_that_changes(wire: Wire, keys: Keys) -> None:
+    service = Service(wire, keys, 100)
+    service.jitter = 0.05
+    service.run(60)
+
+    service.jitter = 0.0
+    service.run(60)
+    calm = service.rate(20)
+    service.jitter = 0.05
+    service.run(60)
+
+    assert calm > 97.5
+    assert 94 <= service.rate(20) < 96
+    assert len(service.refused) <= 30, "and learning it costs little"
+
+
+def test_a_service_whose_answers_take_turns_does_not_cost_calls_for_long(
+    wire: Wire, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(wire, keys, 100)
+    # As if some answers took 60 ms longer, though every call arrives at once.
+    monkeypatch.setattr(service.times, "note", lambda _: None)
+    service.times.spread = 0.06
+
+    service.run(30)
+    slow = service.rate(20)
+    service.run(640)
+
+    assert 93 < slow < 95
+    assert service.rate(20) > slow + 1.5
 
 
 def test_the_rate_climbs_back_when_more_is_granted_again(wire: Wire, keys: Keys) -> None:
@@ -367,13 +430,14 @@ def test_a_limit_that_nobody_uses_up_does_not_climb(client: redis.Redis, keys: K
 
     for _ in range(15):
         now += 1_000_000
-        script([keys.rate], (now, 100, INTERVAL, PATIENCE, 0, DWELL_US))
+        script([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""))
 
     assert client.hget(keys.rate, "limit") == b"20", "a call a second proves nothing about thirty"
 
 
 def test_only_the_first_refusal_of_an_epoch_lowers_the_limit(client: redis.Redis, keys: Keys) -> None:
     pacing = limiter(client, keys, ManualClock())
+    client.hset(keys.rate, "limit", 100)
     refused = Permit(0.0, 0, 100)
 
     news = [pacing.pause(1.0, "too many", 60007, refused=refused, now_us=START + n) for n in range(5)]
@@ -382,17 +446,50 @@ def test_only_the_first_refusal_of_an_epoch_lowers_the_limit(client: redis.Redis
     assert client.hget(keys.rate, "limit") == b"75"
 
 
+def test_a_few_refusals_in_a_second_are_one_small_step(
+    client: redis.Redis, keys: Keys, reserve: Reserve
+) -> None:
+    pacing = limiter(client, keys, ManualClock())
+    reserve(START)
+
+    news = [pacing.pause(1.0, "too many", 60007, refused=Permit(0.0, 0, 100), now_us=START) for _ in range(9)]
+
+    assert news == [True] + 8 * [False]
+    assert client.hget(keys.rate, "limit") is None
+    assert reserve(START + 1) == (True, 3 * INTERVAL - 1), "two slots stay empty, and nobody pauses"
+
+
+def test_many_refusals_in_a_second_lower_the_limit(client: redis.Redis, keys: Keys) -> None:
+    pacing = limiter(client, keys, ManualClock())
+
+    for _ in range(10):
+        pacing.pause(1.0, "too many", 60007, refused=Permit(0.0, 0, 100), now_us=START)
+
+    assert client.hget(keys.rate, "limit") == b"75"
+
+
+def test_refusals_of_different_seconds_are_not_added_up(client: redis.Redis, keys: Keys) -> None:
+    pacing = limiter(client, keys, ManualClock())
+
+    for second in range(30):
+        now = START + second * 1_000_000
+        assert pacing.pause(1.0, "too many", 60007, refused=Permit(0.0, 0, 100), now_us=now)
+
+    assert client.hget(keys.rate, "limit") is None
+    assert client.hget(keys.rate, "stretch") == b"300000"
+
+
 def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis.Redis, keys: Keys) -> None:
     script, now = scripts.load(client, "reserve"), START
     isolating, others = 0, 0
     while now < START + 10_000_000:
         # Others keep half a second of slots reserved.
         while True:
-            granted = script([keys.rate], (now, 100, INTERVAL, 500_000, 0, DWELL_US))[0]
+            granted = script([keys.rate, keys.quotas], (now, 100, 500_000, 0, DWELL_US, ""))[0]
             if not granted:
                 break
             others += 1
-        granted, *_ = script([keys.rate], (now, 100, INTERVAL, PATIENCE, 1, DWELL_US))
+        granted, *_ = script([keys.rate, keys.quotas], (now, 100, PATIENCE, 1, DWELL_US, ""))
         isolating += granted
         now += 5000
 
@@ -402,7 +499,7 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
 def test_calls_that_isolate_get_every_slot_while_nobody_waits(client: redis.Redis, keys: Keys) -> None:
     script, now, granted = scripts.load(client, "reserve"), START, 0
     for _ in range(50):
-        granted += script([keys.rate], (now, 100, INTERVAL, PATIENCE, 1, DWELL_US))[0]
+        granted += script([keys.rate, keys.quotas], (now, 100, PATIENCE, 1, DWELL_US, ""))[0]
         now += 2 * INTERVAL
 
     assert granted == 50
@@ -453,3 +550,196 @@ def test_without_a_slot_within_patience_nothing_is_acquired(
     limiter(client, keys, ManualClock()).pause(60, "too many")
 
     assert not RateLimiter.connect(server.url, keys.sdkappid).acquire()
+
+
+# What one caller asks for changes nothing for the others.
+
+
+@pytest.mark.parametrize("patience", [0, 100_000, 989_999])
+def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, patience: int) -> None:
+    script = scripts.load(client, "reserve")
+
+    def ask(patience: int) -> Any:
+        return script([keys.rate, keys.quotas], (START, 100, patience, 0, DWELL_US, ""))
+
+    while ask(PATIENCE)[0]:
+        pass
+    before = client.hgetall(keys.rate)
+
+    assert ask(patience)[0] == 0
+    assert client.hgetall(keys.rate) == before
+
+
+def test_nobody_reserves_beyond_the_horizon_however_patient(client: redis.Redis, keys: Keys) -> None:
+    script = scripts.load(client, "reserve")
+    waits = []
+    while (answer := script([keys.rate, keys.quotas], (START, 100, 10**8, 0, DWELL_US, "")))[0]:
+        waits.append(answer[1])
+
+    assert max(waits) <= HORIZON * 1e6
+    assert len(waits) == 99
+
+
+@pytest.mark.parametrize("first", [20, 100])
+def test_the_lowest_quota_named_lately_is_everybodys(client: redis.Redis, keys: Keys, first: int) -> None:
+    script = scripts.load(client, "reserve")
+
+    def limit(quota: int, at: float) -> Any:
+        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "")
+        return script([keys.rate, keys.quotas], args)[4]
+
+    assert limit(first, 0) == first
+    assert [limit(quota, 10 * at) for at, quota in enumerate((100, 20, 100, 50), 1)] == [first, 20, 20, 20]
+    assert limit(100, 3600) == 20, "idle time is not time in which it could be named"
+    assert limit(100, -3600) == 20
+    for second in range(60 * 20):
+        used = limit(100, 3600 + second)
+        if used > 20:
+            break
+    assert used == 50
+    assert second > 1100
+
+
+def test_permits_of_a_higher_quota_lapse_when_a_lower_one_is_named(client: redis.Redis, keys: Keys) -> None:
+    clock = ManualClock()
+    with scripts_on(lambda: EPOCH_US + round(clock.now * 1e6)):
+        fast = RateLimiter(client, keys, quota=100, patience=2.0, clock=clock)
+        slow = RateLimiter(client, keys, quota=20, patience=2.0, clock=clock)
+    permits = [fast.reserve() for _ in range(50)]
+
+    permit = slow.reserve()
+
+    assert permit is not None
+    assert permit.due >= clock.now + 1.0, "calls of the second before may have been too many"
+    assert all(old and old.epoch < permit.epoch for old in permits)
+
+
+class Fleets:
+    """Clients of all settings on one app, in virtual time; some die before they use their permit."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, seed: int) -> None:
+        self.redis, self.keys, self.rng = client, keys, random.Random(seed)
+        self.clock, self.jump = ManualClock(), 0.0
+        settings = [(quota, patience) for quota in (100, 100, 100, 40) for patience in (0.0, 0.3, 2.0, 100.0)]
+        with scripts_on(lambda: EPOCH_US + round((self.clock.now + self.jump) * 1e6)):
+            self.clients = [
+                RateLimiter(client, keys, quota=quota, patience=patience, clock=self.clock)
+                for quota, patience in settings
+            ]
+        self.quotas = [quota for quota, _ in settings]
+        self.named: list[tuple[float, int]] = []
+        self.sent: list[float] = []
+        self.granted: list[int] = [0] * len(settings)
+        self.dues: list[float] = []
+
+    def run(self, seconds: float, jumps: Sequence[float]) -> None:
+        began, waiting = self.clock.now, list[tuple[float, int, Permit]]()
+        jumps_at = sorted((began + self.rng.uniform(3, seconds), jump) for jump in jumps)
+        # Everybody has compared clocks once.
+        for limiter in self.clients:
+            limiter.reserve()
+        while self.clock.now < began + seconds:
+            at = self.clock.now + self.rng.expovariate(400)
+            while waiting and waiting[0][0] <= at:
+                due, who, permit = heapq.heappop(waiting)
+                self.clock.now = max(self.clock.now, due)
+                # What claiming a batch checks.
+                stands = int(self.redis.hget(self.keys.rate, "epoch") or 0) == permit.epoch
+                if stands and self.clients[who].redeem(permit):
+                    self.sent.append(self.clock.now)
+                    self.clients[who].sent(permit)
+            self.clock.now = at
+            while jumps_at and jumps_at[0][0] <= at:
+                self.jump += jumps_at.pop(0)[1]
+            # The one with the low quota is there for a third of the time only.
+            slow_is_there = (at - began) % 50 < 17
+            who = self.rng.randrange(len(self.clients) if slow_is_there else 12)
+            granted = self.clients[who].reserve()
+            self.named.append((at, self.quotas[who]))
+            if granted:
+                self.granted[who] += 1
+                self.dues.append(granted.due)
+                if self.rng.random() > 0.05:
+                    heapq.heappush(waiting, (granted.due, who, granted))
+
+    def excess(self) -> list[float]:
+        """When a rolling second had more calls than the lowest quota named lately, before it."""
+        found = []
+        for last, at in enumerate(self.sent):
+            first = bisect.bisect_right(self.sent, at - 1)
+            lately = slice(
+                bisect.bisect_left(self.named, (at - 58, 0)), bisect.bisect_left(self.named, (at - 1, 0))
+            )
+            quota = min((quota for _, quota in self.named[lately]), default=100)
+            if last - first + 1 > quota:
+                found.append(at)
+        return found
+
+
+@pytest.mark.parametrize("seed", range(drawn(8)))
+def test_whatever_a_client_asks_for_the_lowest_quota_holds(wire: Wire, keys: Keys, seed: int) -> None:
+    rng = random.Random(seed)
+    fleets = Fleets(wire, keys, seed)
+
+    fleets.run(60, [rng.choice([-1, 1]) * rng.choice([0.5, 5, 60, 3600]) for _ in range(4 * (seed % 2))])
+
+    assert not fleets.excess()
+    assert fleets.dues == sorted(fleets.dues), "first come, first served"
+    patient = [count for place, count in enumerate(fleets.granted) if place % 4 >= 2]
+    assert min(patient[:6]) > 0.5 * max(patient[:6]), "nobody is starved"
+    assert len(fleets.sent) > 1200, "and the quota is used"
+
+
+def test_a_client_with_the_usual_patience_gets_its_turn_in_a_long_line(client: redis.Redis) -> None:
+    world, keys = World(7), new_keys()
+    with scripts_on(world.us):
+        patient = RateLimiter(client, keys, quota=100, patience=100.0, clock=world)
+        other = RateLimiter(client, keys, quota=100, patience=2.0, clock=world)
+    got = []
+
+    def queue_again() -> None:
+        while True:
+            patient.acquire()
+
+    def try_now_and_then() -> None:
+        while True:
+            got.append(other.acquire())
+            world.sleep(0.3)
+
+    for _ in range(150):
+        world.spawn(queue_again)
+    world.spawn(try_now_and_then)
+    world.sleep(10)
+    world.end()
+
+    assert sum(got) >= 2
+
+
+def test_a_permit_from_before_a_pause_is_void(client: redis.Redis, keys: Keys) -> None:
+    clock = ManualClock()
+    with scripts_on(lambda: EPOCH_US + round(clock.now * 1e6)):
+        pacing = limiter(client, keys, clock)
+    permit = pacing.reserve()
+    assert permit
+
+    pacing.pause(60, "too many")
+
+    assert not pacing.redeem(permit)
+
+
+def test_acquire_notices_that_another_process_has_paused_the_fleet(client: redis.Redis, keys: Keys) -> None:
+    clock = ManualClock()
+    with scripts_on(lambda: EPOCH_US + round(clock.now * 1e6)):
+        mine, theirs = limiter(client, keys, clock), limiter(client, keys, ManualClock())
+    for _ in range(50):
+        mine.reserve()
+    sleep, paused = clock.sleep, list[bool]()
+
+    def sleep_and_be_paused(seconds: float) -> None:
+        sleep(seconds)
+        if not paused:
+            paused.append(theirs.pause(60, "too many", now_us=EPOCH_US + round(clock.now * 1e6)))
+
+    clock.sleep = sleep_and_be_paused  # type: ignore[method-assign]
+
+    assert not mine.acquire()

@@ -91,7 +91,7 @@ SCRIPT_BUGS = {
         "  redis.call('ZREMRANGEBYRANK', live, 0, #users - 1)",
         "  local _ = 0",
     ),
-    "two slots for one": ("reserve", "slot + width))", "slot + math.floor(width / 2)))"),
+    "two slots for one": ("reserve", "whole(slot + apart)", "whole(slot + math.floor(apart / 2))"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
     "a redrive is not counted": ("redrive", "counts.redriven = counts.redriven + 1", "local _ = 0"),
     "a lease that ended is not reclaimed": ("reclaim", "'(' .. now", "'(' .. 0"),

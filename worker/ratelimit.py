@@ -3,11 +3,12 @@
 Why reservations: one script call tells a caller *when* it may send, and it sleeps until then. Nobody polls, nobody races, and
 the cost stays at one call per permit however many wait.
 
-Why slots are 2 % further apart than the quota needs: the API counts arrivals, and a call arrives a little later than its
-slot. With 100 calls a second and a slot every 10.2 ms, a rolling second has 98 or 99 slots; a 101st arrival needs one call
-to be 20 ms later than another. So a permit that is not used within `GRACE` of its slot is given up for a new one, and
-everything slow (the claim, signing, encoding, connecting) happens before the slot. `make bench` counts the worst rolling
-second at the API.
+Why slots are at least 2 % further apart than the quota needs: the API counts arrivals, and a call arrives a little later
+than its slot. With 100 calls a second and a slot every 10.2 ms, a rolling second has 98 or 99 slots; a 101st arrival needs
+one call to be 20 ms later than another. So a permit that is not used within `GRACE` of its slot is given up for a new one,
+and everything slow (the claim, signing, encoding, connecting) happens before the slot. A network that delays some calls
+more than others by up to J seconds needs slots (1 + J) / quota apart: workers see J in the times of answers, and the
+script keeps the fleet's average. `make bench` counts the worst rolling second at the API.
 
 Other programs that call the API for the same app can take their permits here, so that all of them together keep the
 quota::
@@ -16,9 +17,12 @@ quota::
     if limiter.acquire():
         call_the_api()
 
-The API may grant less than the quota that was configured. A refusal pauses everyone, voids all permits and lowers the
-limit; it then climbs towards the lowest limit refused by halving the distance, settles below it, and tries the next step
-ever more rarely. All of that is in the scripts, so the fleet learns it once.
+The lowest quota that any of them has named lately is everybody's, and nobody reserves a slot more than `HORIZON`
+ahead, so none can take what the others rely on.
+
+The API may grant less than the quota. A single refusal moves slots one percent apart. Several within a second pause
+everyone, void all permits and lower the limit; it then climbs towards the lowest limit refused by halving the distance,
+settles below it, and tries the next step ever more rarely. All of that is in the scripts, so the fleet learns it once.
 
 A thread can still be suspended between its last look at the clock and the socket. The difference between `GRACE` and the
 20 ms is the room for that. And a call that left later than `LATE` all the same makes its process leave the next slot empty:
@@ -30,9 +34,11 @@ Weakness: a process whose next slot comes more than a second after a late call m
 from __future__ import annotations
 
 import math
+import random
 import threading
+from collections import deque
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from .clock import Clock, SystemClock
 from .state import scripts
@@ -40,8 +46,13 @@ from .state.connection import Redis, connect
 from .state.keys import Keys
 from .state.scripts import text
 
-#: Slots are this many times further apart than 1 / quota.
+#: Slots are at least this many times further apart than 1 / quota; the script has the same number.
 SPACING = 1.02
+#: Seconds, or two slots if those are longer: no slot further ahead is given to anybody. Less than the usual patience, so that
+#: one who asks now and then has its chance beside many who always wait. The script has the same number.
+HORIZON = 1.0
+#: Seconds before its slot at which a permit is checked once more by `acquire`.
+CHECK_BEFORE = 0.05
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.010
 #: A call is late if it left more than so many seconds after its slot.
@@ -59,6 +70,8 @@ DRIFT = 0.001
 EXACT_ENOUGH, MOST_UNSURE = 0.010, 3
 #: A step of Redis' clock below this is taken to be a measuring error, in seconds.
 SMALLEST_JUMP = 0.010
+#: Answers whose times are remembered, and how many are needed for an estimate.
+ANSWERS_KEPT, ANSWERS_NEEDED = 300, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,10 @@ class RateState:
 
     #: Calls a second that are tried while that is below the quota, else None.
     limit: int | None = None
+    #: Seconds between two slots; 0 before the first.
+    apart: float = 0.0
+    #: What processes that share the rate have named as its quota lately, in calls a second, ascending.
+    quotas: tuple[int, ...] = ()
     paused_at: float = 0.0
     paused_until: float = 0.0
     reason: str = ""
@@ -118,20 +135,44 @@ class ClockSync:
         return redis_time + (self._low + self._high) / 2
 
 
+class AnswerTimes:
+    """How long the last answers took, for what they say about the network.
+
+    An answer's time has the service's share in it, too; while that is steady, the differences are the network's.
+    """
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=ANSWERS_KEPT)
+        self._since_estimate = 0
+        #: Seconds by which the times differ, leaving out the fastest and the slowest tenth; None if not known yet.
+        self.spread: float | None = None
+
+    def note(self, seconds: float) -> None:
+        self._times.append(seconds)
+        self._since_estimate += 1
+        if self._since_estimate >= ANSWERS_NEEDED:
+            self._since_estimate = 0
+            times = sorted(self._times)
+            tenth = len(times) // 10
+            # Evenly spread delays have eight tenths of their range between these two.
+            self.spread = (times[-1 - tenth] - times[tenth]) / 0.8
+
+
 class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
     def __init__(self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait for a permit."""
-        self._clock, self._patience = clock, patience
-        self._keys = [keys.rate]
+        self._redis, self._clock, self._patience = redis, clock, patience
+        self._rate, self._keys = keys.rate, [keys.rate, keys.quotas]
         self._reserve = scripts.load(redis, "reserve")
         self._pause = scripts.load(redis, "pause")
         #: The rate that the last permit was made for.
         self._limit = quota
-        # Rounded up, so that rounding never adds a permit.
-        self._slots = (quota, math.ceil(1e6 / quota * SPACING), _us(patience))
-        self._sync, self._unsure = ClockSync(), 0
+        self._quota = quota
+        #: The newest epoch heard of; permits of older ones are void.
+        self._epoch = 0
+        self._sync, self._unsure, self._answers = ClockSync(), 0, AnswerTimes()
         #: Late calls for which no slot has been left empty yet.
         self._late = 0
         self._lock = threading.Lock()
@@ -148,14 +189,25 @@ class RateLimiter:
 
     def acquire(self) -> bool:
         """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""
-        while permit := self.reserve():
-            if self.redeem(permit):
-                return True
+        give_up_at = self._clock.monotonic() + self._patience
+        left = self._patience
+        while left >= 0:
+            granted = self._ask(0, None, left)
+            if isinstance(granted, Permit):
+                if self._confirm(granted) and self.redeem(granted):
+                    return True
+            elif granted is not None:
+                # Everybody who waits for the horizon to move would ask at the same moment.
+                wait = granted + random.uniform(0, CHECK_BEFORE)
+                if self._clock.monotonic() + granted > give_up_at:
+                    return False
+                self._clock.sleep(wait)
+            left = give_up_at - self._clock.monotonic()
         return False
 
     def reserve(self, *, now_us: int | None = None) -> Permit | None:
-        """Reserve the next slot; None if none is free within patience."""
-        granted = self._ask(0, now_us)
+        """Reserve the next slot; None if none is free within patience, or `HORIZON`."""
+        granted = self._ask(0, now_us, self._patience)
         return granted if isinstance(granted, Permit) else None
 
     def reserve_isolating(self) -> Permit | None:
@@ -164,16 +216,19 @@ class RateLimiter:
         None if none comes soon, because threads that wait here deliver nothing else meanwhile.
         """
         give_up_at = self._clock.monotonic() + max(ISOLATING_PATIENCE, 15 / self._limit)
-        while (granted := self._ask(1, None)) is not None and not isinstance(granted, Permit):
+        while (granted := self._ask(1, None, self._patience)) is not None and not isinstance(granted, Permit):
             if self._clock.monotonic() + granted > give_up_at:
                 return None
             self._clock.sleep(granted)
         return granted
 
-    def _ask(self, isolating: int, now_us: int | None) -> Permit | float | None:
+    def _ask(self, isolating: int, now_us: int | None, patience: float) -> Permit | float | None:
         """Return a permit, or the seconds until asking again is worthwhile; None if Redis' clock has jumped."""
         asked = self._clock.monotonic()
-        args = ("" if now_us is None else now_us, *self._slots, isolating, _us(DWELL))
+        spread = self._answers.spread
+        seen = "" if spread is None else _us(spread)
+        now = "" if now_us is None else now_us
+        args = (now, self._quota, _us(patience), isolating, _us(DWELL), seen)
         granted, wait_us, answered_us, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
         with self._lock:
@@ -182,21 +237,35 @@ class RateLimiter:
             self._unsure = self._unsure + 1 if self._sync.uncertainty > EXACT_ENOUGH else 0
             unsure = 0 < self._unsure <= MOST_UNSURE
         if not steady:
-            # Slots from before and after the jump overlap. Those from before have passed within one patience.
-            self.pause(self._patience, "the clock of Redis jumped")
+            # Slots from before and after the jump overlap. Those from before have passed within the horizon.
+            self.pause(max(HORIZON, 2 * SPACING / self._limit), "the clock of Redis jumped")
             return None
         if not granted:
             return max(float(wait_us) / 1e6, 0.001)
         if unsure:
             # A first answer came late: our slot may be anywhere in that time, and in a second that is full.
-            return self._ask(isolating, now_us)
+            return self._ask(isolating, now_us, patience)
         permit = Permit(due, *made_for)
-        self._limit = permit.limit
+        self._limit, self._epoch = permit.limit, max(self._epoch, permit.epoch)
         return permit
 
+    def _confirm(self, permit: Permit) -> bool:
+        """Wait until shortly before the slot, and ask whether the permit still stands."""
+        wait = permit.due - CHECK_BEFORE - self._clock.monotonic()
+        if wait <= 0:
+            return True
+        self._clock.sleep(wait)
+        epoch: Any = self._redis.hget(self._rate, "epoch")
+        return int(epoch or 0) == permit.epoch
+
     def redeem(self, permit: Permit) -> bool:
-        """Wait for the slot; False if it was missed, or must stay empty. Call `sent` once the call has left."""
+        """Wait for the slot; False if it was missed, is void, or must stay empty. Call `sent` once the call has left.
+
+        A pause by another process is not known here: whoever claims or confirms just before the slot learns of it.
+        """
         self._clock.sleep(permit.due - self._clock.monotonic())
+        if permit.epoch < self._epoch:
+            return False
         if self._late:
             with self._lock:
                 if self._late:
@@ -210,6 +279,11 @@ class RateLimiter:
             with self._lock:
                 self._late += 1
 
+    def answered(self, seconds: float) -> None:
+        """Note how long a successful call took to be answered: what the fleet knows of the network."""
+        with self._lock:
+            self._answers.note(seconds)
+
     def pause(
         self,
         seconds: float,
@@ -221,22 +295,27 @@ class RateLimiter:
     ) -> bool:
         """Let nobody in the fleet reserve a slot for a while, and void all permits; returns whether that was new.
 
-        `refused` is the permit of a call that the API refused for its frequency: the limit drops below the one that it was
-        made for.
+        `refused` is the permit of a call that the API refused for its frequency. A few such calls in a second only move the
+        slots apart; more make the limit drop below the one that the permit was made for.
         """
         now, permit_epoch = "" if now_us is None else now_us, "" if refused is None else refused.epoch
         limit = refused.limit if refused else 0
         bounds = (_us(DWELL), _us(SHORTEST_HOLD), _us(LONGEST_HOLD))
         args = (now, _us(seconds), reason, "" if code is None else code, permit_epoch, limit, *bounds)
-        return bool(self._pause(self._keys, args))
+        took_effect, epoch = self._pause([self._rate], args)
+        self._epoch = max(self._epoch, epoch)
+        return bool(took_effect)
 
 
 def read_rate(redis: Redis, keys: Keys) -> RateState:
     """Return what an app's limiter does now."""
-    fields = ("limit", "paused_at", "paused_until", "reason", "code")
-    limit, paused_at, paused_until, reason, code = redis.hmget(keys.rate, fields)
+    fields = ("limit", "paused_at", "paused_until", "reason", "code", "apart")
+    limit, paused_at, paused_until, reason, code, apart = redis.hmget(keys.rate, fields)
+    quotas: Any = redis.zrange(keys.quotas, 0, -1)
     return RateState(
         limit=int(limit) if limit else None,
+        apart=int(apart or 0) / 1e6,
+        quotas=tuple(sorted(int(quota) for quota in quotas)),
         paused_at=int(paused_at or 0) / 1e6,
         paused_until=int(paused_until or 0) / 1e6,
         reason=text(reason or b""),

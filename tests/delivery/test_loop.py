@@ -99,6 +99,9 @@ class ScriptedLimiter(RateLimiter):
         self._clock.sleep(permit.due - self._clock.monotonic())
         return self._clock.monotonic() <= permit.due + GRACE
 
+    def answered(self, seconds: float) -> None:
+        pass
+
     def pause(
         self,
         seconds: float,

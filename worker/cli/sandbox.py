@@ -26,7 +26,15 @@ from worker.cli.console import (
 )
 from worker.config import PREFIX, Settings
 from worker.sandbox import simulator
+from worker.sandbox.network import check_network
 from worker.sandbox.processes import Plan, Sandbox
+
+
+def _checked_network(network: str) -> str:
+    try:
+        return check_network(network)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
@@ -35,10 +43,19 @@ from worker.sandbox.processes import Plan, Sandbox
 @click.option("--latency", default=0.05, show_default=True, help="Seconds until each reply.")
 @click.option("--quota", default=100, show_default=True, help="Calls a second allowed; 0 = no limit.")
 @click.option(
+    "--network",
+    default="",
+    metavar="KIND:SECONDS",
+    callback=lambda _context, _option, value: _checked_network(value),
+    help="Delay calls on their way in: uniform, normal, bursts or reordered.",
+)
+@click.option(
     "--record/--no-record", default=True, show_default=True, help="Keep every write that is applied."
 )
 @explained
-def simulate(port: int, names: tuple[str, ...], latency: float, quota: int, record: bool) -> None:
+def simulate(
+    port: int, names: tuple[str, ...], latency: float, quota: int, network: str, record: bool
+) -> None:
     """Run the API simulator alone.
 
     Serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY.
@@ -48,7 +65,7 @@ def simulate(port: int, names: tuple[str, ...], latency: float, quota: int, reco
     environ = {f"{PREFIX}REDIS_URL": "redis://unused", f"{PREFIX}API_URL": "http://unused"} | dict(os.environ)
     environ.pop(f"{PREFIX}REGION", None)
     settings = Settings.from_env(environ)
-    quirks = simulator.Quirks(quota=quota, latency=latency, record=record)
+    quirks = simulator.Quirks(quota=quota, latency=latency, network=network, record=record)
     administrators = [settings.admin]
     key = settings.secret_key.reveal()
     api = simulator.Api(settings.sdkappid, key, administrators=administrators, names=names, quirks=quirks)

@@ -250,7 +250,12 @@ class Delivery:
             return end
         call.send()
         self._limiter.sent(claim.permit)
-        return call.answer()
+        sent_at = self._clock.monotonic()
+        answer = call.answer()
+        # Refusals come sooner than successes.
+        if isinstance(answer, Reply) and not answer.code:
+            self._limiter.answered(self._clock.monotonic() - sent_at)
+        return answer
 
     def _wait_for_slot(self, claim: _Claim) -> HandBack | Fenced | None:
         """Wait for the slot, or for another one if it is missed. None means: send now."""

@@ -29,8 +29,10 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     now = seconds + micros / 1e6
     rate = read_rate(redis, keys)
     line = _line(Line(redis, keys).read(), rate, now)
-    limit = min(rate.limit or settings.quota, settings.quota)
-    current = round(limit / SPACING, 1) if line.state == "open" else 0.0
+    # The lowest quota that any process has named rules.
+    limit = min(rate.limit or settings.quota, settings.quota, *rate.quotas)
+    apart = max(rate.apart, SPACING / limit)
+    current = round(1 / apart, 1) if line.state == "open" else 0.0
     users = snapshot.pending + snapshot.in_flight
     eta = users / (current * settings.batch_size) if current else None
     return {

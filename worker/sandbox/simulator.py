@@ -37,6 +37,7 @@ import tornado.web
 
 from worker.delivery import usersig
 from worker.models import MAX_ATTRIBUTES, MAX_NAME_BYTES, MAX_USER_ID_BYTES, MAX_VALUE_BYTES
+from worker.sandbox import network
 
 MAX_USERS = 100
 #: Refused signatures in a row after which verification is closed (70050), and for how long, seconds.
@@ -73,6 +74,8 @@ class Quirks:
     quota: int = 100
     #: Seconds until a reply.
     latency: float = 0.0
+    #: How long calls are on their way; see `worker.sandbox.network`.
+    network: str = ""
     #: One bad user or value: the whole batch is refused, it appears in ErrorList, or is skipped silently.
     #: (`timpush` always lists an account that does not exist.)
     bad_user: Literal["batch", "list", "silent"] = "batch"
@@ -558,7 +561,7 @@ class Faults:
 
     def __init__(self, seed: int = 0) -> None:
         self._faults: list[Fault] = []
-        self._rng = random.Random(seed)
+        self.rng = random.Random(seed)
 
     def replace(self, faults: Iterable[Fault]) -> None:
         self._faults = list(faults)
@@ -568,7 +571,7 @@ class Faults:
         for fault in self._faults:
             if fault.times == 0 or (fault.user and f'"{fault.user}"'.encode() not in body):
                 continue
-            if fault.chance < 1 and self._rng.random() >= fault.chance:
+            if fault.chance < 1 and self.rng.random() >= fault.chance:
                 continue
             if fault.times is not None:
                 fault.times -= 1
@@ -620,6 +623,9 @@ class _ApiHandler(tornado.web.RequestHandler):
         api, request = self._api, self.request
         connection: Any = request.connection
         now = getattr(connection.stream, "arrived", None) or time.monotonic()
+        if on_its_way := network.delay(api.quirks.network, now, self._faults.rng):
+            now += on_its_way
+            await asyncio.sleep(now - time.monotonic())
         api.arrivals.arrive(now)
         api.counts.requests += 1
         query = {

@@ -101,8 +101,16 @@ class Keys:
     def rate(self) -> str:
         """hash: "next" free slot us and "next_isolating"; "paused_at", "paused_until" us with "reason" and
         "code"; "epoch", raised by each pause; while below the quota also the "limit" in calls a second
-        and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us."""
+        and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us; how far slots are "apart" us, because of
+        the "jitter" us, corrected by the "stretch" us, which falls at "stretch_at" us and not sooner again than after
+        "stretch_hold" us; "refusals" in the second that began at "refused_at" us; "busy", the slots granted so far, end to
+        end, us."""
         return self._key("rate")
+
+    @property
+    def quotas(self) -> str:
+        """zset: quota in calls a second, scored by `rate`'s "busy" when a process last named it; the lowest rules."""
+        return self._key("quotas")
 
     @property
     def line(self) -> str:

@@ -1,9 +1,16 @@
 --[[
 Reserve the next free slot of the shared clock, first come, first served.
 
-A slot further away than the caller's patience is not reserved. So the next slot is never further away than patience plus
-one interval, unless the server's clock was set back; then it is at the end of the caller's patience, when every slot
-granted before has passed. A pause that began in the future is from before the clock was set back, and void.
+What decides for the fleet is the fleet's, whatever one caller asks for. The quota is the lowest that anybody has named
+within a minute of slots, which no clock that jumps can shorten; when it falls, permits for faster slots lapse, and a
+second passes first, since their calls may just have been made. No slot is further away than the horizon: a caller with
+less patience gets none, one with more asks again. A next slot beyond it is from before the server's clock was set back.
+It is then at the horizon, when every slot granted before has passed. A pause that began in the future is void for the
+same reason.
+
+The API counts arrivals, and the network delays some calls more than others. If it does so by up to J seconds, slots
+(1 + J) / quota apart keep every second. J is the average of what callers see in the times of answers; refusals correct
+it upwards ("stretch"), and quiet downwards again, below what is seen only after a long hold.
 
 The API may allow less than the quota that was configured. Then "limit" is the number of calls a second that is tried
 now, and it climbs whenever a full second's calls at it have passed: by doubling steps as long as no ceiling is known,
@@ -13,22 +20,70 @@ doubles each time the next step is refused again.
 Calls that isolate bad users get at most every tenth slot while others wait for slots, too.
 
 KEYS[1]  hash, rate: "next" free slot us, "next_isolating" us, "paused_at" us, "paused_until" us, "epoch"; "limit", "good",
-         "bad", "step" calls a second, "granted" since "limit" was set, "climb_at" us, "hold" us
+         "bad", "step" calls a second, "granted" since "limit" was set, "climb_at" us, "hold" us; "apart" us
+         between slots, "jitter" us, "stretch" us, "stretch_at" us, "stretch_hold" us, "stretch_jitter" us;
+         "busy" us, the slots granted so far, end to end
+KEYS[2]  zset, quotas: calls a second -> "busy" when somebody last named it
 ARGV[1]  now in us, empty = the server's clock
-ARGV[2]  the quota configured, calls a second
-ARGV[3]  interval between slots at that quota, us
-ARGV[4]  patience, us
-ARGV[5]  1 for a call that isolates, else 0
-ARGV[6]  how long a limit is tried before the next one, us
+ARGV[2]  the quota that the caller was configured with, calls a second
+ARGV[3]  patience, us
+ARGV[4]  1 for a call that isolates, else 0
+ARGV[5]  how long a limit is tried before the next one, us
+ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
 Returns  {1, us until the slot, now in us, epoch, limit} or {0, us until asking again is worthwhile, now in us}
 ]]
-local rate = KEYS[1]
-local now, quota, interval, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local isolating, dwell = ARGV[5] == '1', tonumber(ARGV[6])
+local rate, quotas = KEYS[1], KEYS[2]
+local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local isolating, dwell, seen = ARGV[4] == '1', tonumber(ARGV[5]), tonumber(ARGV[6])
 
-local slot, paused_at, paused_until, epoch, limit, isolate_from =
-  numbers(rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', 'next_isolating')
+-- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
+-- like a network that does.
+local SECOND, LATELY, MOST_SEEN = 1e6, 60e6, 1e5
+-- Slots are never closer than this, for threads that are a little late; how much J is rounded up by.
+local CLOSEST, MARGIN = 1.02, 0.005
+-- The stretch falls by one percent this often, and below what is seen only after this long.
+local STEP, EVERY, HELD = 1e4, 2.5e6, 300e6
+
+local slot, paused_at, paused_until, epoch, limit, isolate_from, busy =
+  numbers(rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', 'next_isolating', 'busy')
+
+local others = math.huge
+for _, quota in ipairs(redis.call('ZRANGEBYSCORE', quotas, whole(busy - LATELY), '+inf')) do
+  others = math.min(others, tonumber(quota) or others)
+end
+redis.call('ZADD', quotas, whole(busy), named)
+redis.call('ZREMRANGEBYSCORE', quotas, '-inf', '(' .. whole(busy - LATELY))
+local quota = math.min(others, named)
+local horizon = now + math.max(SECOND, 2 * CLOSEST * SECOND / quota)
+if named < others and others < math.huge then
+  slot = math.max(math.min(slot, horizon), now + SECOND)
+  epoch = redis.call('HINCRBY', rate, 'epoch', 1)
+  redis.call('HSET', rate, 'next', whole(slot))
+end
 limit = limit > 0 and math.min(limit, quota) or quota
+
+-- How far apart slots are at the limit, us.
+local function width()
+  local jitter, stretch, at, hold, jitter_then =
+    numbers(rate, 'jitter', 'stretch', 'stretch_at', 'stretch_hold', 'stretch_jitter')
+  if seen then
+    jitter = jitter + (math.min(seen, MOST_SEEN) - jitter) / 20
+  end
+  if at == 0 or at > now + math.max(hold, HELD) then
+    at = now + HELD
+  elseif stretch > 0 and jitter + STEP < jitter_then then
+    -- The network is calmer than when it was stretched.
+    at = math.min(at, now + EVERY)
+  end
+  if now >= at and (stretch > 0 or jitter + stretch > (CLOSEST - 1 - MARGIN) * SECOND) then
+    at = now + (stretch > STEP and EVERY or math.max(hold, HELD))
+    stretch = stretch - STEP
+  end
+  stretch = math.max(stretch, -jitter)
+  local apart = math.ceil(SECOND / limit * math.max(CLOSEST, 1 + MARGIN + (jitter + stretch) / SECOND))
+  redis.call('HSET', rate, 'apart', apart, 'jitter', whole(jitter), 'stretch', whole(stretch), 'stretch_at', whole(at))
+  return apart
+end
 
 local function climb()
   local granted, climb_at, bad, step, hold = numbers(rate, 'granted', 'climb_at', 'bad', 'step', 'hold')
@@ -55,22 +110,25 @@ local function climb()
   redis.call('HSET', rate, 'limit', limit, 'bad', bad, 'step', step, 'granted', 1, 'climb_at', climb_next)
 end
 
-if slot > now + patience + interval * quota / limit then
-  slot = now + patience
+local paused = paused_at <= now and paused_until or 0
+if slot > math.max(paused, horizon + 2 * SECOND / limit) then
+  slot = horizon
+  redis.call('HSET', rate, 'next', whole(slot))
 end
-slot = math.max(slot, now, paused_at <= now and paused_until or 0)
+slot = math.max(slot, now, paused)
+patience = math.min(patience, horizon - now)
 if slot - now > patience then
   return { 0, slot - now - patience, now }
 end
-if isolating and slot > now and slot < isolate_from and isolate_from <= slot + 10 * interval * quota / limit then
+if isolating and slot > now and slot < isolate_from and isolate_from <= slot + 30 * SECOND / limit then
   return { 0, isolate_from - slot, now }
 end
 if limit < quota then
   climb()
 end
-local width = math.ceil(interval * quota / limit)
-redis.call('HSET', rate, 'next', whole(slot + width))
+local apart = width()
+redis.call('HSET', rate, 'next', whole(slot + apart), 'busy', whole(busy + apart))
 if isolating then
-  redis.call('HSET', rate, 'next_isolating', whole(slot + 10 * width))
+  redis.call('HSET', rate, 'next_isolating', whole(slot + 10 * apart))
 end
 return { 1, slot - now, now, epoch, limit }
