@@ -61,10 +61,10 @@ def test_all_errors_are_reported_together_by_name() -> None:
     del environ["IMATTR_SECRET_KEY"]
 
     assert set(mistakes(environ)) == {
-        "IMATTR_QUOTA must be a whole number from 1 up",
-        "IMATTR_LINGER must be a number of seconds, at least 0",
+        "IMATTR_QUOTA must be a whole number from 1 to 1000",
+        "IMATTR_LINGER must be a number of seconds, at least 0 and at most 60",
         "IMATTR_API must be one of chat, push",
-        "IMATTR_READ_TIMEOUT must be a number of seconds, more than 3",
+        "IMATTR_READ_TIMEOUT must be a number of seconds, more than 3 and at most 300",
         "unknown setting IMATTR_LINGR; did you mean IMATTR_LINGER?",
         "IMATTR_SECRET_KEY is not set",
     }
@@ -159,7 +159,7 @@ def test_a_password_that_no_url_can_hold_is_not_in_the_mistake(password: str) ->
 
 @pytest.mark.parametrize("quota", ["--5", "9" * 5000])
 def test_a_strange_number_is_explained_in_our_words(quota: str) -> None:
-    assert mistake_of(QUOTA=quota) == "IMATTR_QUOTA must be a whole number from 1 up"
+    assert mistake_of(QUOTA=quota) == "IMATTR_QUOTA must be a whole number from 1 to 1000"
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from typing import Any, Self
 from .clock import SystemClock
 from .config import Settings
 from .errors import BufferFull
-from .models import Attributes, BulkResult, Update, UserId, check_update
+from .models import MAX_AHEAD, Attributes, BulkResult, Update, UserId, check_update
 from .producer import TIMEOUT, Accepted, Bulk, Lane, MemoryWatch, fate_of
 from .state import scripts
 from .state.attribute_names import NamesCache
-from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, add_arguments, add_keys, read_added
+from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, Guard, add_arguments, add_keys, read_added
 from .state.connection import AsyncRedis, ResponseError, TimeoutError, connect_async
 from .state.keys import Keys
 
@@ -37,25 +37,36 @@ class AsyncProducer:
     """Accepts updates. Many tasks of one event loop may share it; another loop needs another one."""
 
     def __init__(
-        self, redis_url: str, sdkappid: int, *, max_pending: int = 0, timeout: float = TIMEOUT
+        self,
+        redis_url: str,
+        sdkappid: int,
+        *,
+        max_pending: int = 0,
+        max_ahead: float = MAX_AHEAD,
+        timeout: float = TIMEOUT,
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `timeout` in seconds is the longest that `set`, or one chunk of `set_many`, may take in all: a Redis that has frozen
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that `set`, or one chunk of `set_many`, may take in all: a Redis that has frozen
         ends the call then with `redis.TimeoutError`.
         """
         self._redis: AsyncRedis = connect_async(redis_url, timeout=timeout, connections=CONNECTIONS)
         self._keys, self._max_pending, self._timeout = Keys(sdkappid), max_pending, timeout
         self._add: Any = self._redis.register_script(scripts.source("add"))
-        self._add_keys = add_keys(self._keys)
+        self._add_keys, self._guard = add_keys(self._keys), Guard(max_ahead)
         self._cached, self._memory = NamesCache(SystemClock()), MemoryWatch(SystemClock())
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
-        """Read IMATTR_REDIS_URL, IMATTR_SDKAPPID and IMATTR_MAX_PENDING; raises `ConfigError`."""
+        """Read IMATTR_REDIS_URL, _SDKAPPID, _MAX_PENDING and _MAX_AHEAD; raises `ConfigError`."""
         settings = Settings.from_env(os.environ if environ is None else environ, "producer")
-        url = settings.redis_url.reveal()
-        return cls(url, settings.sdkappid, max_pending=settings.max_pending, timeout=timeout)
+        return cls(
+            settings.redis_url.reveal(),
+            settings.sdkappid,
+            max_pending=settings.max_pending,
+            max_ahead=settings.max_ahead,
+            timeout=timeout,
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,7 +86,7 @@ class AsyncProducer:
             added = await self._accept([update], "live")
         if added.full:
             raise BufferFull(user_id, self._limit())
-        return fate_of(added)
+        return fate_of(added, update)
 
     async def set_many(self, updates: Iterable[object], *, lane: Lane = "live") -> BulkResult:
         """Accept many updates; see `Producer.set_many`."""
@@ -126,7 +137,7 @@ class AsyncProducer:
         if not updates:
             return NOTHING_ADDED
         limit = NOBODY_NEW if self._memory.is_short else self._max_pending
-        return read_added(await self._add(self._add_keys, add_arguments(updates, lane, limit)))
+        return read_added(await self._add(self._add_keys, add_arguments(updates, lane, limit, self._guard)))
 
     async def _names(self) -> frozenset[str]:
         # Two tasks may read them at once, which is harmless.

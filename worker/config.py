@@ -6,9 +6,11 @@ API's credentials.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
-from .models import MAX_USER_ID_BYTES
+from .models import LONGEST_DELAY, MAX_AHEAD, MAX_USER_ID_BYTES
 
 PREFIX = "IMATTR_"
 
@@ -76,14 +78,16 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _seconds(least: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
+def _seconds(most: float, least: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
     def parse(value: str) -> float:
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or number < least or (above and number == least):
-            raise ValueError(f"must be a number of seconds, {'more than' if above else 'at least'} {least:g}")
+        if not least <= number <= most or (above and number == least):
+            raise ValueError(
+                f"must be a number of seconds, {'more than' if above else 'at least'} {least:g} and at most {most:g}"
+            )
         return number
 
     return parse
@@ -98,6 +102,15 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _with_password(value: str) -> str:
+    """Return a URL; raises `ValueError` if its password ends it early."""
+    rest = value.partition("://")[2]
+    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in rest and "@" not in place:
+        raise ValueError("has a password with /, ? or # in it: write them as %2F, %3F and %23")
+    return value
+
+
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         try:
@@ -108,6 +121,7 @@ def _url(*schemes: str) -> Callable[[str], str]:
         except ValueError:
             # Python's own message quotes the URL, password and all.
             good = False
+        _with_password(value)
         if not good:
             raise ValueError(f"must be a URL that starts with {' or '.join(f'{s}://' for s in schemes)}")
         return value
@@ -119,6 +133,39 @@ def _account(value: str) -> str:
     if not (value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES):
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of printable ASCII")
     return value
+
+
+#: Kubernetes and Docker tell every container about every Service by variables; one for a Service named imattr, or
+#: imattr-something, begins like ours.
+_LINK_NAME = re.compile(
+    r"IMATTR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?|NAME|ENV_\w+)"
+)
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
+_COLLIDES = (
+    "has the address of a Service in it, which the platform sets for a Service of that name: "
+    "rename the Service, or set enableServiceLinks: false"
+)
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    return bool(_LINK_NAME.fullmatch(variable) or (variable.endswith("_PORT") and _LINK_VALUE.match(value)))
+
+
+def _bare(value: str) -> str:
+    """Return a value without the spaces, byte order mark and quotes that files and shells leave around it."""
+    bare = value.strip().removeprefix("\ufeff").strip()
+    if len(bare) >= 2 and bare[0] == bare[-1] and bare[0] in "\"'":
+        bare = bare[1:-1].strip()
+    return bare
+
+
+def _key(value: str) -> Secret:
+    """A secret key. Raises `ValueError` for what no key has in it, without showing any of it."""
+    if not (value.isascii() and value.isprintable()) or re.match(r"[A-Za-z_]+ ?=.", value):
+        raise ValueError(
+            f"must be the key alone, on one line, without a name before it; this is {len(value)} characters"
+        )
+    return Secret(value)
 
 
 def _setting(parse: Callable[[str], Any], default: Any, doc: str) -> Any:
@@ -138,7 +185,7 @@ class Settings:
 
     sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
     admin: str = _setting(_account, "administrator", "the app's administrator account")
-    secret_key: Secret = _setting(Secret, NO_SECRET, "the app's secret key")
+    secret_key: Secret = _setting(_key, NO_SECRET, "the app's secret key")
     secret_key_file: str = _setting(_text, "", "file that holds the secret key, instead of it")
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
     api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
@@ -147,23 +194,30 @@ class Settings:
         lambda v: Secret(_url("redis", "rediss", "unix")(v)), NO_SECRET, "where the state is kept"
     )
     broker_prefix: str = _setting(_text, "", "put before Celery's keys in Redis; clients must use the same")
-    broker_url: Secret = _setting(Secret, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
-    quota: int = _setting(_whole(1), 100, "calls a second that the API allows the app")
-    batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
-    linger: float = _setting(_seconds(), 0.25, "how long the oldest user waits for company")
-    max_attempts: int = _setting(_whole(1), 8, "attempts before a failing user becomes a dead letter")
-    backoff_base: float = _setting(_seconds(above=True), 1.0, "back-off after the first failure")
-    backoff_max: float = _setting(_seconds(above=True), 300.0, "longest back-off")
-    connect_timeout: float = _setting(_seconds(above=True), 3.05, "connecting to the API")
-    read_timeout: float = _setting(_seconds(SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer")
-    hold: float = _setting(
-        _seconds(SERVICE_TIMEOUT, above=True), 5.0, "how long users wait after an unknown outcome"
+    broker_url: Secret = _setting(
+        lambda v: Secret(_with_password(v)),
+        NO_SECRET,
+        "Celery's broker, Redis or RabbitMQ; default REDIS_URL",
     )
-    lease: float = _setting(_seconds(above=True), 60.0, "how long a worker may keep a batch")
-    patience: float = _setting(_seconds(above=True), 2.0, "how long a task waits for a permit")
+    quota: int = _setting(_whole(1, 1000), 100, "calls a second that the API allows the app")
+    batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
+    linger: float = _setting(_seconds(60), 0.25, "how long the oldest user waits for company")
+    max_attempts: int = _setting(_whole(1, 1000), 8, "attempts before a failing user becomes a dead letter")
+    backoff_base: float = _setting(_seconds(3600, above=True), 1.0, "back-off after the first failure")
+    backoff_max: float = _setting(_seconds(86_400, above=True), 300.0, "longest back-off")
+    connect_timeout: float = _setting(_seconds(60, above=True), 3.05, "connecting to the API")
+    read_timeout: float = _setting(_seconds(300, SERVICE_TIMEOUT, above=True), 10.0, "waiting for its answer")
+    hold: float = _setting(
+        _seconds(3600, SERVICE_TIMEOUT, above=True), 5.0, "how long users wait after an unknown outcome"
+    )
+    lease: float = _setting(_seconds(3600, above=True), 60.0, "how long a worker may keep a batch")
+    patience: float = _setting(_seconds(60, above=True), 2.0, "how long a task waits for a permit")
+    max_ahead: float = _setting(
+        _seconds(86_400), MAX_AHEAD, "how far ahead of Redis' clock an event time may be"
+    )
     max_pending: int = _setting(_whole(0), 0, "refuse new users beyond this many pending; 0 = no limit")
     shadow_ttl: float = _setting(
-        _seconds(), 900.0, "how long delivered values are remembered; 0 = not at all"
+        _seconds(31_536_000), 900.0, "how long delivered values are remembered; 0 = not at all"
     )
     shadow_max_users: int = _setting(_whole(1), 1_000_000, "how many users are remembered")
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "least level logged")
@@ -179,8 +233,13 @@ class Settings:
         """The secret key, read again if it is in a file; the last known one if that cannot be read now."""
         try:
             return (self.secret_key_file and _key_in(self.secret_key_file)) or self.secret_key
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             return self.secret_key
+
+    @property
+    def longest_delay(self) -> float:
+        """Seconds: no user waits longer from one attempt to the next."""
+        return max(LONGEST_DELAY, self.backoff_max + self.hold + 1)
 
     @property
     def longest_task(self) -> float:
@@ -193,10 +252,13 @@ class Settings:
         mistakes: list[str] = []
         found: dict[str, Any] = {}
         fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
-        for variable, value in environ.items():
-            if not variable.startswith(PREFIX) or not value.strip():
+        for variable, given in environ.items():
+            value = _bare(given)
+            if not variable.startswith(PREFIX) or not value:
                 continue
             if variable not in fields:
+                if _is_service_link(variable, value):
+                    continue
                 near = difflib.get_close_matches(variable, fields, 1)
                 mistakes.append(
                     f"unknown setting {variable}" + (f"; did you mean {near[0]}?" if near else "")
@@ -204,7 +266,9 @@ class Settings:
                 continue
             field = fields[variable]
             try:
-                found[field.name] = field.metadata["parse"](value.strip())
+                if _LINK_VALUE.match(value):
+                    raise ValueError(_COLLIDES)
+                found[field.name] = field.metadata["parse"](value)
             except ValueError as mistake:
                 mistakes.append(f"{variable} {mistake}")
         if role == "worker":
@@ -234,6 +298,11 @@ class Settings:
             found.append("IMATTR_REGION and IMATTR_API_URL are both set, choose one")
         if self.lease <= 2 * (self.connect_timeout + self.read_timeout):
             found.append("IMATTR_LEASE must be more than twice CONNECT_TIMEOUT + READ_TIMEOUT")
+        if self.hold + self.connect_timeout + self.read_timeout >= self.lease:
+            found.append(
+                "IMATTR_HOLD + CONNECT_TIMEOUT + READ_TIMEOUT must be less than IMATTR_LEASE: "
+                "a batch that is held must still be this worker's when it is sent again"
+            )
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
         if self.patience < 2 / self.quota:
@@ -249,10 +318,18 @@ def _read_key_file(found: dict[str, Any]) -> list[str]:
         return ["IMATTR_SECRET_KEY and IMATTR_SECRET_KEY_FILE are both set, choose one"]
     try:
         found["secret_key"] = _key_in(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        return ["IMATTR_SECRET_KEY_FILE is not text"]
+    except ValueError as mistake:
+        return [f"IMATTR_SECRET_KEY_FILE {mistake}"]
+    except OSError as error:
         return [f"IMATTR_SECRET_KEY_FILE cannot be read ({type(error).__name__})"]
     return [] if found["secret_key"] else ["IMATTR_SECRET_KEY_FILE is empty"]
 
 
 def _key_in(path: str) -> Secret:
-    return Secret(Path(path).read_text(encoding="utf-8").strip())
+    """The key in a file; raises `OSError`, or `ValueError` if it is not one. Editors on Windows write UTF-16."""
+    raw = Path(path).read_bytes()
+    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    bare = _bare(raw.decode("utf-16" if is_utf16 else "utf-8"))
+    return _key(bare) if bare else NO_SECRET

@@ -25,6 +25,11 @@ BatchId = NewType("BatchId", str)
 #: Attribute name -> value, or None to remove the attribute.
 Attributes = Mapping[str, str | None]
 
+#: Seconds by which an event time may be ahead of Redis' clock, unless the settings say otherwise.
+MAX_AHEAD = 300.0
+#: Seconds: nothing delays a user for longer, unless the settings allow a longer back-off. Stops have probes more often.
+LONGEST_DELAY = 330.0
+
 #: Event times outside these bounds (years 2001 and 2286, in ms) are taken to be in the wrong unit.
 EARLIEST_MS, LATEST_MS = 1_000_000_000_000, 9_999_999_999_999
 
@@ -97,7 +102,12 @@ class DeadLettered:
     message: str
 
 
-Outcome = Acked | Retried | Snoozed | DeadLettered
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """What is stored about it cannot be read: set aside, with its raw bytes."""
+
+
+Outcome = Acked | Retried | Snoozed | DeadLettered | Quarantined
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from typing import Any, Literal, Self
 from .clock import Clock, SystemClock
 from .config import Settings
 from .errors import BufferFull, InvalidUpdate
-from .models import Attributes, BulkResult, Refusal, Update, UserId, check_update
+from .models import MAX_AHEAD, Attributes, BulkResult, Refusal, Update, UserId, check_update
 from .state.attribute_names import AttributeNames
-from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer
+from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer, Guard, Lead
 from .state.connection import Redis, ResponseError, connect, retry_once
 from .state.keys import Keys
 
@@ -110,14 +110,19 @@ class Bulk:
             index, update = self._chunk[place]
             full = BufferFull(update.user, limit)
             self.result.refused.append(NoRoom(index, full.user, full.rule))
+        for place, rule in added.refused:
+            index, update = self._chunk[place]
+            self.result.refused.append(Refusal(index, update.user, rule))
         self.result.accepted += added.accepted
         self.result.coalesced += added.coalesced
         self.result.unchanged += added.unchanged
         self.result.stale += added.stale
 
 
-def fate_of(added: Added) -> Accepted:
-    """What became of the one update that was accepted."""
+def fate_of(added: Added, update: Update) -> Accepted:
+    """What became of the one update that was added; raises `InvalidUpdate` if it was refused."""
+    for _, rule in added.refused:
+        raise InvalidUpdate(update.user, rule)
     if added.coalesced:
         return "coalesced"
     if added.unchanged:
@@ -141,11 +146,17 @@ class Producer:
     """
 
     def __init__(
-        self, redis_url: str, sdkappid: int, *, max_pending: int = 0, timeout: float = TIMEOUT
+        self,
+        redis_url: str,
+        sdkappid: int,
+        *,
+        max_pending: int = 0,
+        max_ahead: float = MAX_AHEAD,
+        timeout: float = TIMEOUT,
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `timeout` in seconds is the longest that connecting, or any answer of Redis, may take. A Redis that has frozen ends
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that connecting, or any answer of Redis, may take. A Redis that has frozen ends
         a call after that time with `redis.TimeoutError`; one that cannot be reached, at once with
         `redis.ConnectionError`.
         """
@@ -153,7 +164,7 @@ class Producer:
         self._redis = self._connect()
         self._names = AttributeNames(self._redis, self._keys, SystemClock())
         self._memory = Memory(self._redis, SystemClock())
-        self._max_pending = max_pending
+        self._max_pending, self._max_ahead = max_pending, max_ahead
         self._local = threading.local()
 
     @property
@@ -175,10 +186,15 @@ class Producer:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
-        """Read IMATTR_REDIS_URL, IMATTR_SDKAPPID and IMATTR_MAX_PENDING; raises `ConfigError`."""
+        """Read IMATTR_REDIS_URL, _SDKAPPID, _MAX_PENDING and _MAX_AHEAD; raises `ConfigError`."""
         settings = Settings.from_env(os.environ if environ is None else environ, "producer")
-        url = settings.redis_url.reveal()
-        return cls(url, settings.sdkappid, max_pending=settings.max_pending, timeout=timeout)
+        return cls(
+            settings.redis_url.reveal(),
+            settings.sdkappid,
+            max_pending=settings.max_pending,
+            max_ahead=settings.max_ahead,
+            timeout=timeout,
+        )
 
     def set(self, user_id: UserId, attrs: Attributes, occurred_at: object = None) -> Accepted:
         """Accept one update; a value of None removes the attribute.
@@ -193,7 +209,7 @@ class Producer:
         added = self.add([update])
         if added.full:
             raise BufferFull(user_id, self._limit())
-        return fate_of(added)
+        return fate_of(added, update)
 
     def set_many(self, updates: Iterable[object], *, lane: Lane = "live") -> BulkResult:
         """Accept many updates, each (user id, attributes) or (user id, attributes, occurred_at).
@@ -207,10 +223,25 @@ class Producer:
             bulk.take(self.add(chunk, lane=lane), self._limit())
         return bulk.result
 
-    def add(self, updates: Sequence[Update], *, lane: Lane = "live") -> Added:
-        """Accept up to `MAX_UPDATES_PER_ADD` updates that are valid; `full` has those without room."""
+    def add(
+        self, updates: Sequence[Update], *, lane: Lane = "live", as_of_ms: int = 0, lead: Lead | None = None
+    ) -> Added:
+        """Accept up to `MAX_UPDATES_PER_ADD` updates that are valid.
+
+        `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold: see `Guard`. Raises
+        `LostLead`.
+        """
         limit = NOBODY_NEW if self._memory.is_short() else self._max_pending
-        return self._buffer.add(updates, lane=lane, max_pending=limit)
+        guard = Guard(self._max_ahead, as_of_ms, lead)
+        return self._buffer.add(updates, lane=lane, max_pending=limit, guard=guard)
+
+    def begin_import(self, name: str, as_of_ms: int) -> None:
+        """Forget nothing that is delivered from `as_of_ms` on until `end_import`."""
+        self._buffer.begin_import(name, as_of_ms)
+
+    def end_import(self, name: str) -> None:
+        """The import is finished, or will never be."""
+        self._buffer.end_import(name)
 
     def has_room(self, share: float = 0.0) -> bool:
         """Whether new users are accepted now; with a `share`, whether that part of the room is free."""

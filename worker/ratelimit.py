@@ -44,7 +44,7 @@ from .clock import Clock, SystemClock
 from .state import scripts
 from .state.connection import Redis, connect
 from .state.keys import Keys
-from .state.scripts import text
+from .state.scripts import number, text
 
 #: Slots are at least this many times further apart than 1 / quota; the script has the same number.
 SPACING = 1.02
@@ -256,7 +256,7 @@ class RateLimiter:
             return True
         self._clock.sleep(wait)
         epoch: Any = self._redis.hget(self._rate, "epoch")
-        return int(epoch or 0) == permit.epoch
+        return number(epoch) == permit.epoch
 
     def redeem(self, permit: Permit) -> bool:
         """Wait for the slot; False if it was missed, is void, or must stay empty. Call `sent` once the call has left.
@@ -313,13 +313,13 @@ def read_rate(redis: Redis, keys: Keys) -> RateState:
     limit, paused_at, paused_until, reason, code, apart = redis.hmget(keys.rate, fields)
     quotas: Any = redis.zrange(keys.quotas, 0, -1)
     return RateState(
-        limit=int(limit) if limit else None,
-        apart=int(apart or 0) / 1e6,
-        quotas=tuple(sorted(int(quota) for quota in quotas)),
-        paused_at=int(paused_at or 0) / 1e6,
-        paused_until=int(paused_until or 0) / 1e6,
+        limit=number(limit) or None,
+        apart=number(apart) / 1e6,
+        quotas=tuple(sorted(filter(None, map(number, quotas)))),
+        paused_at=number(paused_at) / 1e6,
+        paused_until=number(paused_until) / 1e6,
         reason=text(reason or b""),
-        code=int(code) if code else None,
+        code=number(code) or None,
     )
 
 

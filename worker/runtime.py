@@ -73,6 +73,7 @@ def build_buffer(settings: Settings, redis: Redis) -> Buffer:
         lease=settings.lease,
         shadow_ttl=settings.shadow_ttl,
         shadow_max_users=settings.shadow_max_users,
+        longest_delay=settings.longest_delay,
     )
 
 
@@ -179,6 +180,7 @@ def _producer(_pid: int) -> Producer:
         found.redis_url.reveal(),
         found.sdkappid,
         max_pending=found.max_pending,
+        max_ahead=found.max_ahead,
         timeout=connection.ANSWER_TIMEOUT,
     )
 

@@ -81,13 +81,13 @@ def test_entries_are_accepted_and_gone_from_the_stream(
 
 
 def test_the_id_of_an_entry_is_its_event_time(consumer: Consumers, client: redis.Redis, keys: Keys) -> None:
-    client.xadd(keys.updates, {"user": "ann", "attrs": PARIS}, id="1800000000000-0")
-    client.xadd(keys.updates, {"user": "bob", "attrs": PARIS}, id="1800000000000-1")
-    client.xadd(keys.updates, {"user": "bob", "attrs": ROME}, id="1800000000000-2")
+    client.xadd(keys.updates, {"user": "ann", "attrs": PARIS}, id="1750000000000-0")
+    client.xadd(keys.updates, {"user": "bob", "attrs": PARIS}, id="1750000000000-1")
+    client.xadd(keys.updates, {"user": "bob", "attrs": ROME}, id="1750000000000-2")
 
     turns(consumer())
 
-    assert versions(client, keys, "ann") == {"city": 1_800_000_000_000}
+    assert versions(client, keys, "ann") == {"city": 1_750_000_000_000}
     assert pending(client, keys)["bob"] == {"city": "Rome"}, "the later of one millisecond wins"
 
 
@@ -138,11 +138,11 @@ def test_what_a_killed_consumer_had_taken_comes_first(
 ) -> None:
     killed = consumer("w1")
     turns(killed, 2)
-    client.xadd(keys.updates, {"user": "ann", "attrs": PARIS}, id="1800000000000-0")
+    client.xadd(keys.updates, {"user": "ann", "attrs": PARIS}, id="1750000000000-0")
     monkeypatch.setattr(killed, "_take", _killed)
     with pytest.raises(KeyboardInterrupt):
         killed.turn()
-    client.xadd(keys.updates, {"user": "ann", "attrs": ROME}, id="1800000000000-1")
+    client.xadd(keys.updates, {"user": "ann", "attrs": ROME}, id="1750000000000-1")
     client.delete(keys.consumer)
     successor = consumer("w2")
 
@@ -310,11 +310,11 @@ def test_what_was_taken_when_redis_failed_comes_again_before_what_is_newer(
     monkeypatch.setattr("worker.intake.stream.MOST", 1)
     add, seen = running._producer.add, []
 
-    def broken(updates: list[Update]) -> Added:
+    def broken(updates: list[Update], **how: Any) -> Added:
         seen.append(updates[0].attrs["city"])
         if len(seen) == 1:
             raise redis.ConnectionError
-        return add(updates)
+        return add(updates, **how)
 
     def wait(seconds: float) -> bool:
         if not client.xlen(keys.updates):
@@ -345,9 +345,9 @@ def test_half_of_the_time_is_left_to_deliveries(
         client.zadd(keys.leases, {"batch": 1})
     add = acting._producer.add
 
-    def slow(updates: list[Update]) -> Added:
+    def slow(updates: list[Update], **how: Any) -> Added:
         clock.sleep(0.02)
-        return add(updates)
+        return add(updates, **how)
 
     monkeypatch.setattr(acting._producer, "add", slow)
 
@@ -387,7 +387,7 @@ def _shuffled(
     updates = []
     for moment in range(count):
         user = f"user{rng.randrange(users):04}"
-        updates.append((user, {"city": f"value {moment}"}, 1_800_000_000_000 + moment))
+        updates.append((user, {"city": f"value {moment}"}, 1_750_000_000_000 + moment))
         last[user] = f"value {moment}"
     rng.shuffle(updates)
     return updates, last

@@ -324,7 +324,7 @@ def test_a_broker_that_is_away_is_an_error(environ: Environ, scheme: str) -> Non
     assert (finding.level, "does not answer" in finding.found) == ("error", True)
 
 
-@pytest.mark.parametrize("url", ["nothing", "carrier-pigeon://host", "amqp://me:hun/ter22@host//"])
+@pytest.mark.parametrize("url", ["nothing", "carrier-pigeon://host"])
 def test_a_broker_url_that_is_none_is_an_error(environ: Environ, url: str) -> None:
     finding = look_at_broker(environ, url)["broker"]
 

@@ -448,7 +448,8 @@ class Schedule(Fleet):
         began, told, full = self.world.monotonic(), True, frozenset[int]()
         try:
             added = self.buffer.add(updates, lane=lane, max_pending=self.plan.max_pending)
-            full = frozenset(added.full)
+            # While the clock is set back, event times are too far ahead of it.
+            full = frozenset(added.full) | {index for index, _ in added.refused}
         except _LOST_REPLIES:
             told = False
         ended = self.world.monotonic() if told else math.inf

@@ -186,6 +186,7 @@ def test_the_oldest_memories_are_forgotten_first(client: redis.Redis, keys: Keys
         batch, _ = claim(buffer, client, now_ms=NOW + number)
         buffer.settle(batch, {}, rest=Acked(), now_ms=NOW + number)
 
+    assert buffer.forget(now_ms=NOW + 5) == 2
     assert client.zrange(keys.shadow_at, 0, -1) == [b"user2", b"user3", b"user4"]
     assert set(client.hkeys(keys.shadow)) == {b"user2", b"user3", b"user4"}
 
@@ -194,7 +195,10 @@ def test_the_oldest_memories_are_forgotten_first(client: redis.Redis, keys: Keys
     batch, _ = claim(buffer, client, now_ms=late)
     buffer.settle(batch, {}, rest=Acked(), now_ms=late)
 
-    assert set(client.hkeys(keys.shadow)) == {b"user4", b"new"} or client.hlen(keys.shadow) <= 3
+    buffer.forget(now_ms=late)
+    buffer.forget(now_ms=late)
+    assert set(client.hkeys(keys.shadow)) == {b"new"}
+    assert client.get(keys.forgotten_at) == str(NOW + 4).encode()
 
 
 def test_without_a_shadow_nothing_is_remembered(client: redis.Redis, keys: Keys) -> None:

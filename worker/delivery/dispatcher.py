@@ -26,8 +26,8 @@ TICKET_TTL = 10.0
 #: Seconds of slots that tickets are issued for. Enough threads then wait for their slots to fill every one; more tickets would
 #: grow old in the queue, since a worker that goes on with the next batch needs none.
 HORIZON = 0.5
-#: Seconds between two searches for expired leases.
-RECLAIM_EVERY = 1.0
+#: Seconds between two searches for expired leases, and between two times of forgetting what was delivered long ago.
+RECLAIM_EVERY, FORGET_EVERY = 1.0, 0.1
 
 
 class Dispatcher(LeaderLoop):
@@ -54,7 +54,7 @@ class Dispatcher(LeaderLoop):
         self._buffer, self._publish, self._on_turn = buffer, publish, on_turn
         self._quota = max(1, round(quota))
         self._batch_size, self._linger = batch_size, linger
-        self._reclaim_in = 0.0
+        self._reclaim_in = self._forget_in = 0.0
 
     def sign_of_life(self) -> None:
         self._on_turn()
@@ -79,6 +79,10 @@ class Dispatcher(LeaderLoop):
         if self._reclaim_in <= 0:
             self._reclaim_in = RECLAIM_EVERY
             self._reclaim()
+        self._forget_in -= pause
+        if self._forget_in <= 0:
+            self._forget_in = FORGET_EVERY
+            self._buffer.forget()
         return pause
 
     def _reclaim(self) -> None:

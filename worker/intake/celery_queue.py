@@ -27,7 +27,7 @@ from worker.intake.brokers import Queue, Taken
 from worker.intake.celery_message import Call, Envelope, legible, read, unpack
 from worker.models import Update
 from worker.producer import Producer, checked
-from worker.state.buffer import MAX_UPDATES_PER_ADD
+from worker.state.buffer import MAX_UPDATES_PER_ADD, LostLead
 from worker.state.connection import Redis
 from worker.state.intake import COUNTS, record_intake
 from worker.state.keys import Keys
@@ -214,13 +214,20 @@ class QueueConsumer(LeaderLoop):
                 self.follow()
                 return 0.0
             chunk, rest = self._left[:MAX_UPDATES_PER_ADD], self._left[MAX_UPDATES_PER_ADD:]
-            adding = self._adder.submit(self._producer.add, chunk)
+            adding = self._adder.submit(self._producer.add, chunk, lead=self.leader.lead)
             try:
                 # While Redis adds one chunk, the next one is read: each would otherwise wait for the other.
                 self._left = rest or self._read()
             finally:
                 wait([adding])
-            added = adding.result()
+            try:
+                added = adding.result()
+            except LostLead:
+                self.follow()
+                return 0.0
+            self._keep(
+                _Read(refused=[(InvalidUpdate(chunk[i].user, rule), chunk[i]) for i, rule in added.refused])
+            )
             waiting = [chunk[place] for place in added.full]
             self._left = waiting + self._left
             self._counts.update(

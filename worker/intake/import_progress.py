@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,12 @@ class ImportOptions:
     def resumable(self) -> bool:
         """Whether a later run can resume in the middle, which a pipe does not allow."""
         return self.path is not None and self.path.is_file()
+
+    @property
+    def name(self) -> str:
+        """What distinguishes this import from others of the app, in all its runs."""
+        place = self.path.absolute() if self.path and self.resumable else f"pipe {os.getpid()}"
+        return f"{socket.gethostname()}:{place}"
 
     @property
     def refused_path(self) -> Path:

@@ -25,7 +25,7 @@ from worker.intake.import_source import RawUpdate, Record, Source, Unreadable
 from worker.models import Update, check_update
 from worker.producer import Producer
 from worker.ratelimit import SPACING
-from worker.state.buffer import MAX_UPDATES_PER_ADD, NOTHING_ADDED, Added
+from worker.state.buffer import MAX_UPDATES_PER_ADD, NOTHING_ADDED, RULES, Added
 from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError
 
 #: Seconds until updates without room are sent again; a chunk's worth is delivered meanwhile.
@@ -71,6 +71,8 @@ class _Chunk:
     line: int = 0
     offset: int = 0
     updates: list[Update] = field(default_factory=list)
+    #: The line of each update.
+    lines: list[int] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -90,7 +92,11 @@ class Importer:
         """`stopped` is called after each chunk of `size` records, and while there is no room."""
         url = settings.redis_url.reveal()
         self._producer = Producer(
-            url, settings.sdkappid, max_pending=settings.max_pending, timeout=ANSWER_TIMEOUT
+            url,
+            settings.sdkappid,
+            max_pending=settings.max_pending,
+            max_ahead=settings.max_ahead,
+            timeout=ANSWER_TIMEOUT,
         )
         self._settings, self._options, self._size = settings, options, size
         self._stopped, self._show, self._clock = stopped, show, clock or SystemClock()
@@ -103,13 +109,19 @@ class Importer:
         try:
             with self._source() as source, ImportJournal(self._options, self._identity(source)) as journal:
                 source.lock()
+                name = self._options.name
+                # First of all, so that nothing that is delivered from now on is forgotten.
+                self._producer.begin_import(name, self._producer.now_ms())
                 progress = journal.begin(self._as_of())
+                self._producer.begin_import(name, progress.as_of_ms)
                 records = source.records(progress.line, progress.offset)
                 watch = _Watch(self._clock, source, progress)
                 with closing(_ahead(self._chunks(records, progress.as_of_ms))) as chunks:
                     complete = self._take(chunks, progress, journal, watch)
                 if complete:
                     journal.done()
+                if complete or not self._options.resumable:
+                    self._producer.end_import(name)
                 return watch.status("complete" if complete else "stopped")
         except OSError as error:
             where = error.filename or self._options.refused_path
@@ -120,7 +132,7 @@ class Importer:
     ) -> bool:
         """Have chunks accepted one by one; False if stopped before the last."""
         for chunk in chunks:
-            added = None if self._stopped() else self._offer(chunk.updates, watch)
+            added = None if self._stopped() else self._offer(chunk, progress.as_of_ms, watch)
             if added is None:
                 return False
             _count(progress, chunk, added)
@@ -181,11 +193,10 @@ class Importer:
     def _as_of(self) -> int:
         now = self._producer.now_ms()
         as_of = now if self._options.as_of_ms is None else self._options.as_of_ms
-        if as_of > now:
-            raise CannotImport(
-                "--as-of is in the future: what happens until then could not replace the file's values"
-            )
-        return as_of
+        if as_of > now + self._settings.max_ahead * 1000:
+            raise CannotImport(f"--as-of: {RULES['ahead']}")
+        # Of two clocks that differ a little, Redis' is the one that counts.
+        return min(as_of, now)
 
     def _chunks(self, records: Iterator[Record], as_of_ms: int) -> Iterator[_Chunk]:
         """Chunks of validated records."""
@@ -198,27 +209,33 @@ class Importer:
                     chunk.refusals.append(Refusal(first, *checked))
                 elif checked:
                     chunk.updates.append(checked)
+                    chunk.lines.append(first)
             if not chunk.line:
                 return
             yield chunk
 
-    def _offer(self, updates: Sequence[Update], watch: _Watch) -> Added | None:
-        """Send updates until each has found room, in their order; None if stopped before."""
-        total = NOTHING_ADDED
+    def _offer(self, chunk: _Chunk, as_of_ms: int, watch: _Watch) -> Added | None:
+        """Send a chunk's updates until each has found room, in their order; None if stopped before."""
+        total, left = NOTHING_ADDED, list(range(len(chunk.updates)))
         while True:
-            added = self._add(updates)
+            added = self._add([chunk.updates[place] for place in left], as_of_ms)
             total = _sum(total, added)
+            for place, rule in added.refused:
+                chunk.refusals.append(
+                    Refusal(chunk.lines[left[place]], chunk.updates[left[place]].user, rule)
+                )
             if not added.full:
+                chunk.refusals.sort()
                 return total
-            updates = [updates[place] for place in added.full]
+            left = [left[place] for place in added.full]
             self._show(watch.status("waiting for room"))
             self._clock.sleep(WAIT)
             if self._stopped():
                 return None
 
-    def _add(self, updates: Sequence[Update]) -> Added:
+    def _add(self, updates: Sequence[Update], as_of_ms: int) -> Added:
         try:
-            return self._producer.add(updates, lane=self._options.lane)
+            return self._producer.add(updates, lane=self._options.lane, as_of_ms=as_of_ms)
         except OutOfMemoryError:
             # No room for any of them: Redis is at its maxmemory.
             return NOTHING_ADDED._replace(full=tuple(range(len(updates))))
@@ -230,7 +247,6 @@ def _sum(one: Added, other: Added) -> Added:
         one.coalesced + other.coalesced,
         one.unchanged + other.unchanged,
         one.stale + other.stale,
-        (),
     )
 
 

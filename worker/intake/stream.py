@@ -20,6 +20,7 @@ from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.models import Update, check_update, check_user
 from worker.producer import Producer
+from worker.state.buffer import LostLead
 from worker.state.connection import Redis, ResponseError
 from worker.state.keys import Keys
 from worker.state.leader import Leader, LeaderLoop
@@ -108,8 +109,13 @@ class StreamConsumer(LeaderLoop):
                 good.append((entry, _update(entry, names)))
             except InvalidUpdate as error:
                 bad.append((entry, error))
-        full = self._producer.add([update for _, update in good]).full
-        waiting = {good[place][0].id for place in full}
+        try:
+            added = self._producer.add([update for _, update in good], lead=self.leader.lead)
+        except LostLead:
+            self._from = _UNSETTLED
+            return 0.0
+        bad += [(good[place][0], InvalidUpdate(good[place][1].user, rule)) for place, rule in added.refused]
+        waiting = {good[place][0].id for place in added.full}
         delivering = self._settle([entry.id for entry in entries if entry.id not in waiting], bad)
         self._note(full=bool(waiting))
         if waiting:

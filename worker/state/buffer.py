@@ -16,6 +16,7 @@ tests can hold time still; None means Redis' clock.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,16 @@ from typing import Any, Literal, NamedTuple
 from redis import Redis
 
 from ..models import (
+    LATEST_MS,
+    LONGEST_DELAY,
+    MAX_AHEAD,
     Acked,
     Batch,
     BatchId,
     ClaimedUser,
     DeadLettered,
     Outcome,
+    Quarantined,
     Retried,
     Snoozed,
     Update,
@@ -42,23 +47,63 @@ from .keys import LEDGER, Keys
 #: rate of updates, deliveries would wait so long for Redis that they miss their slots.
 MAX_UPDATES_PER_ADD = 200
 
+#: Users forgotten at a time, when their values were delivered long ago.
+MOST_FORGOTTEN = 2500
+
+#: More attempts than any policy makes.
+MOST_ATTEMPTS = 1_000_000
+
 #: As `max_pending` of `add`: only users who are pending or in flight.
 NOBODY_NEW = -1
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+#: Why the script `add` refuses an update that is valid by itself.
+RULES = {
+    "ahead": "occurred_at is further ahead of Redis' clock than IMATTR_MAX_AHEAD allows",
+    "forgotten": "a value that was delivered after the file's time (--as-of) may be newer: it has been forgotten",
+}
+
+
 class Added(NamedTuple):
-    """What became of the updates of one `add`. `full` has the indexes of those refused for want of room."""
+    """What became of the updates of one `add`.
+
+    `full` has the indexes of those refused for want of room; `refused` of those refused for good, with the rule.
+    """
 
     accepted: int
     coalesced: int
     unchanged: int
     stale: int
-    full: tuple[int, ...]
+    full: tuple[int, ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
 
 
-NOTHING_ADDED = Added(0, 0, 0, 0, ())
+NOTHING_ADDED = Added(0, 0, 0, 0)
+
+
+class LostLead(Exception):
+    """Nothing was added, since another worker has taken the lead, and these updates, meanwhile."""
+
+
+class Lead(NamedTuple):
+    """What a worker must hold while it adds: the key of the election, and its own name there."""
+
+    key: str
+    worker: str
+
+
+class Guard(NamedTuple):
+    """Under what conditions updates are added.
+
+    `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
+    is true, 0 if it is none. `lead`: who must lead.
+    """
+
+    max_ahead: float = MAX_AHEAD
+    as_of_ms: int = 0
+    lead: Lead | None = None
 
 
 class Settled(NamedTuple):
@@ -86,6 +131,8 @@ class Snapshot:
     waiting: int
     in_flight: int
     dead: int
+    #: What could not be read and was set aside, until somebody drops it.
+    quarantine: int
     oldest_age: float | None
     ledger: Mapping[str, int]
 
@@ -95,31 +142,44 @@ class Snapshot:
 
     @property
     def balanced(self) -> bool:
-        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + pending + in flight."""
+        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + pending + in flight."""
         accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
         return accepted + redriven == sum(settled) + self.pending + self.in_flight
+
+
+#: For updates that are no import's, from whoever.
+PLAIN = Guard()
 
 
 # `add` without its I/O, for clients of asyncio, too.
 
 
-def add_keys(keys: Keys) -> list[str]:
+def add_keys(keys: Keys, guard: Guard = PLAIN) -> list[str]:
     """The keys of the script `add`."""
     k = keys
-    return [k.pending, k.live, k.backfill, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
+    found = [k.pending, k.live, k.backfill, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
+    return [*found, k.delayed, k.quarantine, k.forgotten_at, guard.lead.key if guard.lead else k.consumer]
 
 
 def add_arguments(
-    updates: Sequence[Update], lane: str, max_pending: int, now_ms: int | None = None
+    updates: Sequence[Update], lane: str, max_pending: int, guard: Guard = PLAIN, now_ms: int | None = None
 ) -> tuple[scripts.Argument, ...]:
     """The arguments of the script `add`; see `Buffer.add`."""
     packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
-    return (_argument(now_ms), lane, max_pending, packed)
+    leader = guard.lead.worker if guard.lead else ""
+    guards = (round(guard.max_ahead * 1000), guard.as_of_ms, leader)
+    return (_argument(now_ms), lane, max_pending, packed, *guards)
 
 
-def read_added(reply: Sequence[int]) -> Added:
-    """What the script `add` answered."""
-    return Added(reply[0], reply[1], reply[2], reply[3], tuple(reply[4:]))
+def read_added(reply: Sequence[Any]) -> Added:
+    """What the script `add` answered; raises `LostLead`."""
+    if not reply:
+        raise LostLead
+    accepted, coalesced, unchanged, stale, *others = reply
+    reasons = [(index, scripts.text(reason)) for index, reason in zip(others[::2], others[1::2], strict=True)]
+    full = tuple(index for index, reason in reasons if reason == "full")
+    refused = tuple((index, RULES[reason]) for index, reason in reasons if reason != "full")
+    return Added(accepted, coalesced, unchanged, stale, full, refused)
 
 
 def new_batch_id() -> BatchId:
@@ -141,6 +201,8 @@ def _outcome(outcome: Outcome) -> list[str | int]:
             return ["snooze", round(delay * 1000), int(suspect)]
         case DeadLettered(code, message):
             return ["dead_letter", code, message]
+        case Quarantined():
+            return ["quarantine"]
 
 
 class Buffer:
@@ -154,24 +216,27 @@ class Buffer:
         lease: float = 60.0,
         shadow_ttl: float = 900.0,
         shadow_max_users: int = 1_000_000,
+        longest_delay: float = LONGEST_DELAY,
     ) -> None:
-        """`redis` must return bytes (`decode_responses=False`); `lease` and `shadow_ttl` in seconds."""
+        """`redis` must return bytes (`decode_responses=False`); `lease`, `shadow_ttl` and `longest_delay` in seconds."""
         self._redis = redis
         self._keys = keys
         self._lease_ms = round(lease * 1000)
-        self._shadow = (round(shadow_ttl * 1000), shadow_max_users)
+        self._shadow_ttl_ms, self._shadow_max = round(shadow_ttl * 1000), shadow_max_users
+        self._longest_delay_ms = round(longest_delay * 1000)
         k = keys
         lanes = [k.pending, k.live, k.backfill]
         self._add = scripts.load(redis, "add")
-        self._add_keys = add_keys(k)
         self._claim = scripts.load(redis, "claim")
         self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
-        self._claim_keys += [k.rate, k.health]
+        self._claim_keys += [k.rate, k.health, k.quarantine, k.ledger]
         self._settle = scripts.load(redis, "settle")
         self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
         self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health, k.tickets]
+        self._settle_keys += [k.quarantine, k.imports, k.forgotten_at]
         self._extend = scripts.load(redis, "extend")
         self._reclaim = scripts.load(redis, "reclaim")
+        self._forget = scripts.load(redis, "forget")
         self._dispatch = scripts.load(redis, "dispatch")
         self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line, k.partial_at]
 
@@ -181,15 +246,18 @@ class Buffer:
         *,
         lane: str = "live",
         max_pending: int = 0,
+        guard: Guard = PLAIN,
         now_ms: int | None = None,
     ) -> Added:
         """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in order.
 
-        `max_pending` is how many users may be pending: 0 = no limit, or `NOBODY_NEW`.
+        `max_pending` is how many users may be pending: 0 = no limit, or `NOBODY_NEW`. Raises `LostLead` if the guard's
+        worker no longer leads.
         """
         if not updates:
             return NOTHING_ADDED
-        return read_added(self._add(self._add_keys, add_arguments(updates, lane, max_pending, now_ms)))
+        arguments = add_arguments(updates, lane, max_pending, guard, now_ms)
+        return read_added(self._add(add_keys(self._keys, guard), arguments))
 
     def has_room(self, max_pending: int, share: float = 0.0) -> bool:
         """Whether fewer than `max_pending` users are pending; with a `share`, whether that part is free. 0 = no limit."""
@@ -207,13 +275,10 @@ class Buffer:
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
-        # One call of the decoder for all of them costs a third of a hundred calls.
         now, probe, signed_at, ok_at, outage_ended_at, *pairs = reply
-        records = json.loads(b"[%b]" % b",".join(pairs[1::2]))
-        users = tuple(
-            _claimed(user, record, outage_ended_at, ok_at)
-            for user, record in zip(pairs[::2], records, strict=True)
-        )
+        users, unreadable = _read_records(pairs[::2], pairs[1::2], outage_ended_at, ok_at)
+        if unreadable:
+            self.settle(ticket, dict.fromkeys(unreadable, Quarantined()), now_ms=now_ms)
         kind: Any = scripts.text(probe)
         return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at)
 
@@ -241,7 +306,7 @@ class Buffer:
             batch,
             packed,
             packed_rest,
-            *self._shadow,
+            self._shadow_ttl_ms,
             claimed_ms,
             successor or "",
             size,
@@ -266,13 +331,27 @@ class Buffer:
         Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two steps leaves a lease of its
         own, which expires like any other.
         """
-        keys = [self._keys.batches, self._keys.leases]
+        keys = [self._keys.batches, self._keys.leases, self._keys.flight, self._keys.quarantine]
         successor = new_batch_id()
         expired = self._reclaim(keys, (_argument(now_ms), successor, self._lease_ms))
         if not expired:
             return None
         self.settle(successor, {}, rest=Snoozed(), now_ms=now_ms)
         return BatchId(expired.decode())
+
+    def forget(self, *, now_ms: int | None = None) -> int:
+        """Forget what was delivered long ago, up to `MOST_FORGOTTEN` users; returns how many that were."""
+        keys = [self._keys.shadow, self._keys.shadow_at, self._keys.imports, self._keys.forgotten_at]
+        args = (_argument(now_ms), self._shadow_ttl_ms, self._shadow_max, MOST_FORGOTTEN)
+        return int(self._forget(keys, args))
+
+    def begin_import(self, name: str, as_of_ms: int) -> None:
+        """Forget nothing that is delivered from `as_of_ms` on until `end_import`; beginning again changes nothing."""
+        self._redis.zadd(self._keys.imports, {name: as_of_ms}, nx=True)
+
+    def end_import(self, name: str) -> None:
+        """The import is finished, or will never be."""
+        self._redis.zrem(self._keys.imports, name)
 
     def tick(
         self,
@@ -291,7 +370,7 @@ class Buffer:
         """
         prefix = new_batch_id()[:-4]
         times = (round(linger * 1000), round(ticket_ttl * 1000))
-        args = (_argument(now_ms), size, *times, quota, round(horizon * 1000), prefix)
+        args = (_argument(now_ms), size, *times, quota, round(horizon * 1000), self._longest_delay_ms, prefix)
         issued, next_due = self._dispatch(self._dispatch_keys, args)
         ids = tuple(BatchId(f"{prefix}{number:04x}") for number in range(1, issued + 1))
         return Tick(ids, None if next_due < 0 else next_due / 1000)
@@ -306,14 +385,16 @@ class Buffer:
         with self._redis.pipeline(transaction=True) as pipe:
             for lane in (k.live, k.backfill, k.delayed):
                 pipe.zcard(lane)
-            for table in (k.pending, k.flight, k.dead):
+            for table in (k.pending, k.flight, k.dead, k.quarantine):
                 pipe.hlen(table)
             pipe.hgetall(k.ledger)
             for lane in (k.live, k.backfill):
                 pipe.zrange(lane, 0, 0, withscores=True)
             pipe.time()
             replies: list[Any] = pipe.execute()
-        (live, backfill, delayed, pending, in_flight, dead, ledger, *oldest, (seconds, micros)) = replies
+        live, backfill, delayed, pending, in_flight, dead, quarantine, ledger, *oldest, (seconds, micros) = (
+            replies
+        )
         scores = [score for lane in oldest for _, score in lane]
         age = max(0.0, seconds + micros / 1e6 - min(scores) / 1000) if scores else None
         return Snapshot(
@@ -323,13 +404,47 @@ class Buffer:
             waiting=pending - live - backfill - delayed,
             in_flight=in_flight,
             dead=dead,
+            quarantine=quarantine,
             oldest_age=age,
-            ledger={counter: int(ledger.get(counter.encode(), 0)) for counter in LEDGER},
+            ledger={counter: scripts.number(ledger.get(counter.encode())) for counter in LEDGER},
         )
 
 
+def _read_records(
+    users: Sequence[bytes], packed: Sequence[bytes], outage_ended_at: int, ok_at: int
+) -> tuple[tuple[ClaimedUser, ...], list[UserId]]:
+    """What a claim returned: the users, and those whose record cannot be read."""
+    try:
+        # One call of the decoder for all of them costs a third of a hundred calls.
+        records = json.loads(b"[%b]" % b",".join(packed))
+        pairs = zip(users, records, strict=True)
+        return tuple(_claimed(user, record, outage_ended_at, ok_at) for user, record in pairs), []
+    except _UNREADABLE:
+        good, unreadable = list[ClaimedUser](), list[UserId]()
+    for user, one in zip(users, packed, strict=True):
+        try:
+            good.append(_claimed(user, json.loads(one), outage_ended_at, ok_at))
+        except _UNREADABLE:
+            unreadable.append(user.decode())
+    return tuple(good), unreadable
+
+
+#: What reading a damaged record may raise.
+_UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+
+
 def _claimed(user: bytes, record: dict[str, Any], outage_ended_at: int, ok_at: int) -> ClaimedUser:
-    attrs = {name: pair[0] or None for name, pair in record["a"].items()}
+    """One user of a claim; raises one of `_UNREADABLE` if its record is not one."""
+    attrs = {}
+    for name, (value, version) in record["a"].items():
+        if not (type(value) is str or value is False) or not 0 <= version <= LATEST_MS:
+            raise ValueError
+        if value and not (name.isascii() and value.isascii()):
+            (name + value).encode()
+        attrs[name] = value or None
+    since, failed_at = record["t"] + 0, record.get("f", 0)
     # A failure counts if others succeeded after it, unless it belongs to an outage that has ended.
-    attempts = record.get("n", 0) + (outage_ended_at < record.get("f", 0) < ok_at)
-    return ClaimedUser(user.decode(), attrs, attempts, record["t"], "s" in record)
+    attempts = record.get("n", 0) + (outage_ended_at < failed_at < ok_at)
+    if not attrs or not math.isfinite(since + failed_at) or not 0 <= attempts <= MOST_ATTEMPTS:
+        raise ValueError
+    return ClaimedUser(user.decode(), attrs, int(attempts), since, "s" in record)

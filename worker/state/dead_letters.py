@@ -66,6 +66,7 @@ class DeadLetters:
         self._redrive = scripts.load(redis, "redrive")
         k = keys
         self._redrive_keys = [k.pending, k.backfill, k.flight, k.shadow, k.dead, k.dead_at, k.ledger]
+        self._redrive_keys += [k.live, k.delayed, k.quarantine]
 
     def now_ms(self) -> int:
         """Redis' clock."""
@@ -101,7 +102,8 @@ class DeadLetters:
 
     def _read(self, users: Sequence[UserId], wanted: Filter) -> Iterator[Letter]:
         for user, packed in zip(users, self._redis.hmget(self._keys.dead, users), strict=True):
-            if packed is not None and wanted.fits(letter := _letter(user, packed)):
+            letter = None if packed is None else _letter(user, packed)
+            if letter and wanted.fits(letter):
                 yield letter
 
     def redrive(self, users: Sequence[UserId]) -> Redriven:
@@ -109,7 +111,7 @@ class DeadLetters:
         total = Redriven()
         for first in range(0, len(users), PAGE):
             page = json.dumps(users[first : first + PAGE])
-            redriven, outdated = self._redrive(self._redrive_keys, [page])
+            redriven, outdated = self._redrive(self._redrive_keys, ["", page])
             total.redriven += redriven
             total.outdated += outdated
         return total
@@ -126,10 +128,15 @@ class DeadLetters:
         return purged
 
 
-def _letter(user: UserId, packed: bytes | str) -> Letter:
-    raw = json.loads(packed)
-    values = {name: (value or None, version) for name, (value, version) in raw["a"].items()}
-    return Letter(user, values, raw["code"], raw["message"], raw["attempts"], raw["t"], raw["at"])
+def _letter(user: UserId, packed: bytes | str) -> Letter | None:
+    """One letter; None if it cannot be read. Redriving sets it aside."""
+    try:
+        raw = json.loads(packed)
+        values = {name: (value or None, int(version)) for name, (value, version) in raw["a"].items()}
+        code, attempts, since, at = (int(raw[field]) for field in ("code", "attempts", "t", "at"))
+        return Letter(user, values, code, str(raw["message"]), attempts, since, at)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 def as_updates(letter: Letter) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from redis import Redis
 
 from .keys import Keys
+from .scripts import number
 
 #: What is counted: messages taken, and what became of their updates; whole messages that had expired, or must wait.
 COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "scheduled")
@@ -28,5 +29,5 @@ def read_intake(redis: Redis, keys: Keys) -> dict[str, int]:
     "scheduled" counts the messages that wait for their time now, not those that ever did.
     """
     found = redis.hgetall(keys.intake)
-    counts = {name: int(found.get(name.encode(), 0)) for name in (*COUNTS, "waiting")}
+    counts = {name: number(found.get(name.encode())) for name in (*COUNTS, "waiting")}
     return counts | {"scheduled": redis.zcard(keys.scheduled)}

@@ -20,7 +20,16 @@ or in `flight` (then `pending` has a record only if something newer arrived mean
 from dataclasses import dataclass
 
 #: The counters of the ledger, in the order in which people read them.
-LEDGER = ("accepted", "redriven", "coalesced", "unchanged", "stale", "delivered", "dead_lettered")
+LEDGER = (
+    "accepted",
+    "redriven",
+    "coalesced",
+    "unchanged",
+    "stale",
+    "delivered",
+    "dead_lettered",
+    "quarantined",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,21 @@ class Keys:
     def shadow_at(self) -> str:
         """zset: user in the shadow scored by the ms it was last written; the oldest are trimmed."""
         return self._key("shadow_at")
+
+    @property
+    def forgotten_at(self) -> str:
+        """string: ms of the newest delivery that is no longer in the shadow."""
+        return self._key("forgotten_at")
+
+    @property
+    def imports(self) -> str:
+        """zset: unfinished import scored by the ms as of which it is true; what was delivered since is not forgotten."""
+        return self._key("imports")
+
+    @property
+    def quarantine(self) -> str:
+        """hash: "table:ms:user" -> the raw bytes that could not be read there."""
+        return self._key("quarantine")
 
     @property
     def ledger(self) -> str:

@@ -17,6 +17,7 @@ from redis import Redis, RedisError
 
 from ..clock import Clock
 from . import scripts
+from .buffer import Lead
 from .scripts import text
 
 log = structlog.get_logger()
@@ -47,6 +48,11 @@ class Leader:
     def leads(self) -> bool:
         """Whether the term still runs: a machine that slept meanwhile leads no longer."""
         return self._clock.monotonic() - self._elected_at < self.term
+
+    @property
+    def lead(self) -> Lead:
+        """What Redis can check while this worker acts: a term that ended elsewhere is known only there."""
+        return Lead(self._key, self._worker)
 
     def forget(self) -> None:
         """Campaign at once next time."""

@@ -23,7 +23,7 @@ from redis import Redis
 from ..models import BatchId
 from . import scripts
 from .keys import Keys
-from .scripts import text
+from .scripts import number, text
 
 Kind = Literal["error", "outage", "data"]
 State = Literal["open", "stopped", "probing", "paused"]
@@ -147,13 +147,13 @@ class Line:
         state, reason, code, since, next_probe, probe, kind, failed = found
         if state is None:
             return LineState()
-        stopped = text(state) == "stopped"
+        stopped = text(state) != "paused"
         return LineState(
             state="paused" if not stopped else "probing" if probe else "stopped",
             reason=text(reason or b""),
-            code=int(code or 0) or None,
-            since=int(since) / 1000 if since else None,
-            next_probe=int(next_probe) / 1000 if next_probe else None,
+            code=number(code) or None,
+            since=number(since) / 1000 if since else None,
+            next_probe=number(next_probe) / 1000 if next_probe else None,
             kind=text(kind) if kind else None,  # type: ignore[arg-type]
-            failed_probes=int(failed or 0),
+            failed_probes=number(failed),
         )

@@ -17,6 +17,7 @@ from redis.client import Pipeline
 
 from ..errors import InvalidUpdate
 from .keys import Keys
+from .scripts import text
 
 #: About this many are kept.
 MOST = 10_000
@@ -46,8 +47,8 @@ class RefusedUpdate:
     @classmethod
     def _of(cls, entry: Any) -> Self:
         key, fields = entry
-        texts = {name.decode(): value.decode() for name, value in fields.items()}
-        return cls(key.decode(), texts["source"], texts["user"], texts["rule"], texts["payload"])
+        texts = {text(name): text(value) for name, value in fields.items()}
+        return cls(key.decode(), *(texts.get(name, "?") for name in ("source", "user", "rule", "payload")))
 
 
 def _text(update: object) -> str:

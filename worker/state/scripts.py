@@ -35,7 +35,15 @@ def source(name: str) -> str:
 
 def text(value: bytes | str) -> str:
     """Return what Redis answered as text: connections here return bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def number(value: bytes | str | None) -> int:
+    """Return what Redis answered as a whole number; 0 if it is none, or longer than any of ours."""
+    try:
+        return int(value) if value and len(value) < 20 else 0
+    except ValueError:
+        return 0
 
 
 def load(redis: Redis, name: str) -> Script:

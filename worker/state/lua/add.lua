@@ -1,9 +1,16 @@
 --[[
 Merge updates into what is pending; of each attribute, the newest version wins.
 
-An update without an event time is newer than everything known: the order of arrival rules. A newer value takes the old
+An update without an event time is newer than everything known: the order of arrival rules. One from further in the
+future than a clock may be wrong is refused: it would make everything stale that follows. A newer value takes the old
 one out of the user's dead letter, since redriving it could only be wrong. If the clock was set back and nothing else is
 remembered, the dead letter alone knows how new an update without an event time must be.
+
+What an import says was true at one time ("as of"). It is refused for a user of whom nothing is known if a value that was
+delivered later has been forgotten: it could be this user's.
+
+Whoever takes updates from a stream or a queue does so while it leads. One that was suspended and has lost the lead adds
+nothing any more: its successor has added the same, and newer ones.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -14,15 +21,30 @@ KEYS[6]  zset, shadow_at
 KEYS[7]  hash, ledger
 KEYS[8]  hash, dead: user -> dead letter
 KEYS[9]  zset, dead_at
+KEYS[10] zset, lane `delayed`
+KEYS[11] hash, quarantine
+KEYS[12] string, forgotten_at ms
+KEYS[13] string with expiry: name of the leader
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
 ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pending yet
 ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in ms or 0], at most 200
-Returns  {accepted, coalesced, unchanged, stale, index of a refused update from 0, ...}
+ARGV[5]  how far ahead of the server's clock an event time may be, ms
+ARGV[6]  the time in ms as of which an import is true, 0 = this is none
+ARGV[7]  who must lead, empty = nobody
+Returns  {accepted, coalesced, unchanged, stale, for each refused update: its index from 0, and "full", "ahead" or "forgotten",
+         ...}, or {} if the leader is another
 ]]
 local pending, live, backfill, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local shadow, shadow_at, ledger, dead, dead_at = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local delayed, quarantine, forgotten_at, leader = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
 local now, lane, max_pending, updates = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
+local latest, as_of, leads = now + tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+
+if leads ~= '' and redis.call('GET', leader) ~= leads then
+  return {}
+end
+local is_forgotten = as_of > 0 and (tonumber(redis.call('GET', forgotten_at) or 0) or 0) > as_of
 
 local users = {}
 for i, update in ipairs(updates) do
@@ -35,19 +57,25 @@ local given_up = redis.call('HMGET', dead, unpack(users))
 local pending_count = max_pending > 0 and redis.call('HLEN', pending) or 0
 
 -- A user may be in the array twice: what the first update changed is what the second one finds.
-local records, memories, letters = {}, {}, {}
+local records, memories, letters, unreadable = {}, {}, {}, {}
 local entries = { lane == 'live' and live or backfill }
 local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
-
 -- One loop without functions of its own: creating them would cost a single update a tenth of its time.
 for i, update in ipairs(updates) do
   local user, attrs, occurred = update[1], update[2], update[3]
-  local record = records[user] or (was_pending[i] and cjson.decode(was_pending[i]))
-  if max_pending ~= 0 and not record and not in_flight[i] and pending_count >= max_pending then
-    refused[#refused + 1] = i - 1
+  local record = records[user] or (was_pending[i] and readable(was_pending[i]))
+  local is_known = record or in_flight[i] or delivered[i] or given_up[i]
+  local reason = occurred > latest and 'ahead'
+    or max_pending ~= 0 and not record and not in_flight[i] and pending_count >= max_pending and 'full'
+    or is_forgotten and not is_known and 'forgotten'
+  if reason then
+    refused[#refused + 1], refused[#refused + 2] = i - 1, reason
   else
-    local memory = memories[user] or (delivered[i] and cjson.decode(delivered[i]))
-    local letter = letters[user] or (given_up[i] and cjson.decode(given_up[i]))
+    local memory = memories[user] or (delivered[i] and readable(delivered[i], true))
+    local letter = letters[user] or (given_up[i] and readable(given_up[i]))
+    if was_pending[i] and not record then
+      unreadable[user] = was_pending[i]
+    end
     local waiting, sent = record and record.a or none, attributes(in_flight[i])
     local remembered, undelivered = memory and memory.a or none, letter and letter.a or none
 
@@ -75,11 +103,7 @@ for i, update in ipairs(updates) do
       memories[user] = memory
     end
     if not next(fresh) then
-      if repeated then
-        unchanged = unchanged + 1
-      else
-        stale = stale + 1
-      end
+      unchanged, stale = unchanged + (repeated and 1 or 0), stale + (repeated and 0 or 1)
     else
       if record then
         coalesced = coalesced + 1
@@ -91,15 +115,12 @@ for i, update in ipairs(updates) do
         pending_count = pending_count + 1
         -- A user in flight waits outside the lanes until its batch is settled.
         if not in_flight[i] then
-          entries[#entries + 1] = now
-          entries[#entries + 1] = user
+          entries[#entries + 1], entries[#entries + 2] = now, user
         end
       end
-      if letter then
-        for name, pair in pairs(fresh) do
-          if letter.a[name] and letter.a[name][2] <= pair[2] then
-            letter.a[name], letters[user] = nil, letter
-          end
+      for name, pair in pairs(letter and fresh or none) do
+        if letter.a[name] and letter.a[name][2] <= pair[2] then
+          letter.a[name], letters[user] = nil, letter
         end
       end
       if record.b and lane == 'live' then
@@ -113,10 +134,15 @@ for i, update in ipairs(updates) do
   end
 end
 
+-- A record that cannot be read makes room for the new one.
+local quarantined = 0
+for user, packed in pairs(unreadable) do
+  withdraw(quarantine, pending, { live, backfill, delayed }, now, user, packed)
+  quarantined = quarantined + 1
+end
 local fields = { pending }
 for user, record in pairs(records) do
-  fields[#fields + 1] = user
-  fields[#fields + 1] = cjson.encode(record)
+  fields[#fields + 1], fields[#fields + 2] = user, cjson.encode(record)
 end
 if #fields > 1 then
   redis.call('HSET', unpack(fields))
@@ -136,5 +162,5 @@ for user, letter in pairs(letters) do
     redis.call('ZREM', dead_at, user)
   end
 end
-count(ledger, { accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale })
+count(ledger, { accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale, quarantined = quarantined })
 return { accepted, coalesced, unchanged, stale, unpack(refused) }

@@ -7,6 +7,9 @@ twice claims nothing the second time, and a batch id is never reused. While the 
 anything; after an outage, ever fewer users, so that one who makes the service fail cannot keep the line stopped. A
 permit that has lapsed claims nothing either.
 
+A user without a record leaves the lanes. So does one whose record is known to be unreadable, which is set aside; records
+in the lanes are not read here, but by the worker.
+
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
 KEYS[3]  zset, lane `backfill`
@@ -18,6 +21,8 @@ KEYS[8]  zset, tickets
 KEYS[9]  hash, line
 KEYS[10] hash, rate
 KEYS[11] hash, health
+KEYS[12] hash, quarantine
+KEYS[13] hash, ledger
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id, which is the ticket's id
 ARGV[3]  most users to take, at most 1000
@@ -29,24 +34,32 @@ Returns  {now in ms, kind of the stop if this is its probe else "", signing time
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, tickets, line, rate, health = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local quarantine, ledger = KEYS[12], KEYS[13]
 local now, batch, limit, lease, epoch = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
 if redis.call('ZREM', tickets, batch) == 0 then
   return {}
 end
-local state, out, kind, failed = unpack(redis.call('HMGET', line, 'state', 'probe', 'kind', 'failed'))
+local state, out, kind = unpack(redis.call('HMGET', line, 'state', 'probe', 'kind'))
 local probe = state and out == batch and kind or ''
 if probe == '' and (state or has_lapsed(rate, epoch)) then
   return {}
 end
 if probe == 'outage' then
-  limit = math.max(1, math.floor(limit / 2 ^ tonumber(failed or 0)))
+  limit = math.max(1, math.floor(limit / 2 ^ numbers(line, 'failed')))
 end
 local reply = { now, probe, numbers(health, 'signed_at', 'ok_at', 'calm_at') }
 
 local due = redis.call('ZRANGEBYSCORE', delayed, '-inf', now, 'LIMIT', 0, limit)
-for _, user in ipairs(due) do
-  enter_lane(live, backfill, user, cjson.decode(redis.call('HGET', pending, user)))
+for i, packed in ipairs(#due > 0 and redis.call('HMGET', pending, unpack(due)) or due) do
+  local record = packed and readable(packed)
+  if record then
+    enter_lane(live, backfill, due[i], record)
+  elseif packed then
+    set_aside(quarantine, 'pending', now, due[i], packed)
+    redis.call('HDEL', pending, due[i])
+    count(ledger, { quarantined = 1 })
+  end
 end
 if #due > 0 then
   redis.call('ZREM', delayed, unpack(due))
@@ -69,14 +82,23 @@ if #users == 0 then
   return reply
 end
 
-local records = redis.call('HMGET', pending, unpack(users))
-local fields = { flight }
+local records, claimed, fields = redis.call('HMGET', pending, unpack(users)), {}, { flight }
 for i, user in ipairs(users) do
-  fields[2 * i], fields[2 * i + 1] = user, records[i]
-  reply[2 * i + 4], reply[2 * i + 5] = user, records[i]
+  local packed = records[i]
+  -- No id has other bytes, and no worker could name such a user.
+  if packed and string.find(user, '[^ -~]') then
+    set_aside(quarantine, 'pending', now, user, packed)
+    count(ledger, { quarantined = 1 })
+  elseif packed then
+    claimed[#claimed + 1] = user
+    fields[#fields + 1], fields[#fields + 2] = user, packed
+    reply[#reply + 1], reply[#reply + 2] = user, packed
+  end
 end
 redis.call('HDEL', pending, unpack(users))
-redis.call('HSET', unpack(fields))
-redis.call('HSET', batches, batch, cjson.encode(users))
-redis.call('ZADD', leases, now + lease, batch)
+if #claimed > 0 then
+  redis.call('HSET', unpack(fields))
+  redis.call('HSET', batches, batch, cjson.encode(claimed))
+  redis.call('ZADD', leases, now + lease, batch)
+end
 return reply

@@ -8,6 +8,9 @@ tickets still outstanding are subtracted, so two workers that both believe they 
 No more is issued than there are free slots soon: workers that go on with one batch after another take slots without a
 ticket from here. During a pause nothing is issued; while the line is stopped, one ticket when a probe is due.
 
+A time that cannot be is from before the server's clock was set back: an update from the future has lingered, and a delay
+longer than any is over.
+
 KEYS[1]  zset, tickets
 KEYS[2]  zset, lane `live`
 KEYS[3]  zset, lane `backfill`
@@ -21,13 +24,14 @@ ARGV[3]  linger, ms
 ARGV[4]  age at which an outstanding ticket counts as lost, ms
 ARGV[5]  calls a second at the quota
 ARGV[6]  how far ahead slots are looked at, ms
-ARGV[7]  what the ids of the tickets begin with, used by nobody else; the number of each follows, four hex digits
+ARGV[7]  the longest delay, ms
+ARGV[8]  what the ids of the tickets begin with, used by nobody else; the number of each follows, four hex digits
 Returns  {tickets issued, numbered from 1; ms until something may become due, or -1}
 ]]
 local tickets, live, backfill, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local rate, line, partial_at = KEYS[5], KEYS[6], KEYS[7]
 local now, size, linger, ticket_ttl = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local quota, horizon, prefix = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local quota, horizon, longest, prefix = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
 local paused_at, paused_until, limit, slot = numbers(rate, 'paused_at', 'paused_until', 'limit', 'next')
 if paused_at / 1000 <= now + 1 and paused_until / 1000 > now then
@@ -42,6 +46,9 @@ redis.call('ZREMRANGEBYSCORE', tickets, '-inf', now - ticket_ttl)
 -- A ticket from the future is from before the clock was set back: it would never grow old.
 redis.call('ZREMRANGEBYSCORE', tickets, '(' .. now + ticket_ttl, '+inf')
 local outstanding = redis.call('ZCARD', tickets)
+for _, user in ipairs(redis.call('ZRANGEBYSCORE', delayed, '(' .. now + longest, '+inf', 'LIMIT', 0, 1000)) do
+  redis.call('ZADD', delayed, now, user)
+end
 local due = redis.call('ZCOUNT', delayed, '-inf', now)
 local ready = due + redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
 local oldest = math.huge
@@ -52,15 +59,16 @@ end
 local wanted, partial = math.floor(ready / size), false
 if ready % size > 0 then
   local last = tonumber(redis.call('GET', partial_at)) or 0
-  partial = due > 0 or oldest + linger <= now or oldest >= last + linger or last > now
+  partial = due > 0 or oldest + linger <= now or oldest >= last + linger or last > now or oldest > now
   wanted = wanted + (partial and 1 or 0)
 end
 
 local state, next_probe, wait = unpack(redis.call('HMGET', line, 'state', 'next_probe', 'wait'))
 if state then
-  next_probe, wait = tonumber(next_probe) or math.huge, tonumber(wait) or 0
+  next_probe, wait = tonumber(next_probe or nil), numbers(line, 'wait')
+  next_probe = finite(next_probe) and next_probe or math.huge
   -- A probe further away than the wait was set before the clock was set back.
-  local is_due = state == 'stopped' and (next_probe <= now or next_probe > now + wait)
+  local is_due = state ~= 'paused' and (next_probe <= now or next_probe > now + wait)
   if is_due and wanted > 0 then
     redis.call('ZADD', tickets, now, prefix .. '0001')
     redis.call('HSET', line, 'probe', prefix .. '0001', 'next_probe', now + wait)

@@ -60,7 +60,8 @@ if refused > 0 then
   redis.call('HSET', rate, 'limit', lower, 'good', good, 'bad', refused, 'step', 1, 'granted', 0)
   redis.call('HSET', rate, 'climb_at', whole(now + length + dwell), 'hold', whole(hold))
 end
-current = redis.call('HINCRBY', rate, 'epoch', 1)
+current = current + 1
+redis.call('HSET', rate, 'epoch', current)
 if paused_at <= now and paused_until >= now + length then
   return { 0, current }
 end

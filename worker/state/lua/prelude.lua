@@ -21,21 +21,80 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
+-- Whether a value is a number that can be stored: neither infinite nor "not a number".
+local function finite(value)
+  return type(value) == 'number' and value > -1e300 and value < 1e300
+end
+
 -- Fields of a hash as numbers, 0 where there is none.
 local function numbers(hash, ...)
   local found = redis.call('HMGET', hash, ...)
   for i = 1, select('#', ...) do
-    found[i] = tonumber(found[i]) or 0
+    local number = tonumber(found[i] or nil)
+    found[i] = finite(number) and number or 0
   end
   return unpack(found)
+end
+
+-- What was set aside because it cannot be read, with its raw bytes.
+local function set_aside(quarantine, kind, now, user, packed)
+  redis.call('HSET', quarantine, string.format('%s:%.0f:%s', kind, now, user), packed)
+end
+
+-- Take a record that cannot be read out of pending; its user leaves the lanes.
+local function withdraw(quarantine, pending, lanes, now, user, packed)
+  set_aside(quarantine, 'pending', now, user, packed)
+  redis.call('HDEL', pending, user)
+  for _, lane in ipairs(lanes) do
+    redis.call('ZREM', lane, user)
+  end
+end
+
+-- The users of a packed batch, or nil if it cannot be read.
+local function users_of(packed)
+  local good, users = pcall(cjson.decode, packed or '')
+  return good and type(users) == 'table' and type(users[1]) == 'string' and users or nil
+end
+
+-- A packed record, or nil if it cannot be read. Redis does not undo what a script has written when it fails, so whatever
+-- passes here can be used and packed again. A memory has no time, and its values may be unknown (null).
+local function readable(packed, is_memory)
+  local good, record = pcall(cjson.decode, packed)
+  if not good or type(record) ~= 'table' or type(record.a) ~= 'table' then
+    return nil
+  end
+  if not is_memory and not (finite(record.t) and next(record.a)) then
+    return nil
+  end
+  for field, value in pairs(record) do
+    local is_text = field == 'message' and type(value) == 'string'
+    if type(field) ~= 'string' or (field ~= 'a' and not is_text and not finite(value)) then
+      return nil
+    end
+  end
+  for name, pair in pairs(record.a) do
+    if type(name) ~= 'string' or type(pair) ~= 'table' or pair[3] ~= nil then
+      return nil
+    end
+    local value, version = pair[1], pair[2]
+    if type(value) ~= 'string' and value ~= false and not (is_memory and value == cjson.null) then
+      return nil
+    end
+    -- No time of an event is later than the year 2286.
+    if not finite(version) or version < 0 or version > 1e13 then
+      return nil
+    end
+  end
+  return record
 end
 
 -- No attributes at all. Shared, so nobody may write to it.
 local none = {}
 
--- The attributes in a packed record: name -> {value, version}.
+-- The attributes in a packed record or memory: name -> {value, version}.
 local function attributes(packed)
-  return packed and cjson.decode(packed).a or none
+  local record = packed and readable(packed, true)
+  return record and record.a or none
 end
 
 -- Let a user wait in its lane, at the place of its first update.
@@ -43,11 +102,11 @@ local function enter_lane(live, backfill, user, record)
   redis.call('ZADD', record.b and backfill or live, record.t, user)
 end
 
--- Add to counters of the ledger: counter -> how many.
+-- Add to counters of the ledger: counter -> how many. One that is no number starts over.
 local function count(ledger, counts)
   for counter, number in pairs(counts) do
-    if number > 0 then
-      redis.call('HINCRBY', ledger, counter, number)
+    if number > 0 and type(redis.pcall('HINCRBY', ledger, counter, number)) == 'table' then
+      redis.call('HSET', ledger, counter, number)
     end
   end
 end

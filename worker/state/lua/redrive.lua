@@ -11,20 +11,33 @@ KEYS[4]  hash, shadow: user -> record last delivered
 KEYS[5]  hash, dead: user -> dead letter
 KEYS[6]  zset, dead_at
 KEYS[7]  hash, ledger
-ARGV[1]  JSON array of users, at most 500
+KEYS[8]  zset, lane `live`
+KEYS[9]  zset, lane `delayed`
+KEYS[10] hash, quarantine
+ARGV[1]  now in ms, empty = the server's clock
+ARGV[2]  JSON array of users, at most 500
 Returns  {dead letters put back, those of them that were outdated altogether}
 ]]
-local pending, backfill, flight, shadow, dead, dead_at, ledger =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local users = cjson.decode(ARGV[1])
+local pending, backfill, flight, shadow, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local dead_at, ledger, live, delayed, quarantine = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local now, users = now_ms(ARGV[1]), cjson.decode(ARGV[2])
 
-local counts = { redriven = 0, stale = 0, coalesced = 0 }
+local counts = { redriven = 0, stale = 0, coalesced = 0, quarantined = 0 }
 for _, user in ipairs(users) do
   local packed = redis.call('HGET', dead, user)
-  if packed then
-    local letter = cjson.decode(packed)
+  local letter = packed and readable(packed)
+  if packed and not letter then
+    set_aside(quarantine, 'dead', now, user, packed)
+    redis.call('HDEL', dead, user)
+    redis.call('ZREM', dead_at, user)
+  elseif letter then
     local waiting, sent = redis.call('HGET', pending, user), redis.call('HGET', flight, user)
-    local record = waiting and cjson.decode(waiting) or { t = letter.t, a = {}, b = 1 }
+    local record = waiting and readable(waiting)
+    if waiting and not record then
+      withdraw(quarantine, pending, { live, backfill, delayed }, now, user, waiting)
+      counts.quarantined, waiting = counts.quarantined + 1, false
+    end
+    record = record or { t = letter.t, a = {}, b = 1 }
     local in_flight, delivered = attributes(sent), attributes(redis.call('HGET', shadow, user))
     local any = false
     for name, pair in pairs(letter.a) do

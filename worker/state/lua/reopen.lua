@@ -16,7 +16,7 @@ local line, health, rate = KEYS[1], KEYS[2], KEYS[3]
 local now, batch, quota, dwell, signed_at = now_us(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
 local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
-if state ~= 'stopped' or probe ~= batch then
+if not state or state == 'paused' or probe ~= batch then
   return 0
 end
 redis.call('DEL', line)

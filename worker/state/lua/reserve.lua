@@ -49,7 +49,8 @@ local slot, paused_at, paused_until, epoch, limit, isolate_from, busy =
 
 local others = math.huge
 for _, quota in ipairs(redis.call('ZRANGEBYSCORE', quotas, whole(busy - LATELY), '+inf')) do
-  others = math.min(others, tonumber(quota) or others)
+  local number = tonumber(quota)
+  others = finite(number) and number >= 1 and math.min(others, number) or others
 end
 redis.call('ZADD', quotas, whole(busy), named)
 redis.call('ZREMRANGEBYSCORE', quotas, '-inf', '(' .. whole(busy - LATELY))
@@ -57,8 +58,8 @@ local quota = math.min(others, named)
 local horizon = now + math.max(SECOND, 2 * CLOSEST * SECOND / quota)
 if named < others and others < math.huge then
   slot = math.max(math.min(slot, horizon), now + SECOND)
-  epoch = redis.call('HINCRBY', rate, 'epoch', 1)
-  redis.call('HSET', rate, 'next', whole(slot))
+  epoch = epoch + 1
+  redis.call('HSET', rate, 'next', whole(slot), 'epoch', epoch)
 end
 limit = limit > 0 and math.min(limit, quota) or quota
 
@@ -89,7 +90,7 @@ local function climb()
   local granted, climb_at, bad, step, hold = numbers(rate, 'granted', 'climb_at', 'bad', 'step', 'hold')
   -- A climb further away than any wait is from before the clock was set back.
   if granted < limit or (now < climb_at and climb_at - now < 4e9) then
-    redis.call('HINCRBY', rate, 'granted', 1)
+    redis.call('HSET', rate, 'granted', granted + 1)
     return
   end
   local wait = dwell

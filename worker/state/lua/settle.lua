@@ -8,8 +8,12 @@ arrived meanwhile, and keeps the time of its first update.
 A failure that may be the service's costs an attempt only once a call claimed after it has succeeded, and not if it
 belongs to an outage: until then the record has its time ("f").
 
+What was delivered is remembered until `forget.lua` forgets it; while an import is unfinished, even with a memory of no
+length. What an import delivered is remembered as of its own time.
+
 Outcomes: ["ack"], ["retry", delay ms, 1 = costs an attempt at once, else 0],
-["snooze", delay ms, 1 = must not share a call with others from now on, else 0], ["dead_letter", code, message].
+["snooze", delay ms, 1 = must not share a call with others from now on, else 0], ["dead_letter", code, message],
+["quarantine"]. Records that cannot be read are set aside, whatever their outcome.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -25,56 +29,61 @@ KEYS[11] zset, shadow_at
 KEYS[12] hash, ledger
 KEYS[13] hash, health
 KEYS[14] zset, tickets
+KEYS[15] hash, quarantine
+KEYS[16] zset, imports: unfinished import -> ms as of which it is true
+KEYS[17] string, forgotten_at ms
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id
 ARGV[3]  JSON object: user -> outcome
 ARGV[4]  JSON outcome for the rest, or null to leave them in flight
 ARGV[5]  how long delivered values are remembered, ms; 0 = not at all
-ARGV[6]  how many users are remembered at most
-ARGV[7]  ms at which the batch was claimed, 0 = unknown
-ARGV[8]  id of a ticket to issue if there is another full batch for it, empty = none
-ARGV[9]  users in a full batch
+ARGV[6]  ms at which the batch was claimed, 0 = unknown
+ARGV[7]  id of a ticket to issue if there is another full batch for it, empty = none
+ARGV[8]  users in a full batch
 Returns  {the number of users settled, or -1 if the batch is not held any more; 1 if the ticket was issued, else 0}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, dead, dead_at = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local shadow, shadow_at, ledger, health, tickets = KEYS[10], KEYS[11], KEYS[12], KEYS[13], KEYS[14]
+local quarantine, imports, forgotten_at = KEYS[15], KEYS[16], KEYS[17]
 local now, batch, outcomes, rest = now_ms(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
-local shadow_ttl, shadow_max, claimed = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local successor, size = ARGV[8], tonumber(ARGV[9])
+local shadow_ttl, claimed, successor, size = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8])
 
-local held = redis.call('HGET', batches, batch)
-if not held then
+local holds = users_of(redis.call('HGET', batches, batch))
+if not holds then
   return { -1, 0 }
 end
 local users, left = {}, {}
-for _, user in ipairs(cjson.decode(held)) do
+for _, user in ipairs(holds) do
   local list = (outcomes[user] or rest ~= cjson.null) and users or left
   list[#list + 1] = user
 end
 if #users == 0 then
   return { 0, 0 }
 end
-
-local sent = redis.call('HMGET', flight, unpack(users))
-local waiting = redis.call('HMGET', pending, unpack(users))
-local delivered = shadow_ttl > 0 and redis.call('HMGET', shadow, unpack(users)) or {}
+local is_importing = redis.call('EXISTS', imports) == 1
+local remembers = shadow_ttl > 0 or is_importing
+local sent, waiting = redis.call('HMGET', flight, unpack(users)), redis.call('HMGET', pending, unpack(users))
+local delivered = remembers and redis.call('HMGET', shadow, unpack(users)) or {}
 redis.call('HDEL', flight, unpack(users))
 local ok_at, outage_ended_at = numbers(health, 'ok_at', 'calm_at')
-local counts = { delivered = 0, coalesced = 0, dead_lettered = 0 }
+local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0 }
 local memories, times = { shadow }, { shadow_at }
-
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
 local function remember(i, user, packed, unknown)
-  if delivered[i] or unknown then
-    local memory = delivered[i] and cjson.decode(delivered[i]) or { a = {} }
-    for name, pair in pairs(attributes(packed)) do
+  local at = now
+  if delivered[i] or unknown or is_importing then
+    local memory = delivered[i] and readable(delivered[i], true) or { a = {} }
+    local record = readable(packed) or { a = {} }
+    at = record.b and 0 or now
+    for name, pair in pairs(record.a) do
+      at = record.b and math.max(at, pair[2]) or at
       memory.a[name] = { unknown or pair[1], pair[2] }
     end
     packed = cjson.encode(memory)
   end
   memories[#memories + 1], memories[#memories + 2] = user, packed
-  times[#times + 1], times[#times + 2] = now, user
+  times[#times + 1], times[#times + 2] = at, user
 end
 
 -- A dead letter has what is not superseded, and keeps what an earlier one of the user still had to say.
@@ -100,15 +109,22 @@ end
 
 for i, user in ipairs(users) do
   local verb, first, second = unpack(outcomes[user] or rest)
-  local newer = waiting[i] and cjson.decode(waiting[i])
-  if verb == 'ack' then
+  local newer = waiting[i] and readable(waiting[i])
+  if waiting[i] and not newer then
+    withdraw(quarantine, pending, { live, backfill, delayed }, now, user, waiting[i])
+    counts.quarantined = counts.quarantined + 1
+  end
+  local record = verb ~= 'ack' and verb ~= 'quarantine' and sent[i] and readable(sent[i])
+  if verb == 'ack' and sent[i] then
     remember(i, user, sent[i])
     counts.delivered = counts.delivered + 1
-  elseif verb == 'dead_letter' then
+  elseif sent[i] and not record then
+    set_aside(quarantine, 'flight', now, user, sent[i])
+    counts.quarantined = counts.quarantined + 1
+  elseif record and verb == 'dead_letter' then
     remember(i, user, sent[i], cjson.null)
-    dead_letter(user, cjson.decode(sent[i]), newer, first, second)
-  else
-    local record = cjson.decode(sent[i])
+    dead_letter(user, record, newer, first, second)
+  elseif record then
     if verb == 'retry' then
       local failed_at = record.f
       local cost = second + (failed_at and outage_ended_at < failed_at and failed_at < ok_at and 1 or 0)
@@ -126,18 +142,17 @@ for i, user in ipairs(users) do
       newer = nil
     end
     redis.call('HSET', pending, user, cjson.encode(record))
-    if first > 0 then
-      redis.call('ZADD', delayed, now + first, user)
-    else
-      enter_lane(live, backfill, user, record)
-    end
+    local lane = first > 0 and delayed or record.b and backfill or live
+    redis.call('ZADD', lane, first > 0 and now + first or record.t, user)
   end
   if newer then
     enter_lane(live, backfill, user, newer)
   end
 end
 
-if shadow_ttl > 0 and #memories > 1 then
+if not remembers then
+  redis.call('SET', forgotten_at, now)
+elseif #memories > 1 then
   redis.call('HSET', unpack(memories))
   redis.call('ZADD', unpack(times))
 end
@@ -151,15 +166,6 @@ if counts.delivered > 0 and claimed > 0 then
   redis.call('HSET', health, 'ok_at', claimed, 'failures', 0)
 end
 count(ledger, counts)
--- The oldest memories go first: those past their time, and those beyond the number of users kept.
-local excess = shadow_ttl > 0 and redis.call('ZCARD', shadow_at) - shadow_max or 0
-local forget = excess > 0 and redis.call('ZRANGE', shadow_at, 0, math.min(excess, 2 * #users) - 1)
-  or redis.call('ZRANGEBYSCORE', shadow_at, '-inf', '(' .. now - shadow_ttl, 'LIMIT', 0, 2 * #users)
-if #forget > 0 then
-  redis.call('ZREM', shadow_at, unpack(forget))
-  redis.call('HDEL', shadow, unpack(forget))
-end
-
 local ready = redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
 local goes_on = successor ~= '' and ready >= size * (redis.call('ZCARD', tickets) + 1)
 if goes_on then

@@ -20,21 +20,22 @@ local line, health = KEYS[1], KEYS[2]
 local now, batch, kind, code, reason = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local first, longest = tonumber(ARGV[6]), tonumber(ARGV[7])
 
-local state, probe, wait = unpack(redis.call('HMGET', line, 'state', 'probe', 'wait'))
-local ignored_code, ignored_until = unpack(redis.call('HMGET', health, 'let_code', 'let_until'))
-if kind == 'data' and ignored_code == code and now < tonumber(ignored_until) and state ~= 'paused' then
+local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
+local wait, ignored_until = numbers(line, 'wait'), numbers(health, 'let_until')
+local ignored_code = redis.call('HGET', health, 'let_code')
+if kind == 'data' and ignored_code == code and now < ignored_until and state ~= 'paused' then
   return -1
 end
-if state == 'paused' or (state == 'stopped' and probe ~= batch) then
+if state == 'paused' or (state and probe ~= batch) then
   return 0
 end
-if state ~= 'stopped' then
+if not state then
   redis.call('HSET', line, 'state', 'stopped', 'since', now)
   wait = first / 2
 else
-  redis.call('HINCRBY', line, 'failed', 1)
+  count(line, { failed = 1 })
 end
-wait = math.max(first, math.min(2 * tonumber(wait), longest))
+wait = math.max(first, math.min(2 * wait, longest))
 redis.call('HSET', line, 'kind', kind, 'code', code, 'wait', wait, 'next_probe', now + wait)
 if reason ~= '' then
   redis.call('HSET', line, 'reason', reason)
