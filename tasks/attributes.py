@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -132,8 +133,17 @@ def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
 def _timed(task: Any, update: Any) -> Any:
     """The update, with the event time of its message unless it has its own."""
     if isinstance(update, list) and len(update) in (2, 3) and (len(update) == 2 or update[2] is None):
-        return [*update[:2], getattr(task.request, "event_ms", None)]
+        return [*update[:2], _event_ms(task.request)]
     return update
+
+
+def _event_ms(request: Any) -> int | None:
+    """When the message was published or else taken, in ms; on Redis' clock, since that is what it is compared with."""
+    found, taken = getattr(request, "event_ms", None), getattr(request, "taken_ms", None)
+    if found is None or found != taken:
+        return found
+    ahead = runtime.producer().now_ms() - time.time_ns() // 1_000_000
+    return int(found) + ahead
 
 
 def _keep(error: InvalidUpdate, update: Any) -> None:

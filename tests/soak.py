@@ -211,10 +211,11 @@ class Operator:
     def turn(self) -> None:
         """Put some dead letters back, throw some away; and let the API refuse bad users in the other way."""
         odd = next(self._turns) % 2
-        letters = [letter.user for letter in itertools.islice(self._dead.find(), 8)]
-        self._dead.redrive(letters[:3])
-        self._dead.purge(letters[3:])
-        self._refused.purge()
+        letters = [(letter.user, letter.at_ms) for letter in itertools.islice(self._dead.find(), 8)]
+        self._dead.redrive(dict(letters[:3]))
+        self._dead.purge(dict(letters[3:]))
+        for refused in self._refused.newest(1):
+            self._refused.purge(refused.id)
         self._control("quirks", {"bad_user": ("batch", "list")[odd]})
         self._writer.lane = "backfill" if odd else "live"
 

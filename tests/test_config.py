@@ -177,3 +177,95 @@ def test_a_producer_does_not_look_for_the_key() -> None:
     environ = without("SECRET_KEY") | {"IMATTR_SECRET_KEY_FILE": "/nowhere"}
 
     assert Settings.from_env(environ, "producer").sdkappid == 1400000000
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("IMATTR_SERVICE_HOST", "10.0.0.1"),
+        ("IMATTR_SERVICE_PORT", "80"),
+        ("IMATTR_SERVICE_PORT_HTTP", "80"),
+        ("IMATTR_PORT", "tcp://10.0.0.1:80"),
+        ("IMATTR_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("IMATTR_PORT_80_TCP_PROTO", "tcp"),
+        ("IMATTR_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("IMATTR_REDIS_SERVICE_HOST", "10.0.0.2"),
+        ("IMATTR_REDIS_PORT", "tcp://10.0.0.2:6379"),
+        ("IMATTR_WORKER_METRICS_PORT_9090_UDP_PORT", "9090"),
+    ],
+)
+def test_what_the_platform_says_about_services_is_not_ours(variable: str, value: str) -> None:
+    assert Settings.from_env(GOOD | {variable: value}).health_port == 0
+
+
+def test_a_service_whose_variable_collides_with_ours_is_named() -> None:
+    (mistake,) = mistakes(changed(HEALTH_PORT="tcp://10.0.0.3:8080"))
+
+    assert mistake.startswith("IMATTR_HEALTH_PORT has the address of a Service")
+
+
+@pytest.mark.parametrize("name", ["PORTT", "SERVICE", "HEALTH_PROT", "SDKAPPID_HOST"])
+def test_a_misspelt_setting_is_still_a_mistake(name: str) -> None:
+    assert mistakes(changed(**{name: "1"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"HOLD": "60"}, "IMATTR_HOLD"),
+        ({"HOLD": "50", "LEASE": "60"}, "IMATTR_HOLD"),
+        ({"QUOTA": "100000"}, "IMATTR_QUOTA"),
+        ({"LINGER": "1e9"}, "IMATTR_LINGER"),
+        ({"LEASE": "1e9"}, "IMATTR_LEASE"),
+        ({"BACKOFF_MAX": "1e300"}, "IMATTR_BACKOFF_MAX"),
+        ({"READ_TIMEOUT": "1e6", "LEASE": "3600"}, "IMATTR_READ_TIMEOUT"),
+        ({"PATIENCE": "1e6"}, "IMATTR_PATIENCE"),
+        ({"SHADOW_TTL": "1e18"}, "IMATTR_SHADOW_TTL"),
+        ({"MAX_AHEAD": "-1"}, "IMATTR_MAX_AHEAD"),
+        ({"MAX_ATTEMPTS": "9" * 18}, "IMATTR_MAX_ATTEMPTS"),
+    ],
+)
+def test_settings_that_would_break_a_promise_are_refused(changes: dict[str, str], named: str) -> None:
+    assert any(named in mistake for mistake in mistakes(changed(**changes)))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        f'"{SECRET_KEY}"',
+        f"'{SECRET_KEY}'\n",
+        f"\ufeff{SECRET_KEY}",
+        f'\ufeff"{SECRET_KEY}"\r\n',
+        f"  {SECRET_KEY}\n\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_key_is_read_as_it_was_meant(tmp_path: Path, written: str, encoding: str) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(written.encode(encoding))
+
+    from_file = Settings.from_env(without("SECRET_KEY") | {"IMATTR_SECRET_KEY_FILE": str(path)})
+    assert from_file.current_key().reveal() == SECRET_KEY
+    assert Settings.from_env(changed(SECRET_KEY=written)).secret_key.reveal() == SECRET_KEY
+
+
+@pytest.mark.parametrize(
+    "written", [f"SECRET_KEY={SECRET_KEY}", f"{SECRET_KEY}\n{SECRET_KEY}", "clé", "a\0b"]
+)
+def test_what_is_no_key_is_named_and_never_shown(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "key"
+    path.write_text(written)
+
+    (mistake,) = mistakes(without("SECRET_KEY") | {"IMATTR_SECRET_KEY_FILE": str(path)})
+
+    assert "IMATTR_SECRET_KEY_FILE must be the key alone" in mistake
+    assert SECRET_KEY not in mistake
+
+
+@pytest.mark.parametrize("name", ["REDIS_URL", "BROKER_URL"])
+@pytest.mark.parametrize("password", ["pa#ss", "pa/ss", "pa?ss", "a/b#c?d"])
+def test_a_password_that_ends_a_url_early_is_named(name: str, password: str) -> None:
+    (mistake,) = mistakes(changed(**{name: f"redis://:{password}@127.0.0.1:6379/0"}))
+
+    assert "%2F, %3F and %23" in mistake
+    assert password not in mistake

@@ -39,7 +39,8 @@ class PrivateRequest(Request):
         super().__init__(*args, **kwargs)
         self._argsrepr, self._kwargsrepr = "(hidden)", "(hidden)"
         request = self._request_dict
-        request["event_ms"] = event_ms(request, request["properties"], _stamps.next())
+        request["taken_ms"] = _stamps.next()
+        request["event_ms"] = event_ms(request, request["properties"], request["taken_ms"])
 
     def info(self, safe: bool = False) -> Any:
         return super().info(safe=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -21,12 +22,14 @@ from tests.state.test_dead_letters import Case
 from worker.cli import console as cli
 from worker.cli.main import main
 from worker.clock import SystemClock
+from worker.errors import InvalidUpdate
 from worker.models import Update
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.state.buffer import Added
 from worker.state.keys import Keys
+from worker.state.refused import Refused
 
 
 class Terminal:
@@ -246,7 +249,7 @@ def test_the_doctor_tells_what_is_good_and_how_to_mend_the_rest(imattr: Terminal
     place = lines.index("! workers           no worker is running: updates are accepted and wait")
     fix = "                    → start one: celery -A worker worker --pool threads --concurrency 16"
     assert lines[place + 1] == fix
-    assert lines[-1] == "good: 12, warnings: 2, errors: 0"
+    assert lines[-1] == "good: 13, warnings: 2, errors: 0"
     assert "\x1b" not in result.output
 
 
@@ -395,6 +398,7 @@ def test_an_import_sums_itself_up_as_json(imattr: Terminal, tmp_path: Path) -> N
         "refused": 0,
         "refused_file": None,
         "as_of": "2023-11-14T22:13:20.000+00:00",
+        "notes": [],
         "resumed_after": 0,
     }
 
@@ -446,3 +450,106 @@ def test_an_import_that_loses_redis_says_how_far_it_came(
     assert "400 lines accepted, all up to line 401; the same command resumes there" in result.stderr
     assert "Redis does not answer: connection refused" in result.stderr
     assert "resuming after line 401" in imattr("import", "users.csv").output
+
+
+HOSTILE = [
+    "[/x]",
+    "[red]x",
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "a\u202eb",
+    "a\r\nb",
+    "\x00",
+    ":smile:",
+    "\x7f",
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_what_others_wrote_is_shown_and_never_obeyed(
+    imattr: Terminal, client: redis.Redis, keys: Keys, words: str
+) -> None:
+    case = Case(client, keys)
+    case.dead_letter(words if words.isascii() and words.isprintable() else "ann", city="Paris")
+    (user, letter), *_ = client.hgetall(keys.dead).items()
+    client.hset(keys.dead, user, json.dumps(json.loads(letter) | {"message": words}))
+    Refused(client, keys).keep("stream", InvalidUpdate(words, words), words)
+    client.hset(keys.quarantine, f"pending:1:{words}", words)
+    imattr("pause", "--reason", words or "x")
+
+    for command in (
+        ("dead", "list"),
+        ("dead", "list", "--json"),
+        ("dead", "export"),
+        ("refused", "list"),
+        ("refused", "list", "--json"),
+        ("quarantine", "list"),
+        ("quarantine", "show"),
+        ("status",),
+        ("status", "--json"),
+        ("put", words, "city=x"),
+        ("dead", "show", words),
+        ("refused", "show", words),
+    ):
+        result = imattr(*command)
+        assert result.exception is None or isinstance(result.exception, SystemExit), command
+        assert all(c.isprintable() or c == "\n" for c in result.output), command
+        if "[" in words and words.isprintable() and command[-1] == "list":
+            assert words in result.output, "nothing of it was taken for markup"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+def test_no_encoding_of_the_terminal_ends_a_command(
+    imattr: Terminal, client: redis.Redis, keys: Keys, encoding: str
+) -> None:
+    Case(client, keys).dead_letter("ann", city="深圳")
+    environ = {**os.environ, **imattr.environ, "PYTHONIOENCODING": encoding}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "worker.cli", *arguments]
+        return subprocess.run(command, env=environ, capture_output=True, timeout=60, check=False)
+
+    for arguments in (("status",), ("--help",), ("pause", "--reason", "维护 ✓"), ("status",)):
+        done = run(*arguments)
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), arguments
+    export = run("dead", "export")
+    assert json.loads(export.stdout.decode(encoding))["attrs"] == {"city": "深圳"}, "data is never replaced"
+
+
+def test_who_paused_first_and_when_stays(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    imattr("pause", "--reason", "upgrade by ann")
+    since = client.hget(keys.line, "since")
+
+    second = imattr("pause", "--reason", "bob, too").output
+
+    assert "paused already, since" in second
+    assert "upgrade by ann" in second
+    assert (client.hget(keys.line, "reason"), client.hget(keys.line, "since")) == (b"upgrade by ann", since)
+
+
+def test_redriving_everything_asks_first(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    Case(client, keys).dead_letter("ann", "bob")
+
+    unsure = imattr("dead", "redrive")
+    assert (unsure.exit_code, client.hlen(keys.dead)) == (1, 2)
+    assert "Redrive all 2 dead letters?" in unsure.output
+    assert imattr("dead", "redrive", "--user", "ann").output == "1 redriven\n"
+    assert imattr("dead", "redrive", "--yes").output == "1 redriven\n"
+
+
+def test_the_quarantine_can_be_looked_at_exported_and_dropped(
+    imattr: Terminal, client: redis.Redis, keys: Keys
+) -> None:
+    client.hset(
+        keys.quarantine, mapping={"flight:1700000000000:ann": b"{\xff", "pending:1700000000000:b:c": b"x"}
+    )
+
+    assert "2023-11-14T22:13:20" in imattr("quarantine", "list").output
+    (line,) = imattr("quarantine", "show", "ann").output.splitlines()
+    assert base64.b64decode(json.loads(line)["base64"]) == b"{\xff"
+    assert "could not be read" in imattr("status").output
+    assert imattr("quarantine", "drop", "ann", "--yes").output == "1 deleted\n"
+    assert imattr("quarantine", "show", "b:c").exit_code == 0
+    assert imattr("quarantine", "show", "ann").exit_code == cli.FAILED
+    assert imattr("quarantine", "drop", "--yes").output == "1 deleted\n"

@@ -808,3 +808,70 @@ def test_a_failure_on_the_wire_shows_no_secret(answer: Callable[[socket.socket],
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_refused_connection_shows_no_secret(scheme: str, watch: Watch) -> None:
     assert isinstance(watch.call(f"{scheme}://127.0.0.1:{free_port()}"), NoReply)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        http(b"", "302 Found", extra="Location: http://[\r\n"),
+        http(b"", "302 Found", extra="Location: http://\xff\xfe/\r\n"),
+        http(b"", "302 Found", extra="Location: http://127.0.0.1:1/\r\n" * 90),
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xc2\xb2\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999999\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
+        b"HTTP/1.1 999999999999999999999 OK\r\n\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n{}",
+        b"\xff" * 200,
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        http(b"\x1f\x8b" + b"\0" * 1000, extra="Content-Encoding: gzip\r\n"),
+        http(b"x" * 2_000_000, "302 Found", extra="Location: /\r\nContent-Encoding: gzip\r\n"),
+        http(b"x" * 2_000_000, "500 Internal Server Error"),
+        http(b"{}", "429 Too Many Requests", extra="Retry-After: \xc2\xb2\r\n"),
+        http(b"{}", "429 Too Many Requests", extra="Retry-After: Mon, 99 Foo 9999 99:99:99 GMT\r\n"),
+        http(b"{}", "503 Service Unavailable", extra="Retry-After: Fri, 31 Dec 9999 23:59:59 -2359\r\n"),
+    ],
+)
+def test_whatever_is_answered_becomes_a_value(data: bytes) -> None:
+    with wire(saying_and_closing(data)) as server:
+        assert isinstance(call(make_client(server.url)), NoReply | Reply)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("", 0.0),
+        ("Retry-After: 7\r\n", 7.0),
+        ("Date: Wed, 25 Nov 2026 10:00:00 GMT\r\nRetry-After: Wed, 25 Nov 2026 10:00:30 GMT\r\n", 30.0),
+        ("Date: Wed, 25 Nov 2026 10:00:00 GMT\r\nRetry-After: Wed, 25 Nov 2026 09:00:00 GMT\r\n", 0.0),
+        ("Retry-After: soon\r\n", 0.0),
+        ("Retry-After: -1\r\n", 0.0),
+    ],
+)
+def test_too_many_requests_is_a_rate_code(header: str, seconds: float) -> None:
+    with wire(saying(http(b"<html>", "429 Too Many Requests", extra=header))) as server:
+        answer = call(make_client(server.url))
+
+    assert isinstance(answer, Reply)
+    assert (answer.code, answer.retry_after) == (429, seconds)
+
+
+@pytest.mark.parametrize(
+    "code", ["9" * 400, "-" + "9" * 400, "1e400", "2147483648", '"7"', "null", "true", "[1]"]
+)
+def test_a_code_that_is_none_is_unnumbered(code: str) -> None:
+    body = f'{{"ActionStatus":"OK","ErrorCode":0,"ErrorList":[{{"To_Account":"ann","ErrorCode":{code}}}]}}'
+
+    answer = read_reply(body.encode())
+
+    assert isinstance(answer, Reply)
+    assert answer.errors["ann"].code == UNNUMBERED
+
+
+def test_words_are_cut_and_can_be_stored() -> None:
+    answer = read_reply(json.dumps({"ErrorCode": 5, "ErrorInfo": "\ud800" + "x" * 5000}).encode())
+
+    assert isinstance(answer, Reply)
+    assert len(answer.info.encode()) <= 1000

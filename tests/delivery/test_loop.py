@@ -25,6 +25,7 @@ from worker.ratelimit import GRACE, Permit, RateLimiter
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer, new_batch_id
 from worker.state.line import OUTAGE_AFTER, Line, LineState
+from worker.state.scripts import text
 
 Api = Callable[[list[str]], Answer]
 
@@ -1128,3 +1129,34 @@ def test_every_user_is_settled_exactly_once_whatever_the_api_answers(
         assert snapshot.balanced
         assert client.exists(loop.keys.batches, loop.keys.leases) == 0
         assert snapshot.pending + snapshot.ledger["delivered"] + len(loop.dead()) == size
+
+
+def test_names_that_no_app_can_have_leave_it_to_halving_and_good_users_are_delivered(
+    client: redis.Redis,
+) -> None:
+    loop = Loop(client, lambda users: Reply(90033) if "bad" in users else OK)
+    client.delete(loop.keys.names_read)
+    loop.api.names = Reply(0, names=frozenset(f"name{number}" for number in range(11)))
+
+    for _ in range(4):
+        loop.deliver(["ann", "bad", "bob"] if not loop.summaries else [])
+        loop.make_due()
+
+    assert set(loop.dead()) == {"bad"}
+    assert {"ann", "bob"} <= {text(user) for user in loop.redis.hkeys(loop.keys.shadow)}
+
+
+def test_a_defect_of_ours_costs_nobody_an_attempt(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(client, lambda users: OK)
+    monkeypatch.setattr("worker.delivery.loop.advance", lambda *_: 1 / 0)
+
+    for _ in range(5):
+        with pytest.raises(ZeroDivisionError):
+            loop.deliver(["ann"])
+        loop.make_due()
+    monkeypatch.undo()
+    summary = loop.deliver()
+
+    assert (summary.outcome, summary.attempt) == ("delivered", 1)

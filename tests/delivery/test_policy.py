@@ -44,7 +44,8 @@ DOCUMENTED = {
         20004,
         20005,
     ],
-    Verdict.RATE: [60007, 60011, 60018, 60019],
+    # 429 is HTTP's own.
+    Verdict.RATE: [429, 60007, 60011, 60018, 60019],
     Verdict.CREDENTIAL: [60004, 60005, 70001, 70002, 70003, 70005, 70052],
     Verdict.STOP: [
         *(60002, 60006, 60009, 60010, 60012, 60016, 60017, 60020, 60021, 60025, 60026, 60027, 60028),
@@ -187,3 +188,8 @@ def test_a_dead_letter_is_in_plain_words_and_bounded() -> None:
 
 def test_the_page_on_error_codes_is_what_the_table_says() -> None:
     assert docs.ERROR_CODES.read_text(encoding="utf-8") == docs.error_codes(), "run make docs"
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(0.0, 1.0), (7.0, 7.0), (10**9, 60.0)])
+def test_a_pause_is_as_long_as_is_asked_for_within_reason(asked: float, seconds: float) -> None:
+    assert decide(Reply(429, retry_after=asked)) == Pause(seconds)

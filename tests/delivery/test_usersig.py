@@ -170,3 +170,13 @@ def test_each_signature_is_made_with_the_key_as_it_is_then(wall: Wall) -> None:
     document = usersig.decode(signer.current().text)
     expected = usersig.signature(K2, "administrator", 1400000000, document["TLS.time"], VALIDITY)
     assert document["TLS.sig"] == expected
+
+
+def test_a_time_of_the_fleet_that_is_ahead_of_this_machine_is_kept(wall: Wall) -> None:
+    """Otherwise a wrong key would be renewed again and again: what is refused would always be older than the fleet's."""
+    signer = Signer(lambda: "key", "administrator", 1400000000, now=wall)
+    ahead = signer.current().issued + 300
+
+    signer.adopt(ahead)
+
+    assert signer.current().issued == ahead

@@ -159,9 +159,8 @@ def test_an_empty_file_is_no_mistake_unless_it_should_have_a_header(
     ("header", "words"),
     [
         (b"id,city", "not a header with a column 'user'"),
-        (b"user;city", "not a header with a column 'user', separated by commas"),
         (b"user,city,city", "two columns of the header have the same name"),
-        (b"user,city,", "attribute name '' must be 1 to 50 bytes"),
+        (b"user,,city", "attribute name '' must be 1 to 50 bytes"),
         (b"user," + b"x" * 51, "must be 1 to 50 bytes"),
         (",".join(["user", *"abcdefghijk"]).encode(), "11 attribute names, an app has at most 10"),
         (b"user,shoe", r"column 'shoe' is not one of the app's attributes \(city, level\)"),
@@ -251,7 +250,7 @@ def test_a_row_that_never_ends_is_not_kept() -> None:
             # Each line closes the cell of the one before, and opens another.
             yield Line(taken, b'ann,"x\n' if taken == 1 else b'","x\n', taken)
 
-    assert isinstance(next(_rows(lines())).cells, Unreadable)
+    assert isinstance(next(_rows(lines(), ",")).cells, Unreadable)
     assert taken < 20_000
 
 

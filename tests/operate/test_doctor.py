@@ -99,6 +99,7 @@ def test_all_is_well(environ: Environ, client: redis.Redis, keys: Keys) -> None:
         "broker": "ok",
         "workers": "ok",
         "line": "ok",
+        "quota": "ok",
         "api": "ok",
         "api clock": "ok",
         "names": "ok",

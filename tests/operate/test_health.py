@@ -37,3 +37,10 @@ def test_a_worker_that_has_stalled_is_not(page: tuple[str, list[float]]) -> None
     reply = requests.get(url, timeout=5)
 
     assert (reply.status_code, reply.json()) == (503, {"healthy": False, "last_turn_s": 120.0})
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("healthz", 200), ("?x=1", 200), ("metrics.old", 404), ("a/b", 404)]
+)
+def test_the_page_has_its_paths(page: tuple[str, list[float]], path: str, status: int) -> None:
+    assert requests.get(page[0] + path, timeout=5).status_code == status

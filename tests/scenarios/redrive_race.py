@@ -3,6 +3,7 @@
 from tests.fleet import Fleet
 from tests.scenarios import Figures, figures, people
 from worker.delivery.answers import Reply, UserError
+from worker.state.dead_letters import Filter
 
 
 def run(fleet: Fleet) -> Figures:
@@ -22,7 +23,7 @@ def run(fleet: Fleet) -> Figures:
         # Before, at the same time as, and after the letter is put back; some already delivered.
         if number % 4 == 0:
             fleet.add([user], {"city": "new"})
-        fleet.letters.redrive([user])
+        fleet.letters.redrive(fleet.letters.choose(Filter(user)))
         if number % 4 == 1:
             fleet.add([user], {"city": "new"})
         fleet.wait(fleet.world.rng.random() / 10)

@@ -471,8 +471,8 @@ class Schedule(Fleet):
             with contextlib.suppress(*_LOST_REPLIES):
                 match rng.choice(["redrive", "redrive", "resume", "pause"]):
                     case "redrive":
-                        found = [letter.user for letter in self.letters.find()]
-                        self.letters.redrive(found[: rng.randint(0, 10)])
+                        found = {letter.user: letter.at_ms for letter in self.letters.find()}
+                        self.letters.redrive(dict(list(found.items())[: rng.randint(0, 10)]))
                     case "resume":
                         self.line.resume()
                     case "pause" if rng.random() < 0.3:
@@ -677,7 +677,7 @@ def _play(schedule: Schedule) -> list[Violation]:
             schedule.mend()
             schedule.drain()
             # Dead letters that are put back are delivered like all others.
-            schedule.letters.redrive([letter.user for letter in schedule.letters.find()])
+            schedule.letters.redrive(schedule.letters.choose())
             schedule.drain()
             schedule.world.sleep(APPLIED_WITHIN)
             return schedule.judge()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import new_keys
 from worker.delivery.policy import dead_letter
 from worker.models import Acked, BatchId, ClaimedUser, DeadLettered, Retried, Update
-from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Tick, new_batch_id
+from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Guard, Lead, LostLead, Tick, new_batch_id
 from worker.state.keys import Keys
 
 NOW = 1_700_000_000_000
@@ -339,3 +340,144 @@ def test_a_success_of_a_call_that_was_under_way_before_proves_nothing(
 
     _, [user] = claim(buffer, client, now_ms=NOW + 5000)
     assert (user.user, user.attempts) == ("ann", 0)
+
+
+HOUR = 3_600_000
+
+
+def test_after_the_clock_was_set_back_nobody_waits_for_it_to_catch_up(
+    client: redis.Redis, keys: Keys
+) -> None:
+    buffer = Buffer(client, keys)
+
+    def tick(now: int) -> int:
+        issued = buffer.tick(size=100, linger=0.25, ticket_ttl=10, quota=100, horizon=1.0, now_ms=now).tickets
+        buffer.release_tickets([*issued, "none"])
+        return len(issued)
+
+    buffer.add(updates(1), now_ms=NOW)
+    assert tick(NOW - HOUR) == 1, "who lingers has lingered"
+
+    batch, _ = claim(buffer, client, now_ms=NOW)
+    buffer.settle(batch, {}, rest=Retried(1.0), now_ms=NOW)
+    assert tick(NOW - HOUR) == 1, "who is delayed for longer than any delay is due"
+
+    claim(buffer, client, now_ms=NOW - HOUR)
+    client.zadd(keys.leases, dict.fromkeys(client.hkeys(keys.batches), NOW + HOUR))
+    assert buffer.reclaim(now_ms=NOW - HOUR), "a lease that ends later than any has ended"
+    assert buffer.snapshot().balanced
+
+
+@pytest.mark.parametrize("ahead_ms", [0, 299_999, 300_000])
+def test_an_event_a_little_ahead_is_accepted(client: redis.Redis, keys: Keys, ahead_ms: int) -> None:
+    assert Buffer(client, keys).add([Update("ann", {"city": "x"}, NOW + ahead_ms)], now_ms=NOW).accepted == 1
+
+
+def test_an_event_too_far_ahead_is_refused_alone(client: redis.Redis, keys: Keys) -> None:
+    buffer = Buffer(client, keys)
+    given = [
+        Update("ann", {"city": "x"}),
+        Update("bob", {"city": "x"}, NOW + 300_001),
+        Update("cid", {"city": "x"}, 5),
+    ]
+
+    added = buffer.add(given, now_ms=NOW)
+
+    assert added.accepted == 2
+    assert [index for index, rule in added.refused if "IMATTR_MAX_AHEAD" in rule] == [1]
+    assert set(client.hkeys(keys.pending)) == {b"ann", b"cid"}
+    assert buffer.snapshot().balanced
+
+
+def test_who_has_lost_the_lead_adds_nothing(client: redis.Redis, keys: Keys) -> None:
+    buffer = Buffer(client, keys)
+    client.set(keys.consumer, "w2")
+
+    for lead, raises in ((Lead(keys.consumer, "w1"), True), (Lead(keys.consumer, "w2"), False)):
+        with pytest.raises(LostLead) if raises else contextlib.nullcontext():
+            buffer.add(updates(1), guard=Guard(lead=lead), now_ms=NOW)
+    client.delete(keys.consumer)
+    with pytest.raises(LostLead):
+        buffer.add(updates(1), guard=Guard(lead=Lead(keys.consumer, "w1")), now_ms=NOW)
+
+
+# An import never overwrites what happened after the time as of which it is true.
+
+
+def delivered(
+    buffer: Buffer, client: redis.Redis, user: str, value: str, now: int, lane: str = "live"
+) -> None:
+    buffer.add([Update(user, {"city": value}, now if lane == "backfill" else 0)], lane=lane, now_ms=now)
+    batch, _ = claim(buffer, client, now_ms=now)
+    buffer.settle(batch, {}, rest=Acked(), now_ms=now)
+
+
+def imported(buffer: Buffer, user: str, as_of: int, now: int) -> str:
+    added = buffer.add(
+        [Update(user, {"city": "old"}, as_of)], lane="backfill", guard=Guard(as_of_ms=as_of), now_ms=now
+    )
+    return "refused" if added.refused else "stale" if added.stale else "accepted"
+
+
+@pytest.mark.parametrize("ttl", [0.0, 900.0])
+@pytest.mark.parametrize("later", [1, HOUR, 7 * 24 * HOUR])
+def test_what_is_delivered_while_an_import_is_unfinished_is_not_forgotten(
+    client: redis.Redis, keys: Keys, ttl: float, later: int
+) -> None:
+    buffer = Buffer(client, keys, shadow_ttl=ttl)
+    buffer.begin_import("file", NOW)
+    delivered(buffer, client, "ann", "new", NOW + 1000)
+
+    buffer.forget(now_ms=NOW + 1000 + later)
+    assert imported(buffer, "ann", NOW, NOW + 2000 + later) == "stale"
+    assert imported(buffer, "bob", NOW, NOW + 2000 + later) == "accepted"
+
+    buffer.end_import("file")
+    buffer.forget(now_ms=NOW + 2 * later + 1_000_000)
+    assert not client.exists(keys.shadow)
+
+
+def test_an_import_as_of_before_what_was_forgotten_is_refused_where_nothing_is_known(
+    client: redis.Redis, keys: Keys
+) -> None:
+    buffer = Buffer(client, keys)
+    delivered(buffer, client, "ann", "new", NOW)
+    delivered(buffer, client, "bob", "newer", NOW + 800_000)
+    assert buffer.forget(now_ms=NOW + 1_000_000) == 1
+
+    assert imported(buffer, "ann", NOW - 1000, NOW + 1_000_000) == "refused"
+    assert imported(buffer, "bob", NOW - 1000, NOW + 1_000_000) == "stale", "what is known is compared"
+    assert imported(buffer, "cid", NOW, NOW + 1_000_000) == "accepted", "nothing younger was forgotten"
+    assert buffer.add([Update("dan", {"city": "x"}, NOW - 5000)], now_ms=NOW + 1_000_000).accepted == 1
+
+
+def test_an_import_of_more_users_than_are_remembered_does_not_evict_what_protects_it(
+    client: redis.Redis, keys: Keys
+) -> None:
+    buffer = Buffer(client, keys, shadow_max_users=10)
+    buffer.begin_import("file", NOW)
+    delivered(buffer, client, "ann", "new", NOW + 1000)
+    for number in range(30):
+        buffer.add(
+            [Update(f"user{number}", {"city": "old"}, NOW)],
+            lane="backfill",
+            guard=Guard(as_of_ms=NOW),
+            now_ms=NOW + 2000,
+        )
+        batch, _ = claim(buffer, client, now_ms=NOW + 2000)
+        buffer.settle(batch, {}, rest=Acked(), now_ms=NOW + 2000)
+        buffer.forget(now_ms=NOW + 2000)
+
+    assert client.zcard(keys.shadow_at) == 10
+    assert imported(buffer, "ann", NOW, NOW + 3000) == "stale"
+
+
+def test_if_memory_is_too_short_to_protect_them_lines_are_refused(client: redis.Redis, keys: Keys) -> None:
+    buffer = Buffer(client, keys, shadow_max_users=3)
+    buffer.begin_import("file", NOW)
+    for number in range(5):
+        delivered(buffer, client, f"user{number}", "new", NOW + 1000 + number)
+    buffer.forget(now_ms=NOW + 2000)
+
+    assert imported(buffer, "user0", NOW, NOW + 3000) == "refused"
+    assert imported(buffer, "user4", NOW, NOW + 3000) == "stale"

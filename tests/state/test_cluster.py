@@ -84,7 +84,7 @@ def test_every_step_of_the_buffer_passes(cluster: redis.Redis) -> None:
     refused = DeadLettered(70107, "no such account")
     assert buffer.settle(first, {batch.users[0].user: refused}, rest=Acked()) == (100, False)
     letters = DeadLetters(cluster, keys)
-    assert letters.redrive([letter.user for letter in letters.find()]).redriven == 1
+    assert letters.redrive(letters.choose()).redriven == 1
     assert Buffer(cluster, keys, lease=0.0).claim(second, 100) is not None
     assert buffer.reclaim() == second
     assert buffer.snapshot().balanced

@@ -135,7 +135,7 @@ class House:
             if batch and batch.users:
                 self.buffer.extend(batch.id, now_ms=self.now)
                 self.settle(batch, outcome)
-        self.letters.redrive([text(user) for user in self.redis.hkeys(self.keys.dead)])
+        self.letters.redrive(self.letters.choose())
         self.buffer.forget(now_ms=self.now)
         # Whoever held a batch is gone, or has never known that it does.
         for _ in range(5):

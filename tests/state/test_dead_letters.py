@@ -77,7 +77,7 @@ def test_any_number_is_read_in_pages_each_once(case: Case, apart: int) -> None:
 def test_a_letter_put_back_is_sent_again_with_its_attempts_anew(case: Case) -> None:
     case.dead_letter("ann", city="Paris", level="Gold")
 
-    assert case.dead.redrive(["ann", "nobody"]) == Redriven(1, 0)
+    assert case.dead.redrive({**case.dead.choose(), "nobody": 5}) == Redriven(1, 0)
 
     assert case.pending("ann") == {"city": "Paris", "level": "Gold"}
     assert case.dead.count() == 0
@@ -102,7 +102,7 @@ def test_a_letter_put_back_goes_under_what_is_pending(case: Case) -> None:
     case.dead_letter("ann", city="Paris", level="Gold")
     case.buffer.add([Update("ann", {"city": "Rome"})], now_ms=NOW + 1)
 
-    case.dead.redrive(["ann"])
+    case.dead.redrive(case.dead.choose())
 
     assert case.pending("ann") == {"city": "Rome", "level": "Gold"}
     assert case.buffer.snapshot().balanced
@@ -115,8 +115,9 @@ def test_a_letter_that_is_outdated_altogether_changes_nothing(case: Case) -> Non
     case.settle(Acked(), now_ms=NOW + 2)
     # As if the letter had come back from an old copy.
     case.client.hset(case.keys.dead, "ann", letter or b"")
+    case.client.zadd(case.keys.dead_at, {"ann": NOW})
 
-    assert case.dead.redrive(["ann"]) == Redriven(1, 1)
+    assert case.dead.redrive({"ann": NOW}) == Redriven(1, 1)
     assert case.pending("ann") == {}
     assert case.buffer.snapshot().balanced
 
@@ -124,9 +125,23 @@ def test_a_letter_that_is_outdated_altogether_changes_nothing(case: Case) -> Non
 def test_letters_are_thrown_away_for_good(case: Case) -> None:
     case.dead_letter("ann", "bob")
 
-    assert case.dead.purge(["ann", "nobody"]) == 1
+    assert case.dead.purge({**case.dead.choose(Filter("ann")), "nobody": 5}) == 1
     assert [letter.user for letter in case.dead.find()] == ["bob"]
     assert case.buffer.snapshot().balanced
+
+
+def test_what_was_looked_at_is_what_is_thrown_away_or_put_back(case: Case) -> None:
+    case.dead_letter("ann", "bob", city="Paris")
+    looked_at = case.dead.choose()
+
+    # Meanwhile one of them is sent again and given up again, and another is new.
+    case.dead.redrive(case.dead.choose(Filter("ann")))
+    case.settle(DeadLettered(90033, "refused"), now_ms=NOW + 50)
+    case.dead_letter("cid", city="Paris")
+
+    assert case.dead.redrive({"ann": looked_at["ann"]}) == Redriven(0, 0)
+    assert case.dead.purge(looked_at) == 1
+    assert sorted(letter.user for letter in case.dead.find()) == ["ann", "cid"]
 
 
 def test_an_exported_letter_keeps_the_time_of_each_value(case: Case) -> None:
@@ -154,7 +169,7 @@ def test_an_update_after_the_clock_was_set_back_is_newer_than_the_dead_letter(
     buffer.settle(ticket, {UserId("ann"): DeadLettered(70107, "")}, now_ms=NOW)
 
     buffer.add([Update("ann", {"city": "Oslo"})], now_ms=NOW - 60_000)
-    letters.redrive([UserId("ann")])
+    letters.redrive(letters.choose())
 
     ticket = new_batch_id()
     client.zadd(keys.tickets, {ticket: 1})

@@ -457,7 +457,10 @@ class BufferMachine(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model.dead)), min_size=1, unique=True))
         worth = [self.model.redrive(user) for user in chosen]
 
-        assert self.dead.redrive([*chosen, "nobody"]) == Redriven(len(chosen), worth.count(False))
+        letters = {letter.user: letter.at_ms for letter in self.dead.find() if letter.user in chosen}
+        assert self.dead.redrive({user: letters[user] for user in chosen} | {"nobody": 5}) == Redriven(
+            len(chosen), worth.count(False)
+        )
 
     @rule()
     def an_outage_ends(self) -> None:

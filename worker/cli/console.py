@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import NoReturn, ParamSpec
 
-from rich.console import Console
+import click
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -31,9 +35,45 @@ SETTINGS_FILE = "settings.env"
 
 P = ParamSpec("P")
 
+
+def plain(text: object) -> str:
+    """Return text that others wrote so that it can only be read: what a terminal would obey is shown as its code.
+
+    Control characters, and those that reverse, hide or join what is around them.
+    """
+    return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in "\n\u3000\xa0"
+
+
+class _SafeConsole(Console):
+    """Shows text as it is: no markup in it is obeyed, and whatever is not printable is shown as its code."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
+
+
 # A pipe has no width: lines are then as long as they need to be.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = _SafeConsole(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def echo_json(value: object, *, indent: int | None = None) -> None:
+    """Print a value as JSON that any terminal and any encoding leaves as it is."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    # Only in texts is anything else than ASCII, or not printable, so an escape fits in its place.
+    click.echo("".join(c if (c.isascii() or utf8) and _is_shown(c) else json.dumps(c)[1:-1] for c in text))
+
+
+def replace_what_cannot_be_encoded() -> None:
+    """Let no character end a command, or a worker, whatever the encoding of its output is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -77,7 +117,7 @@ def environment() -> dict[str, str]:
     if environ.get(f"{PREFIX}REDIS_URL") or not path.exists():
         return environ
     settings = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
-    err.print(f"[dim]using the sandbox in {SANDBOX}[/dim]")
+    err.print(f"using the sandbox in {SANDBOX}", style="dim")
     return settings | environ
 
 
@@ -89,15 +129,35 @@ def state() -> Iterator[tuple[Redis, Settings]]:
         yield redis, settings
 
 
+class Stopped:
+    """Whether this process was asked to stop, and how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> bool:
+        return self.times > 0
+
+    def twice(self) -> bool:
+        return self.times > 1
+
+
 @contextmanager
-def until_stopped() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag while the block runs."""
-    asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def until_stopped() -> Iterator[Stopped]:
+    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed."""
+    stopped = Stopped()
+
+    def note(*_: object) -> None:
+        stopped.times += 1
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup the end of the terminal is ignored, and stays so.
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
-        signal.signal(number, lambda number, _: asked.append(number))
+        signal.signal(number, note)
     try:
-        yield lambda: bool(asked)
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -125,6 +185,11 @@ def print_rows(*rows: tuple[str, str]) -> None:
     for name, text in rows:
         table.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
     out.print(table)
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def as_duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -11,9 +10,9 @@ from typing import Any
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, explained, fail, out, state
+from worker.cli.console import FAILED, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
-from worker.state.dead_letters import PAGE, DeadLetters, Filter, Letter, Redriven, as_updates
+from worker.state.dead_letters import DeadLetters, Filter, Letter, as_updates
 from worker.state.keys import Keys
 
 
@@ -69,15 +68,15 @@ def list_letters(
         count = letters.count()
     if as_json:
         for fact in facts:
-            click.echo(json.dumps(fact))
+            echo_json(fact)
         return
     table = Table("user", "code", "attempts", "dead since", "message", box=None, header_style="bold")
     for fact in facts:
         columns = (fact["user"], fact["code"], fact["attempts"], fact["dead_since"], fact["message"])
-        table.add_row(*map(str, columns))
+        table.add_row(*map(plain, columns))
     out.print(table if facts else "no dead letters" + (" match" if count else ""))
     if len(facts) == limit < count:
-        out.print(f"[dim]... {count:,} in all; see --limit[/dim]")
+        out.print(f"... {count:,} in all; see --limit", style="dim")
 
 
 @dead.command("show")
@@ -88,7 +87,7 @@ def show_letter(user: str) -> None:
     with _letters(user) as (letters, wanted):
         for letter in letters.find(wanted):
             values = {name: value for name, (value, _) in letter.values.items()}
-            click.echo(json.dumps(_facts(letter) | {"attributes": values}, ensure_ascii=False, indent=2))
+            echo_json(_facts(letter) | {"attributes": values}, indent=2)
             return
     fail(FAILED, f"user {user} has no dead letter")
 
@@ -104,27 +103,29 @@ def export_letters(user: str | None, code: int | None, older_than: float | None)
     with _letters(user, code, older_than) as (letters, wanted):
         for letter in letters.find(wanted):
             for update in as_updates(letter):
-                click.echo(json.dumps(update, ensure_ascii=False))
+                echo_json(update)
 
 
 @dead.command("redrive")
 @_filtered
 @click.option("--dry-run", is_flag=True, help="Only print how many it would be.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @explained
-def redrive_letters(user: str | None, code: int | None, older_than: float | None, dry_run: bool) -> None:
+def redrive_letters(
+    user: str | None, code: int | None, older_than: float | None, dry_run: bool, yes: bool
+) -> None:
     """Put dead letters back to pending.
 
-    Without options, all of them. Newer values win, and live updates go first.
+    Without options, all of them, after a question. Newer values win, and live updates go first.
     """
     with _letters(user, code, older_than) as (letters, wanted):
+        chosen = letters.choose(wanted)
         if dry_run:
-            out.print(f"{sum(1 for _ in letters.find(wanted)):,} would be redriven")
+            out.print(f"{len(chosen):,} would be redriven")
             return
-        total = Redriven()
-        for page in _pages(letters, wanted):
-            done = letters.redrive(page)
-            total.redriven += done.redriven
-            total.outdated += done.outdated
+        if chosen and wanted == Filter() and not yes:
+            click.confirm(f"Redrive all {counted(len(chosen), 'dead letter')}?", abort=True)
+        total = letters.redrive(chosen)
     outdated = f", {total.outdated:,} of them superseded by newer values" if total.outdated else ""
     out.print(f"{total.redriven:,} redriven{outdated}")
 
@@ -139,17 +140,11 @@ def purge_letters(
 ) -> None:
     """Delete dead letters for good."""
     with _letters(user, code, older_than) as (letters, wanted):
-        count = sum(1 for _ in letters.find(wanted))
+        chosen = letters.choose(wanted)
         if dry_run:
-            out.print(f"{count:,} would be deleted")
+            out.print(f"{len(chosen):,} would be deleted")
             return
-        if count and not yes:
-            click.confirm(f"Delete {count:,} dead letters for good?", abort=True)
-        purged = sum(letters.purge(page) for page in _pages(letters, wanted))
+        if chosen and not yes:
+            click.confirm(f"Delete {counted(len(chosen), 'dead letter')} for good?", abort=True)
+        purged = letters.purge(chosen)
     out.print(f"{purged:,} deleted")
-
-
-def _pages(letters: DeadLetters, wanted: Filter) -> Iterator[list[str]]:
-    found = letters.find(wanted)
-    while page := [letter.user for letter in islice(found, PAGE)]:
-        yield page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -11,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import FAILED, environment, explained, out
+from worker.cli.console import FAILED, echo_json, environment, explained, out
 from worker.operate import doctor
 from worker.operate.doctor import Finding
 
@@ -34,7 +33,7 @@ def show_findings(as_json: bool) -> None:
             out.print(_finding_row(finding))
     count = Counter(finding.level for finding in findings)
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False))
+        echo_json([asdict(finding) for finding in findings])
     else:
         out.print(f"\ngood: {count['ok']}, warnings: {count['warning']}, errors: {count['error']}")
     sys.exit(FAILED if count["error"] else 0)

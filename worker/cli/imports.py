@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from worker.cli.console import (
     REFUSED,
     STOPPED,
     as_duration,
+    echo_json,
     environment,
     err,
     explained,
@@ -30,7 +30,7 @@ from worker.errors import CannotImport, InvalidUpdate
 from worker.intake import importer
 from worker.intake.import_progress import ImportOptions
 from worker.intake.import_source import event_time
-from worker.models import check_occurred_at
+from worker.models import Update, check_occurred_at
 from worker.operate import status
 from worker.state.connection import RedisError, connect
 
@@ -40,6 +40,9 @@ from worker.state.connection import RedisError, connect
 @click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]")
 @click.option(
     "--user-column", default="user", show_default=True, help="CSV: the column that holds the user ids."
+)
+@click.option(
+    "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
 )
 @click.option(
     "--as-of",
@@ -52,6 +55,13 @@ from worker.state.connection import RedisError, connect
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where refused lines go; overwritten if it exists. [default: FILE.refused.jsonl]",
 )
+@click.option(
+    "--progress",
+    "progress_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the progress is kept, to resume. [default: FILE.import-progress]",
+)
+@click.option("--abandon", is_flag=True, help="Give up an import that was interrupted; send nothing.")
 @click.option("--restart", is_flag=True, help="Start over instead of resuming an earlier run.")
 @click.option("--dry-run", is_flag=True, help="Check the whole file and estimate the work; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -60,16 +70,20 @@ def import_file(
     file: Path,
     format: Any,
     user_column: str,
+    null: str | None,
     as_of: str | None,
     lane: Any,
     refused: Path | None,
+    progress_file: Path | None,
+    abandon: bool,
     restart: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Queue the updates in FILE, or - for stdin.
 
-    JSON lines, or CSV with a header; either may be compressed with gzip.
+    JSON lines, or CSV with a header, in UTF-8; either may be compressed with gzip. --dry-run shows how the first lines are
+    understood.
 
     \b
     {"user": "u1", "attrs": {"city": "Paris"}}     and "occurred_at", if known
@@ -88,12 +102,18 @@ def import_file(
         path=None if str(file) == "-" else file,
         format=format,
         user_column=user_column,
+        null=null,
+        progress=progress_file,
         lane=lane,
         as_of_ms=_as_of(as_of),
         refused=refused,
         restart=restart,
     )
     settings = Settings.from_env(environment(), "producer")
+    if abandon:
+        begun = importer.Importer(settings, options).abandon()
+        out.print("given up; what was accepted stays" if begun else "no import of this file was interrupted")
+        return
     with until_stopped() as stopped, _import_shown(settings, options, err if as_json else out) as show:
         run = importer.Importer(settings, options, stopped=stopped, show=show)
         done = run.rehearse() if dry_run else run.run()
@@ -183,12 +203,13 @@ def _print_import(view: importer.ImportStatus, options: ImportOptions, as_json: 
         "refused": progress.refused,
         "refused_file": refused_file,
         "as_of": status.iso(progress.as_of_ms / 1000),
+        "notes": view.notes,
         "resumed_after": view.resumed_after,
         "seconds": round(view.seconds, 3),
         "lines_per_second": round(view.lines_per_second),
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        echo_json(facts)
     else:
         parts = ", ".join(f"{facts[name]:,} {name}" for name in ("coalesced", "unchanged", "stale"))
         print_rows(
@@ -199,18 +220,35 @@ def _print_import(view: importer.ImportStatus, options: ImportOptions, as_json: 
             ("accepted", f"{progress.accepted:,}, of them {parts}"),
             ("refused", f"{progress.refused:,}" + (f", listed in {refused_file}" if refused_file else "")),
             ("as of", f"{facts['as_of']}, for lines without a time"),
+            *(("read as", note) for note in view.notes),
         )
     if view.state == "stopped":
         err.print(f"stopped: {_how_far(view, options)}")
 
 
+def _attributes_in_words(update: Update) -> str:
+    values = ", ".join(
+        f"{name} removed" if value is None else f"{name}={value}" for name, value in update.attrs.items()
+    )
+    return f"{values}  as of {status.iso(update.occurred_ms / 1000)}"
+
+
 def _print_estimate(estimate: importer.Estimate, settings: Settings, as_json: bool) -> None:
     if as_json:
         refusals = [refusal._asdict() for refusal in estimate.refusals]
-        click.echo(json.dumps(estimate._asdict() | {"refusals": refusals}, ensure_ascii=False))
+        samples = [
+            {"line": line, "user": update.user, "attrs": update.attrs, "occurred_at": update.occurred_ms}
+            for line, update in estimate.samples
+        ]
+        echo_json(estimate._asdict() | {"refusals": refusals, "samples": samples})
         return
     print_rows(
         ("lines", f"{estimate.lines:,}" + (", then stopped" if estimate.state == "stopped" else "")),
+        *(("read as", note) for note in estimate.notes),
+        *(
+            (f"line {line:,}", f"{update.user}: {_attributes_in_words(update)}")
+            for line, update in estimate.samples
+        ),
         ("users", f"about {estimate.users:,}"),
         ("refused", f"{estimate.refused:,}"),
         *(("", f"line {line:,}: user {user}: {rule}") for line, user, rule in estimate.refusals),

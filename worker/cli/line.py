@@ -10,6 +10,7 @@ import click
 
 from worker.cli.console import FAILED, NO_PERMIT, environment, explained, fail, out, state
 from worker.config import Settings
+from worker.operate import status
 from worker.ratelimit import RateLimiter
 from worker.state.keys import Keys
 from worker.state.line import Line
@@ -24,8 +25,11 @@ def pause(reason: str) -> None:
     Updates are still accepted and coalesced.
     """
     with _line() as line:
-        line.pause(reason)
-    out.print("paused; batches in flight will finish")
+        if line.pause(reason):
+            out.print("paused; batches in flight will finish")
+        else:
+            now = line.read()
+            out.print(f"paused already, since {status.iso(now.since)}: {now.reason}")
 
 
 @click.command()

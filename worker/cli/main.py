@@ -5,9 +5,12 @@ Each group of commands has a module; this one puts them together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from worker.cli import dead_letters, doctor, imports, line, names, put, refused, sandbox, status
+from worker.cli import dead_letters, doctor, imports, line, names, put, quarantine, refused, sandbox, status
+from worker.cli.console import replace_what_cannot_be_encoded
 from worker.version import VERSION
 
 EPILOG = """\b
@@ -24,7 +27,15 @@ Examples:
 """
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Prepares the output before anything is printed, help and errors of usage included."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        replace_what_cannot_be_encoded()
+        return super().main(*args, **kwargs)
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="imattr")
 def main() -> None:
     """Deliver user attributes to Tencent Cloud Chat: coalesced, rate limited, nothing lost."""
@@ -36,6 +47,7 @@ for command in (
     status.show_status,
     dead_letters.dead,
     refused.refused_updates,
+    quarantine.quarantine,
     line.pause,
     line.resume,
     line.permit,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import click
 from rich.text import Text
 
 from worker import runtime
-from worker.cli.console import environment, explained, out
+from worker.cli.console import echo_json, environment, explained, out
 from worker.config import Settings
 from worker.delivery.attribute_catalog import AttributeCatalog
 from worker.models import check_names
@@ -39,7 +38,7 @@ def list_names(as_json: bool) -> None:
     with _app_names() as app:
         found = sorted(app.read())
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo_json(found)
     else:
         out.print(Text("\n".join(found) or "the app has no attribute names; see imattr names set"))
 

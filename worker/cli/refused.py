@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 from rich.table import Table
-from rich.text import Text
 
-from worker.cli.console import FAILED, explained, fail, out, state
+from worker.cli.console import FAILED, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.keys import Keys
 from worker.state.refused import Refused, RefusedUpdate
@@ -57,14 +55,14 @@ def list_refused(limit: int, as_json: bool) -> None:
         count = refused.count()
     if as_json:
         for fact in facts:
-            click.echo(json.dumps(fact, ensure_ascii=False))
+            echo_json(fact)
         return
     table = Table("id", "refused at", "source", "user", "rule", box=None, header_style="bold")
     for fact in facts:
-        table.add_row(*(Text(value or "") for value in fact.values()))
+        table.add_row(*(plain(value or "") for value in fact.values()))
     out.print(table if facts else "no refused updates")
     if len(facts) == limit < count:
-        out.print(f"[dim]... {count:,} in all; see --limit[/dim]")
+        out.print(f"... {count:,} in all; see --limit", style="dim")
 
 
 @refused_updates.command("show")
@@ -76,7 +74,7 @@ def show_refused(id: str) -> None:
         kept = refused.find(id)
     if kept is None:
         fail(FAILED, f"there is no refused update with id {id}")
-    click.echo(json.dumps(_refused_facts(kept) | {"payload": kept.payload}, ensure_ascii=False, indent=2))
+    echo_json(_refused_facts(kept) | {"payload": kept.payload}, indent=2)
 
 
 @refused_updates.command("purge")
@@ -85,7 +83,10 @@ def show_refused(id: str) -> None:
 def purge_refused(yes: bool) -> None:
     """Delete all refused updates for good."""
     with _refused() as refused:
+        newest = refused.newest(1)
         count = refused.count()
         if count and not yes:
-            click.confirm(f"Delete {count:,} refused updates for good?", abort=True)
-        out.print(f"{refused.purge():,} deleted")
+            click.confirm(f"Delete {counted(count, 'refused update')} for good?", abort=True)
+        # Those that came since the question stay.
+        purged = refused.purge(newest[0].id) if newest else 0
+        out.print(f"{purged:,} deleted")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import explained, out, state
+from worker.cli.console import counted, echo_json, explained, out, state
 from worker.operate import status
 
 
@@ -37,7 +36,7 @@ def show_status(as_json: bool, watch: bool) -> None:
 
 def _print_status(state: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(state))
+        echo_json(state)
     else:
         out.print(status_table(state))
 
@@ -52,10 +51,14 @@ def status_table(state: dict[str, Any]) -> Table:
     age = pending["oldest_age_s"]
     parts = ", ".join(f"{lane} {pending[lane]:,}" for lane in ("live", "backfill", "delayed", "waiting"))
     table.add_row(
-        "pending", f"{waiting:,} users ({parts})" + (f", oldest {age:.1f} s" if age is not None else "")
+        "pending",
+        f"{counted(waiting, 'user')} ({parts})" + (f", oldest {age:.1f} s" if age is not None else ""),
     )
-    table.add_row("in flight", f"{state['in_flight']:,} users")
+    table.add_row("in flight", counted(state["in_flight"], "user"))
     table.add_row("dead letters", Text(f"{state['dead']:,}", style="yellow" if state["dead"] else ""))
+    if state["quarantine"]:
+        words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
+        table.add_row("quarantine", Text(words, style="yellow"))
     eta = _eta(state["eta_s"])
     table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, {eta}")
     intake = ", ".join(f"{name} {count:,}" for name, count in state["intake"].items() if count)

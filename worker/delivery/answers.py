@@ -15,6 +15,10 @@ from typing import Any
 
 from worker.models import UserId
 
+#: A code of ours for HTTP status 429, which gateways answer in place of the API's own 60007.
+TOO_MANY_REQUESTS = 429
+#: Larger codes, and longer words, than any that the API has: they are cut.
+MAX_CODE, MAX_INFO = 2**31 - 1, 1000
 #: `ActionStatus` is FAIL, or missing, under `ErrorCode` 0: a failure that the API did not number.
 UNNUMBERED = -1
 
@@ -43,6 +47,8 @@ class Reply:
     names: frozenset[str] = frozenset()
     #: When the UserSig of the call was made, seconds since 1970.
     signed_at: int = field(default=0, compare=False)
+    #: Seconds that the other side asks to wait.
+    retry_after: float = 0.0
     #: The API's own time, as its `Date` header has it.
     date: str = field(default="", compare=False)
 
@@ -64,6 +70,8 @@ class NoReply:
     failure: Failure
     sent: bool = True
     http_status: int | None = None
+    #: Seconds that the other side asks to wait.
+    retry_after: float = 0.0
 
 
 Answer = Reply | NoReply
@@ -83,14 +91,14 @@ def read_reply(body: bytes) -> Answer:
     entries, names = answer.get("ErrorList") or [], answer.get("AttrNames") or {}
     if not isinstance(entries, list) or not isinstance(names, dict):
         return NoReply(Failure.UNREADABLE)
-    code: int = answer["ErrorCode"]
+    code = _code(answer["ErrorCode"])
     if code == 0 and answer.get("ActionStatus") != "OK":
         code = UNNUMBERED
     return Reply(
         code=code,
-        info=str(answer.get("ErrorInfo") or ""),
+        info=_words(answer.get("ErrorInfo")),
         errors=dict(filter(None, map(_user_error, entries))),
-        request_id=str(answer.get("RequestId") or ""),
+        request_id=_words(answer.get("RequestId")),
         names=frozenset(name for name in names.values() if isinstance(name, str)),
     )
 
@@ -101,5 +109,14 @@ def _user_error(entry: Any) -> tuple[UserId, UserError] | None:
     code = entry.get("ErrorCode")
     if code == 0:
         return None
-    number = code if type(code) is int else UNNUMBERED
-    return entry["To_Account"], UserError(number, str(entry.get("ErrorInfo") or ""))
+    return entry["To_Account"], UserError(_code(code), _words(entry.get("ErrorInfo")))
+
+
+def _code(code: Any) -> int:
+    return code if type(code) is int and abs(code) <= MAX_CODE else UNNUMBERED
+
+
+def _words(info: Any) -> str:
+    """The API's words as text that can be stored: cut, and without halves of characters."""
+    text = info if isinstance(info, str) else "" if info is None else str(info)
+    return text[:MAX_INFO].encode(errors="replace").decode()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 from urllib.parse import urlencode
 
-from worker.delivery.answers import Answer, NoReply, Reply, read_reply
+from worker.delivery.answers import TOO_MANY_REQUESTS, Answer, NoReply, Reply, read_reply
 from worker.delivery.connection import Exchange, HttpTransport, Transport
 from worker.delivery.usersig import Signer, UserSig
 from worker.models import Attributes, UserId
@@ -120,6 +120,8 @@ class _SignedCall:
     def answer(self) -> Answer:
         raw = self._exchange.read()
         if isinstance(raw, NoReply):
+            if raw.http_status == TOO_MANY_REQUESTS:
+                return Reply(TOO_MANY_REQUESTS, retry_after=raw.retry_after, signed_at=self._usersig.issued)
             return raw
         reply = read_reply(raw.body)
         if isinstance(reply, Reply):

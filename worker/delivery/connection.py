@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 import requests
@@ -30,8 +31,6 @@ MAX_ANSWER_BYTES = 1_000_000
 
 _HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "imattr"}
 
-#: What the libraries below raise when the network, or the other side, fails.
-_FAILURES = (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, requests.RequestException)
 _TIMEOUTS = (TimeoutError, urllib3.exceptions.TimeoutError, requests.Timeout)
 
 
@@ -72,13 +71,14 @@ class HttpTransport:
         self._local = threading.local()
 
     def prepare(self, url: str, body: bytes) -> Exchange | NoReply:
-        # ValueError: a host name that no DNS can have, for one.
+        # Whatever it is: these libraries raise what they like, also for what the other side says.
         try:
             pool = self._pool(url)
             connection = pool.checkout(self._connect_timeout)
-        except (*_FAILURES, ValueError):
+            options = {"preload_content": False, "decode_content": False}
+            connection.request("POST", _target(url), body, _HEADERS, **options)
+        except Exception:
             return UNREACHABLE
-        connection.request("POST", _target(url), body, _HEADERS, preload_content=False, decode_content=False)
         return _HttpExchange(pool, connection, self._read_timeout)
 
     def _pool(self, url: str) -> Any:
@@ -101,7 +101,7 @@ class _HttpExchange:
         try:
             self._connection.write(self._read_timeout)
             self._sent = True
-        except _FAILURES:
+        except Exception:
             # How much of it has left is not known: `read` says so.
             self._connection.close()
 
@@ -117,13 +117,17 @@ class _HttpExchange:
         try:
             response = self._connection.getresponse()
             body = _read_body(response)
+            date = response.headers.get("Date", "")
+            wait = _retry_after(response.headers.get("Retry-After", ""), date)
         except _TIMEOUTS:
             return NoReply(Failure.TIMEOUT)
-        except _FAILURES:
+        except Exception:
+            # Not only what the network does: an answer may be one that the libraries stumble over.
             return NoReply(Failure.BROKEN)
+        # A redirect is a status like any other: where it points to is not looked at.
         if response.status != 200:
-            return NoReply(Failure.HTTP_STATUS, http_status=response.status)
-        return RawAnswer(body, response.headers.get("Date", ""))
+            return NoReply(Failure.HTTP_STATUS, http_status=response.status, retry_after=wait)
+        return RawAnswer(body, date)
 
     def abandon(self) -> None:
         # http.client has no way back from a request that was begun.
@@ -145,9 +149,20 @@ def _read_body(response: urllib3.HTTPResponse) -> bytes:
             raise OSError("answer too long")
     # read1 also returns nothing when the connection was closed early.
     expected = response.headers.get("Content-Length", "")
-    if expected.isdigit() and len(body) < int(expected):
+    if expected.isascii() and expected.isdigit() and len(body) < int(expected):
         raise OSError("answer cut short")
     return bytes(body)
+
+
+def _retry_after(given: str, date: str) -> float:
+    """Seconds that a `Retry-After` header asks for, as a number or as a time; 0.0 if it says nothing readable."""
+    if given.isascii() and given.isdigit():
+        return float(given[:9])
+    try:
+        seconds = (parsedate_to_datetime(given) - parsedate_to_datetime(date)).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return max(0.0, seconds)
 
 
 class _Connection:

@@ -29,7 +29,7 @@ from typing import Literal, assert_never
 import structlog
 
 from worker.clock import Clock
-from worker.delivery.answers import Answer, NoReply, Reply
+from worker.delivery.answers import Answer, Failure, NoReply, Reply
 from worker.delivery.api import Call, ChatApi
 from worker.delivery.plan import (
     ACKED,
@@ -210,10 +210,10 @@ class Delivery:
         return _outcome_of(claim.summary)
 
     def _hold(self, batch: Batch) -> None:
-        """Send the users again after a hold, since we may have failed after a send."""
+        """Send the users again after a hold, since we may have failed after a send. Our defect is not their fault."""
         hold, spread = self._policy.hold, self._rng.random()
         users = {
-            user.user: Retried(hold + self._policy.backoff(user.attempts, spread)) for user in batch.users
+            user.user: Snoozed(hold + self._policy.backoff(user.attempts, spread)) for user in batch.users
         }
         with contextlib.suppress(RedisError):
             self._buffer.settle(batch.id, users)
@@ -229,7 +229,11 @@ class Delivery:
                 return Reply(0, names=known)
             answer = self._send(claim, self._api.prepare_get_names)
             if isinstance(answer, Reply) and not answer.code:
-                self._names.set(answer.names)
+                try:
+                    self._names.set(answer.names)
+                except ValueError:
+                    # More of them, or others, than an app can have.
+                    return NoReply(Failure.UNREADABLE)
             return answer
         if claim.permit_used and (plan.bisecting or self._policy.suspects(call.users[0])):
             end = self._renew_permit(claim, self._limiter.reserve_isolating(), SUSPECTS_WAIT)

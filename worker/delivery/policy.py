@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, assert_never
 
-from worker.delivery.answers import UNNUMBERED, Answer, NoReply
+from worker.delivery.answers import TOO_MANY_REQUESTS, UNNUMBERED, Answer, NoReply
 from worker.models import ClaimedUser, DeadLettered, Outcome, Retried, Snoozed
 
 
@@ -54,6 +54,7 @@ _ROWS: dict[Verdict, dict[int, str]] = {
         91000: "internal error of the service",
     },
     Verdict.RATE: {
+        TOO_MANY_REQUESTS: "HTTP status 429: too many requests",
         60007: "call frequency over the limit",
         60011: "call frequency of the app over the limit",
         60018: "too many requests",
@@ -161,6 +162,8 @@ _UNLISTED = Rule(Verdict.UNKNOWN, "an undocumented code")
 UNKNOWN_ATTEMPTS = 3
 #: Seconds the fleet pauses after a rate code: one full window of the API, so that its count starts over.
 RATE_PAUSE = 1.0
+#: Seconds: a longer `Retry-After` is not believed.
+LONGEST_PAUSE = 60.0
 #: Counted failures after which a user is suspected of spoiling whatever call it is in.
 SUSPECT_AFTER = 2
 #: Seconds until a user is sent again that the API refused by name, but with a code that is not about a user.
@@ -243,7 +246,7 @@ def decide(answer: Answer) -> Action:
         case Verdict.UNKNOWN:
             return RetryCounted(UNKNOWN_ATTEMPTS)
         case Verdict.RATE:
-            return Pause(RATE_PAUSE)
+            return Pause(min(max(RATE_PAUSE, answer.retry_after), LONGEST_PAUSE))
         case Verdict.CREDENTIAL:
             return RenewSignature()
         case Verdict.STOP:

@@ -83,6 +83,8 @@ class Signer:
         self._key, self._identifier, self._sdkappid, self._now = key, identifier, sdkappid, now
         self._lock = threading.Lock()
         self._current = UserSig("", 0)
+        #: When it was made, on this machine's clock; `issued` may be the fleet's time, which is Redis'.
+        self._made = 0
 
     def __repr__(self) -> str:
         return f"Signer({self._identifier!r}, {self._sdkappid})"
@@ -92,22 +94,23 @@ class Signer:
         now = int(self._now())
         with self._lock:
             # After the clock was set back, the signature is from the future: replace that one, too.
-            age = now - self._current.issued
+            age = now - self._made
             if not self._current.text or not -CLOCK_SKEW <= age < VALIDITY * RENEW_AFTER:
-                self._sign(now)
+                self._sign(now, now)
             return self._current
 
     def renew(self) -> None:
         """Make a new UserSig now."""
         with self._lock:
-            self._sign(int(self._now()))
+            now = int(self._now())
+            self._sign(now, now)
 
     def adopt(self, issued: int) -> None:
         """Sign as of `issued` (seconds since 1970), unless the current UserSig is as new."""
         with self._lock:
             if self._current.issued < issued:
-                self._sign(issued)
+                self._sign(issued, int(self._now()))
 
-    def _sign(self, issued: int) -> None:
+    def _sign(self, issued: int, now: int) -> None:
         text = sign(self._key(), self._identifier, self._sdkappid, issued)
-        self._current = UserSig(text, issued)
+        self._current, self._made = UserSig(text, issued), now

@@ -24,7 +24,6 @@ import orjson
 from kombu.utils.json import loads as load_with_types
 
 from worker.errors import InvalidUpdate
-from worker.intake.event_time import event_ms
 from worker.models import EARLIEST_MS, LATEST_MS
 
 UPDATE, UPDATE_MANY = "attributes.update", "attributes.update_many"
@@ -104,7 +103,7 @@ def unpack(raw: bytes) -> Envelope:
 
 def read(envelope: Envelope, taken_ms: int) -> Call:
     """Return what a message that was taken from the queue at `taken_ms` asks for; raises `InvalidUpdate`."""
-    headers, properties = _object(envelope.headers), _object(envelope.properties)
+    headers = _object(envelope.headers)
     body = _body(envelope, headers)
     task = headers.get("task")
     if task is None and type(body) is dict:
@@ -122,9 +121,9 @@ def read(envelope: Envelope, taken_ms: int) -> Call:
         if eta_ms > LATEST_MS:
             raise _invalid("the header eta is after the year 2286")
         # It counts as having happened when it was to be accepted, however late it was taken.
-        occurred_ms = eta_ms if eta_ms >= EARLIEST_MS else event_ms(headers, properties, taken_ms)
+        occurred_ms = eta_ms if eta_ms >= EARLIEST_MS else taken_ms
         return Call(updates, occurred_ms, eta_ms, expires_ms)
-    return Call(updates, event_ms(headers, properties, taken_ms))
+    return Call(updates, taken_ms)
 
 
 def legible(envelope: Envelope | bytes) -> str:

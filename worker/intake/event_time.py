@@ -1,6 +1,7 @@
-"""The event time of an update that came as a Celery message, if it does not have its own.
+"""The event time of an update that came as a Celery task, if it does not have its own.
 
-Celery puts no time of publishing into a message, so the best one available is used, which keeps the order of the queue:
+Messages that are taken in bulk count as of when they were taken, on Redis' clock, which is remembered. A broker that they
+are not taken from in bulk hands a message out again after a kill, and nobody knows that it was taken before. Celery puts no time of publishing into a message, so the best one available is used, which keeps the order of the queue:
 
 1. the header that our own app adds when it publishes,
 2. the header `timestamp_in_ms` that RabbitMQ adds if it is configured to,

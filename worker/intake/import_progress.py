@@ -26,10 +26,14 @@ class ImportOptions:
     path: Path | None
     format: Format | None = None
     user_column: str = "user"
+    #: What stands in a cell of CSV for no value, besides nothing.
+    null: str | None = None
     lane: Lane = "backfill"
     as_of_ms: int | None = None
     refused: Path | None = None
     restart: bool = False
+    #: Where the progress is kept, if not beside the file.
+    progress: Path | None = None
 
     @property
     def resumable(self) -> bool:
@@ -50,7 +54,7 @@ class ImportOptions:
     @property
     def progress_path(self) -> Path:
         """The file that says how far the import has come."""
-        return self._beside("import-progress")
+        return self.progress or self._beside("import-progress")
 
     def _beside(self, suffix: str) -> Path:
         if self.path is None or not self.resumable:

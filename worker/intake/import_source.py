@@ -4,7 +4,7 @@ JSON lines, one update each, as `imattr dead export` prints them; null removes t
 
     {"user": "u1", "attrs": {"city": "Paris"}, "occurred_at": "2026-11-01T12:00:00Z"}
 
-CSV, UTF-8: a column `user`, optionally a column `occurred_at`, and every other column is an attribute. An empty cell
+CSV, UTF-8, separated by commas, semicolons, tabs or vertical bars: a column `user`, optionally a column `occurred_at`, and every other column is an attribute. An empty cell
 changes nothing::
 
     user,city,level
@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import select
 import stat
 import zlib
@@ -30,10 +31,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from worker.errors import CannotImport, InvalidUpdate
+from worker.intake.import_dialect import (
+    SEPARATORS,
+    broken_user,
+    broken_value,
+    check_beginning,
+    no_user_column,
+    separator_of,
+)
 from worker.models import check_names, check_user
 
 Format = Literal["jsonl", "csv"]
@@ -54,6 +64,7 @@ _TOO_LONG = f"the line is longer than {MAX_LINE:,} bytes"
 _NO_UTF8 = "the line is not UTF-8"
 _NO_JSON = "the line is not JSON"
 _NO_OBJECT = 'the line is not {"user": ..., "attrs": {...}}, with "occurred_at" if known and nothing else'
+_TWICE = "a name stands twice in one object"
 _NO_CSV = "the line is not CSV: a quote is out of place or never closed, or a cell is too long"
 
 
@@ -110,9 +121,16 @@ class Source:
         format: Format | None = None,
         user_column: str = "user",
         names: frozenset[str] = frozenset(),
+        null: str | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises `CannotImport` if the format is not clear, or the header of a CSV file is wrong."""
+        """Raises `CannotImport` if the format is not clear, or the header of a CSV file is wrong.
+
+        `null` is what stands in a cell for no value, besides nothing.
+        """
+        self._separator, self._null = ",", null
+        #: Headers in the middle of a CSV file, which were left out.
+        self.repeated_headers = 0
         with _damage_explained():
             self._file = open(path or 0, "rb", buffering=0, closefd=path is not None)  # noqa: SIM115
         try:
@@ -121,6 +139,7 @@ class Source:
             raw = self._file if self.size is not None else _Pipe(self._file.fileno(), stopped)
             with _damage_explained():
                 self._stream = _unpacked(io.BufferedReader(raw, _BLOCK))
+                check_beginning(self._stream.peek(HEAD)[:HEAD])
                 start = len(codecs.BOM_UTF8) if self._stream.peek(3).startswith(codecs.BOM_UTF8) else 0
                 self._stream.read(start)
                 self.format = format or _format(path, self._stream)
@@ -132,13 +151,32 @@ class Source:
             raise
 
     def _header(self, user_column: str, names: frozenset[str]) -> _Columns:
-        header = next(_rows(_lines(self._stream, *self._start)), None)
+        lines = _lines(self._stream, *self._start)
+        read = list(islice(lines, 1))
+        first = (read[0].text or b"").decode(errors="replace").strip() if read else ""
+        if declared := re.fullmatch(r'"?sep=([,;\t|])"?', first, re.IGNORECASE):
+            # Excel writes, and wants, such a line.
+            self._separator, read = declared[1], []
+        else:
+            self._separator = separator_of(first, user_column)
+        header = next(_rows(chain(read, lines), self._separator), None)
         if header is None:
             raise CannotImport("the file is empty, so it has no header")
         if isinstance(header.cells, Unreadable):
             raise CannotImport(f"the header cannot be read: {header.cells.rule}")
         self._start = (header.last, header.end)
-        return _Columns.of(header.cells, user_column, names)
+        return _Columns.of(header.cells, user_column, names, self._null)
+
+    @property
+    def notes(self) -> list[str]:
+        """How the file was understood, where that is not plain."""
+        notes = [] if self._separator == "," else [f"separated by {SEPARATORS[self._separator]}"]
+        if self.repeated_headers:
+            many = (
+                "1 more header" if self.repeated_headers == 1 else f"{self.repeated_headers:,} more headers"
+            )
+            notes.append(f"{many} left out")
+        return notes
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +224,15 @@ class Source:
 
     def _records(self, lines: Iterator[Line]) -> Iterator[Record]:
         with _damage_explained():
-            yield from _csv_records(lines, self._columns) if self.format == "csv" else _json_records(lines)
+            yield from self._csv_records(lines) if self.format == "csv" else _json_records(lines)
+
+    def _csv_records(self, lines: Iterator[Line]) -> Iterator[Record]:
+        for line, last, end, cells in _rows(lines, self._separator):
+            found = cells if isinstance(cells, Unreadable) else self._columns.found(line, cells)
+            if found == HEADER:
+                self.repeated_headers += 1
+                found = None
+            yield Record(line, last, end, found)
 
 
 @contextmanager
@@ -263,7 +309,10 @@ def _from_json(text: bytes | None) -> RawUpdate | Unreadable | None:
     if isinstance(decoded, Unreadable):
         return decoded
     try:
-        found = json.loads(decoded)
+        # Files that were put together have the mark of their beginning in the middle.
+        found = json.loads(decoded.removeprefix("\ufeff"), object_pairs_hook=_without_repeated_names)
+    except _RepeatedName:
+        return Unreadable("?", _TWICE)
     except (ValueError, RecursionError):
         # Python's own words may quote the line.
         return None if decoded.isspace() else Unreadable("?", _NO_JSON)
@@ -271,15 +320,19 @@ def _from_json(text: bytes | None) -> RawUpdate | Unreadable | None:
         return Unreadable("?", _NO_OBJECT)
     keys = found.keys()
     if keys != {"user", "attrs"} and keys != {"user", "attrs", "occurred_at"}:
-        return _wrong_keys(found.get("user"))
+        return _refused(found.get("user"), _NO_OBJECT)
     return RawUpdate(found["user"], found["attrs"], found.get("occurred_at"))
 
 
-def _wrong_keys(user: object) -> Unreadable:
-    try:
-        return Unreadable(check_user(user), _NO_OBJECT)
-    except InvalidUpdate as error:
-        return Unreadable(error.user, error.rule)
+class _RepeatedName(Exception):
+    """Raised under reading an object in which a name stands twice: nobody knows which of the values is meant."""
+
+
+def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedName
+    return found
 
 
 class _Row(NamedTuple):
@@ -333,9 +386,9 @@ class _Feed:
         return _Row(first.number, first.number, first.end, problem)
 
 
-def _rows(lines: Iterator[Line]) -> Iterator[_Row]:
+def _rows(lines: Iterator[Line], separator: str) -> Iterator[_Row]:
     feed = _Feed(lines)
-    reader = csv.reader(feed, strict=True)
+    reader = csv.reader(feed, delimiter=separator, strict=True)
     while True:
         try:
             yield feed.row(next(reader))
@@ -347,9 +400,8 @@ def _rows(lines: Iterator[Line]) -> Iterator[_Row]:
             yield feed.spoilt()
 
 
-def _csv_records(lines: Iterator[Line], columns: _Columns) -> Iterator[Record]:
-    for line, last, end, cells in _rows(lines):
-        yield Record(line, last, end, cells if isinstance(cells, Unreadable) else columns.found(cells))
+#: In place of an update: the header once more.
+HEADER = Unreadable("", "header")
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,15 +412,18 @@ class _Columns:
     user: int
     occurred_at: int | None
     attributes: list[tuple[int, str]]
+    header: list[str]
+    null: str | None = None
 
     @classmethod
-    def of(cls, header: list[str], user_column: str, names: frozenset[str]) -> Self:
+    def of(cls, header: list[str], user_column: str, names: frozenset[str], null: str | None = None) -> Self:
         """Read the header; raises `CannotImport`. `names` are the app's attributes, empty if not known."""
+        header = [name.strip() for name in header]
+        while header and not header[-1]:
+            # Spreadsheets keep columns that were once used.
+            header.pop()
         if user_column not in header:
-            # It may be data, which must not be shown.
-            raise CannotImport(
-                f"the first line is not a header with a column {user_column!r}, separated by commas"
-            )
+            raise CannotImport(no_user_column(header, user_column))
         if len(set(header)) < len(header):
             raise CannotImport("two columns of the header have the same name")
         places = {name: place for place, name in enumerate(header)}
@@ -380,15 +435,42 @@ class _Columns:
         if names and (unknown := places.keys() - names):
             known = ", ".join(sorted(names))
             raise CannotImport(f"column {min(unknown)!r} is not one of the app's attributes ({known})")
-        return cls(len(header), user, occurred_at, [(place, name) for name, place in places.items()])
+        attributes = [(place, name) for name, place in places.items()]
+        return cls(len(header), user, occurred_at, attributes, header, null)
 
-    def found(self, cells: list[str]) -> RawUpdate | Unreadable | None:
-        """The update in a row."""
-        if not cells:
+    def found(self, line: int, cells: list[str]) -> RawUpdate | Unreadable | None:
+        """The update in a row; `HEADER` for the header once more, as in files that were put together.
+
+        Raises `CannotImport` for a header with other columns: what follows it would be taken for something else.
+        """
+        if not any(cells):
             return None
-        if len(cells) != self.count:
+        names = [cell.removeprefix("\ufeff").strip() for cell in cells]
+        if names[: self.count] == self.header and not any(names[self.count :]):
+            return HEADER
+        user_column = self.header[self.user]
+        at_its_place = names[self.user : self.user + 1] == [user_column]
+        if at_its_place or (user_column in names and set(names) <= {*self.header, ""}):
+            raise CannotImport(
+                f"line {line} looks like another header, with other columns: import the files one by one "
+                f"(for a user who is called {user_column!r}, name the column otherwise and say --user-column)"
+            )
+        if len(cells) < self.count or any(cells[self.count :]):
             # Nobody knows which of them is the user.
             return Unreadable("?", f"{len(cells)} cells, the header has {self.count}")
-        attrs = {name: cells[place] for place, name in self.attributes if cells[place]}
-        moment = None if self.occurred_at is None else cells[self.occurred_at]
-        return RawUpdate(cells[self.user], attrs, event_time(moment) if moment else None)
+        user, moment = cells[self.user], None if self.occurred_at is None else cells[self.occurred_at]
+        attrs = {name: cells[place] for place, name in self.attributes if cells[place] not in ("", self.null)}
+        broken = broken_user(user)
+        for name, value in attrs.items():
+            broken = broken or broken_value(name, value, self.null)
+        if broken:
+            return _refused(user, broken)
+        return RawUpdate(user, attrs, event_time(moment) if moment else None)
+
+
+def _refused(user: object, rule: str) -> Unreadable:
+    """A line refused for a rule; or for a rule that its user id breaks."""
+    try:
+        return Unreadable(check_user(user), rule)
+    except InvalidUpdate as error:
+        return Unreadable(error.user, error.rule)

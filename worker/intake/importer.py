@@ -49,6 +49,8 @@ class ImportStatus(NamedTuple):
     lines_per_second: float
     share: float | None
     eta: float | None
+    #: How the file was understood, where that is not plain.
+    notes: list[str]
 
 
 class Estimate(NamedTuple):
@@ -62,6 +64,10 @@ class Estimate(NamedTuple):
     seconds: float
     #: The first refusals.
     refusals: list[Refusal]
+    #: The first updates as they were understood, with their lines.
+    samples: list[tuple[int, Update]]
+    #: How the file was understood, where that is not plain.
+    notes: list[str]
 
 
 @dataclass(slots=True)
@@ -141,9 +147,18 @@ class Importer:
         # An abandoned pipe ends early.
         return not self._stopped()
 
+    def abandon(self) -> bool:
+        """Give up an import that an earlier run has begun; returns whether there was one."""
+        self._producer.end_import(self._options.name)
+        path = self._options.progress_path
+        if not path.is_file():
+            return False
+        path.unlink()
+        return True
+
     def rehearse(self) -> Estimate:
         """Read and check the whole file without writing anything, anywhere."""
-        users, refusals = HyperLogLog(), list[Refusal]()
+        users, refusals, samples = HyperLogLog(), list[Refusal](), list[tuple[int, Update]]()
         with self._source() as source:
             progress = Progress(self._as_of())
             watch = _Watch(self._clock, source, progress)
@@ -151,6 +166,7 @@ class Importer:
                 users.add(update.user for update in chunk.updates)
                 _count(progress, chunk, NOTHING_ADDED._replace(accepted=len(chunk.updates)))
                 refusals += chunk.refusals[: EXAMPLES - len(refusals)]
+                samples += list(zip(chunk.lines, chunk.updates, strict=True))[: EXAMPLES - len(samples)]
                 self._show(watch.status("checking"))
                 if self._stopped():
                     break
@@ -164,6 +180,8 @@ class Importer:
             calls,
             calls * SPACING / self._settings.quota,
             refusals,
+            samples,
+            source.notes,
         )
 
     def _source(self) -> Source:
@@ -174,6 +192,7 @@ class Importer:
             format=options.format,
             user_column=options.user_column,
             names=names,
+            null=options.null,
             stopped=self._stopped,
         )
 
@@ -186,6 +205,7 @@ class Importer:
             "Redis": f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}",
             "lane": self._options.lane,
             "format": source.format,
+            "text for no value": self._options.null,
             "user column": self._options.user_column,
             "file for refused lines": str(self._options.refused_path.absolute()),
         }
@@ -294,4 +314,4 @@ class _Watch:
         share, eta = self._source.share, None
         if share is not None and share > self._share:
             eta = seconds * (1 - share) / (share - self._share)
-        return ImportStatus(state, self._progress, self._line, seconds, rate, share, eta)
+        return ImportStatus(state, self._progress, self._line, seconds, rate, share, eta, self._source.notes)

@@ -24,10 +24,14 @@ from worker.delivery.answers import NoReply, Reply
 from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
 from worker.delivery.policy import Verdict, rule_for
 from worker.errors import CallFailed, ConfigError
+from worker.ratelimit import RateState, read_rate
 from worker.state.connection import Redis, RedisError
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
 from worker.state.line import Kind, Line, LineState
+from worker.state.quarantine import Quarantine
+from worker.state.refused import Refused
+from worker.state.scripts import number, text
 
 Level = Literal["ok", "warning", "error"]
 
@@ -41,6 +45,8 @@ SLOW = 0.005
 PINGS = 5
 #: Seconds by which this machine's clock may differ from Redis', and from the API's: warning, then error.
 REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
+#: Seconds after which an unfinished import is one that somebody has forgotten.
+OLD_IMPORT = 86_400.0
 #: Where a message goes whose sender names no queue.
 DEFAULT_QUEUE = "celery"
 #: Timeouts of a Redis broker, seconds.
@@ -262,7 +268,12 @@ def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
     try:
         yield workers(redis, keys)
         yield line(Line(redis, keys).read())
-        yield from api(runtime.build_attribute_catalog(settings, redis), _host(settings.base_url), time.time)
+        yield quotas(read_rate(redis, keys), settings.quota)
+        yield from leftovers(Quarantine(redis, keys).count(), Refused(redis, keys).count())
+        yield from unfinished_imports(redis, keys)
+        delivered = number(redis.hget(keys.ledger, "delivered")) > 0
+        catalog = runtime.build_attribute_catalog(settings, redis)
+        yield from api(catalog, _host(settings.base_url), time.time, delivered=delivered)
     except RedisError as error:
         fix = f"use a server that accepts writes, and allow the user of IMATTR_REDIS_URL all keys like {keys.pattern}"
         yield Finding("redis", "error", _words("refuses what a worker needs", error), fix)
@@ -287,8 +298,46 @@ def line(now: LineState) -> Finding:
     return Finding("line", "error", f"stopped: {reason}", _OPENED_BY[now.kind or "error"])
 
 
-def api(names: AttributeCatalog, host: str, wall: Callable[[], float]) -> Iterator[Finding]:
-    """Whether the API accepts this app, by one call; its clock; and the app's attribute names."""
+def quotas(rate: RateState, quota: int) -> Finding:
+    """Whether all processes that share the rate believe in the same quota."""
+    named = sorted({*rate.quotas, quota})
+    if len(named) == 1:
+        return Finding("quota", "ok", f"{quota} calls/s")
+    found = f"processes name different quotas: {', '.join(map(str, named))} calls/s; the lowest rules"
+    return Finding("quota", "warning", found, "give every process the same IMATTR_QUOTA")
+
+
+def leftovers(quarantined: int, refused: int) -> Iterator[Finding]:
+    """What waits for a person."""
+    if quarantined:
+        found = "1 record" if quarantined == 1 else f"{quarantined:,} records"
+        fix = "imattr quarantine list; send what matters again, then imattr quarantine drop"
+        yield Finding("quarantine", "warning", f"{found} in Redis could not be read", fix)
+    if refused:
+        found = "1 update was" if refused == 1 else f"{refused:,} updates were"
+        fix = "imattr refused list says which rules were broken"
+        yield Finding("refused", "warning", f"{found} refused after leaving the sender", fix)
+
+
+def unfinished_imports(redis: Redis, keys: Keys) -> Iterator[Finding]:
+    """Imports that keep what was delivered since from being forgotten."""
+    found: Any = redis.zrange(keys.imports, 0, -1, withscores=True)
+    for name, as_of_ms in found:
+        seconds, _ = redis.time()
+        if seconds - as_of_ms / 1000 > OLD_IMPORT:
+            days = (seconds - as_of_ms / 1000) / 86_400
+            words = f"{text(name)} was begun {days:.1f} days ago and is not finished: memory grows meanwhile"
+            fix = "run the same imattr import again, or give it up with --abandon"
+            yield Finding("import", "warning", words, fix)
+
+
+def api(
+    names: AttributeCatalog, host: str, wall: Callable[[], float], *, delivered: bool = False
+) -> Iterator[Finding]:
+    """Whether the API accepts this app, by one call; its clock; and the app's attribute names.
+
+    `delivered` says whether anything ever was.
+    """
     try:
         answer = names.ask()
     except CallFailed as failed:
@@ -303,7 +352,7 @@ def api(names: AttributeCatalog, host: str, wall: Callable[[], float]) -> Iterat
         return
     yield Finding("api", "ok", f"{host} answers, and accepts the UserSig, the administrator and the app")
     yield from api_clock(answer, wall)
-    yield app_names(found)
+    yield app_names(found, delivered=delivered)
 
 
 def _level(answer: Reply | NoReply) -> Level:
@@ -316,7 +365,7 @@ def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Fi
     """Whether this machine and the API agree on the time, if the answer has the API's."""
     try:
         theirs = parsedate_to_datetime(answer.date).timestamp() if isinstance(answer, Reply) else None
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return
     if theirs is not None:
         # The header has whole seconds.
@@ -324,10 +373,12 @@ def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Fi
         yield _skew("api clock", "the API", ahead, API_SKEW, "a UserSig from the wrong time is refused")
 
 
-def app_names(names: frozenset[str]) -> Finding:
+def app_names(names: frozenset[str], *, delivered: bool = False) -> Finding:
     """Whether the app has attributes to set."""
     if names:
         return Finding("names", "ok", f"the app has {', '.join(sorted(names))}")
+    if delivered:
+        return Finding("names", "ok", "the app lists no attribute names, and takes updates all the same")
     found = "the app has no attribute names: every update will be refused"
     return Finding("names", "warning", found, "imattr names set NAME ...")
 

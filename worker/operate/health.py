@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 #: Seconds without a turn of the dispatcher after which the worker counts as stalled.
 STALLED_AFTER = 120.0
+#: Where the page is; the second is what most probes are set to.
+PATHS = ("/", "/healthz")
 
 
 def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
@@ -20,6 +22,9 @@ def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.partition("?")[0] not in PATHS:
+                self.send_error(404)
+                return
             age = stalled_for()
             body = json.dumps({"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)}).encode()
             self.send_response(200 if age < STALLED_AFTER else 503)

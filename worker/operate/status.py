@@ -55,7 +55,12 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         },
         "in_flight": snapshot.in_flight,
         "dead": snapshot.dead,
-        "rate": {"quota": settings.quota, "limit": limit, "current": current},
+        "quarantine": snapshot.quarantine,
+        "rate": {
+            "quota": min(settings.quota, *rate.quotas, settings.quota),
+            "limit": limit,
+            "current": current,
+        },
         "intake": read_intake(redis, keys),
         "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
         "eta_s": None if eta is None else round(eta, 1),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ import requests
 from worker.clock import SystemClock
 from worker.producer import Producer
 from worker.sandbox import demo_events
-from worker.sandbox.processes import Plan, Sandbox
+from worker.sandbox.processes import Plan, Sandbox, empty
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer, Snapshot
 from worker.state.connection import connect
@@ -146,8 +145,8 @@ def run(
     With a `redis_url` that server is used instead of an embedded one, under an app id of the demo's own,
     and the keys made are removed afterwards.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    empty(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plan = Plan(workers=workers, flower=flower, names=demo_events.NAMES)
     sdkappid = 1_400_000_000 + secrets.randbelow(99_999_999)

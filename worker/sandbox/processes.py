@@ -7,8 +7,10 @@ of the embedded server, are in one directory.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +63,9 @@ class Sandbox:
     flower_url: str = ""
     #: The stand-ins, in words.
     stand_ins: list[str] = field(default_factory=list)
+    #: Whether somebody has asked twice to stop: parts that have not ended yet are then killed.
+    impatient: Callable[[], bool] = lambda: False
+    _lock: DirectoryLock | None = None
     _server: EmbeddedServer | None = None
     _processes: list[_Process] = field(default_factory=list)
 
@@ -76,7 +81,7 @@ class Sandbox:
         self.stop()
 
     def _start(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = DirectoryLock(self.directory)
         self._start_redis()
         self._start_simulator()
         ready = [self.start_worker(number) for number in range(1, self.plan.workers + 1)]
@@ -87,7 +92,10 @@ class Sandbox:
 
     def _start_redis(self) -> None:
         if not self.environ.get("IMATTR_REDIS_URL"):
-            self._server = EmbeddedServer(self.directory / "redis", persistent=self.plan.persistent)
+            lock = (self._lock.file,) if self._lock else ()
+            self._server = EmbeddedServer(
+                self.directory / "redis", persistent=self.plan.persistent, keeps_open=lock
+            )
             self.environ["IMATTR_REDIS_URL"] = self._server.url
             kept = f", data kept in {self.directory / 'redis'}" if self.plan.persistent else ""
             self.stand_ins.append(f"Redis: an embedded server{kept}")
@@ -163,14 +171,13 @@ class Sandbox:
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Raise `SandboxError` when a process has ended."""
-        for process in self._processes:
-            if process.popen.poll() is not None:
-                tail = process.log.read_text(errors="replace").strip().splitlines()[-3:]
-                raise SandboxError(
-                    f"{process.name} ended with status {process.popen.returncode}, see {process.log}:\n"
-                    + "\n".join(f"  {line}" for line in tail)
-                )
+        """Raise `SandboxError`, with its last words, when a part has ended."""
+        ended = [(process.name, process.popen.poll(), process.log) for process in self._processes]
+        if self._server:
+            ended.append(("Redis", self._server.status(), self._server.log))
+        for name, status, log in ended:
+            if status is not None:
+                raise SandboxError(f"{name} {_how_it_ended(status)}, see {log}{_last_words(log)}")
 
     def forget(self, name: str) -> None:
         """Stop watching this process, which was ended on purpose."""
@@ -187,22 +194,85 @@ class Sandbox:
     def stop(self) -> None:
         """End everything in order: workers finish their batches, Redis goes last."""
         order = {"worker": 0, "flower": 1, "simulator": 2}
+        # Without Redis, workers cannot finish anything.
+        patience = 5.0 if self._server and self._server.status() is not None else PATIENCE
         for stage in sorted(set(order.values())):
             stopping = [p for p in self._processes if order[p.name.partition("-")[0]] == stage]
             for process in stopping:
                 with contextlib.suppress(ProcessLookupError):
                     process.popen.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + patience
             for process in stopping:
-                try:
-                    process.popen.wait(max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
+                while process.popen.poll() is None and time.monotonic() < deadline and not self.impatient():
+                    time.sleep(0.05)
+                if process.popen.poll() is None:
                     process.popen.kill()
-                    process.popen.wait()
+                process.popen.wait()
         self._processes.clear()
         if self._server:
             self._server.stop()
             self._server = None
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+
+def _how_it_ended(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _last_words(log: Path) -> str:
+    """The end of a log, if it says anything."""
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()[-3:]
+    except OSError:
+        lines = []
+    return ":" + "".join(f"\n  {line}" for line in lines) if lines else ""
+
+
+class DirectoryLock:
+    """A directory that belongs to one sandbox; made if it is not there, and marked as ours.
+
+    The embedded server keeps the lock's file open, too: as long as it runs, nobody else starts one on its data, even if
+    the process that started it was killed.
+    """
+
+    #: What says that a directory is a sandbox's; it holds the process ids of those who have it.
+    MARKER = "imattr-sandbox"
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `SandboxError` if the directory is in use, or cannot be used."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(directory / self.MARKER, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise SandboxError(f"{directory} cannot be used: {error.strerror}") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self.file, 100).decode(errors="replace").strip()
+            os.close(self.file)
+            raise SandboxError(f"already running in {directory}, pid {owner}") from None
+        os.truncate(self.file, 0)
+        os.pwrite(self.file, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self.file)
+
+
+def empty(directory: Path) -> None:
+    """Delete what a sandbox has left in a directory; raises `SandboxError` for a directory that is not one."""
+    try:
+        if not directory.exists() or not any(directory.iterdir()):
+            return
+        if directory.is_symlink() or not (directory / DirectoryLock.MARKER).is_file():
+            raise SandboxError(
+                f"{directory} has files that no sandbox has made: name a new directory, or empty it yourself"
+            )
+        DirectoryLock(directory).release()
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise SandboxError(f"{directory} cannot be emptied: {error.strerror}") from None
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:

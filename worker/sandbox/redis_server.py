@@ -70,8 +70,12 @@ class EmbeddedServer:
         appendfsync: Literal["always", "everysec"] = "everysec",
         environ: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
+        keeps_open: Sequence[int] = (),
     ) -> None:
-        """`environ` is the server process' environment; None = ours. `options` are more of its arguments."""
+        """`environ` is the server process' environment; None = ours. `options` are more of its arguments.
+
+        `keeps_open` are files that the server has open for as long as it runs.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = port or free_port()
@@ -96,6 +100,7 @@ class EmbeddedServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=keeps_open,
         )
         self._wait_until_ready()
 
@@ -116,6 +121,14 @@ class EmbeddedServer:
                 time.sleep(0.02)
         self.stop()
         raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "server.log"
+
+    def status(self) -> int | None:
+        """None while it runs, else how it ended, as in `Popen.returncode`."""
+        return self._process.poll()
 
     def kill(self) -> None:
         """End the server as a crash would."""

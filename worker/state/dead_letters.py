@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from redis import Redis
@@ -50,6 +51,13 @@ class Filter:
         )
 
 
+#: No condition at all.
+EVERYTHING = Filter()
+
+#: Letters that somebody has looked at: user -> ms at which it became a letter.
+Chosen = Mapping[UserId, int]
+
+
 @dataclass(slots=True)
 class Redriven:
     """What became of redriven letters; for `outdated` ones, everything was newer elsewhere."""
@@ -64,6 +72,7 @@ class DeadLetters:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis, self._keys = redis, keys
         self._redrive = scripts.load(redis, "redrive")
+        self._purge = scripts.load(redis, "purge")
         k = keys
         self._redrive_keys = [k.pending, k.backfill, k.flight, k.shadow, k.dead, k.dead_at, k.ledger]
         self._redrive_keys += [k.live, k.delayed, k.quarantine]
@@ -77,7 +86,7 @@ class DeadLetters:
         """How many there are."""
         return int(self._redis.hlen(self._keys.dead))
 
-    def find(self, wanted: Filter = Filter()) -> Iterator[Letter]:
+    def find(self, wanted: Filter = EVERYTHING) -> Iterator[Letter]:
         """Yield the letters, oldest first. Those that come or go meanwhile may be missed."""
         if wanted.user is not None:
             yield from self._read([wanted.user], wanted)
@@ -106,26 +115,33 @@ class DeadLetters:
             if letter and wanted.fits(letter):
                 yield letter
 
-    def redrive(self, users: Sequence[UserId]) -> Redriven:
-        """Put these letters back to pending, in the lane for spare seats; unknown users are left out."""
+    def choose(self, wanted: Filter = EVERYTHING) -> Chosen:
+        """The letters as they are now, to do something with exactly these: user -> ms at which it became a letter."""
+        if wanted == EVERYTHING:
+            # Those that cannot be read, too: redriving sets them aside.
+            everybody: Any = self._redis.zscan_iter(self._keys.dead_at, count=PAGE)
+            return {text(user): int(at) for user, at in everybody}
+        return {letter.user: letter.at_ms for letter in self.find(wanted)}
+
+    def redrive(self, chosen: Chosen) -> Redriven:
+        """Put these letters back to pending, in the lane for spare seats; those that have changed since are left out."""
         total = Redriven()
-        for first in range(0, len(users), PAGE):
-            page = json.dumps(users[first : first + PAGE])
-            redriven, outdated = self._redrive(self._redrive_keys, ["", page])
+        for page in _pages(chosen):
+            redriven, outdated = self._redrive(self._redrive_keys, ["", json.dumps(page)])
             total.redriven += redriven
             total.outdated += outdated
         return total
 
-    def purge(self, users: Sequence[UserId]) -> int:
-        """Delete these letters for good; returns how many there were."""
-        purged = 0
-        for first in range(0, len(users), PAGE):
-            page = users[first : first + PAGE]
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hdel(self._keys.dead, *page)
-                pipe.zrem(self._keys.dead_at, *page)
-                purged += pipe.execute()[0]
-        return purged
+    def purge(self, chosen: Chosen) -> int:
+        """Delete these letters for good; returns how many there were. Those that have changed since stay."""
+        keys = [self._keys.dead, self._keys.dead_at]
+        return sum(int(self._purge(keys, [json.dumps(page)])) for page in _pages(chosen))
+
+
+def _pages(chosen: Chosen) -> Iterator[list[tuple[UserId, int]]]:
+    letters = iter(chosen.items())
+    while page := list(islice(letters, PAGE)):
+        yield page
 
 
 def _letter(user: UserId, packed: bytes | str) -> Letter | None:

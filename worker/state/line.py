@@ -63,6 +63,7 @@ class Line:
         self._redis, self._keys = redis, keys
         self._stop = scripts.load(redis, "stop")
         self._reopen = scripts.load(redis, "reopen")
+        self._pause = scripts.load(redis, "pause_line")
         self._resume = scripts.load(redis, "resume")
         self._renew_signature = scripts.load(redis, "renew_signature")
         self._record_dead_letters = scripts.load(redis, "record_dead_letters")
@@ -123,14 +124,9 @@ class Line:
         args = ("" if now_us is None else now_us, batch, quota, round(dwell * 1e6), signed_at)
         return bool(self._reopen([self._keys.line, self._keys.health, self._keys.rate], args))
 
-    def pause(self, reason: str) -> None:
-        """Stop sending until `resume`, because a person says so."""
-        seconds, _ = self._redis.time()
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(self._keys.line)
-            since = int(seconds) * 1000
-            pipe.hset(self._keys.line, mapping={"state": "paused", "reason": reason, "since": since})
-            pipe.execute()
+    def pause(self, reason: str, *, now_ms: int | None = None) -> bool:
+        """Stop sending until `resume`, because a person says so; False if one has said so already."""
+        return bool(self._pause([self._keys.line], ("" if now_ms is None else now_ms, reason)))
 
     def resume(self, *, now_ms: int | None = None) -> bool:
         """Open the line, whatever stopped it; False if it was open.

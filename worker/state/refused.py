@@ -96,10 +96,7 @@ class Refused:
     def count(self) -> int:
         return int(self._redis.xlen(self._key))
 
-    def purge(self) -> int:
-        """Delete all of them; returns how many there were."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xlen(self._key)
-            pipe.delete(self._key)
-            count, _ = pipe.execute()
-        return int(count)
+    def purge(self, newest: str) -> int:
+        """Delete those up to this id; returns how many there were."""
+        at, _, number = newest.partition("-")
+        return int(self._redis.xtrim(self._key, minid=f"{at}-{int(number) + 1}", approximate=False))

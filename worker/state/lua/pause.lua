@@ -2,7 +2,7 @@
 Let nobody reserve a slot for a while; slots reserved before lapse. The longer of two pauses wins.
 
 If the API refused a call for its frequency, it depends on how many it refused within a second. A few are the network's
-doing, or a stall's: slots move one percent apart, two stay empty, and everything goes on. More, or any below a known
+doing, or a stall's, unless the API names a longer pause: slots move one percent apart, two stay empty, and everything goes on. More, or any below a known
 ceiling, mean that less is granted: everyone pauses, and the limit drops to the last one that was good, or by a quarter.
 Then only the first refusal counts: the others were sent before anybody knew, in an older epoch.
 
@@ -31,7 +31,7 @@ if has_lapsed(rate, epoch) then
 end
 local paused_at, paused_until, good, hold, limit =
   numbers(rate, 'paused_at', 'paused_until', 'good', 'hold', 'limit')
-if refused > 0 and limit == 0 then
+if refused > 0 and limit == 0 and length <= 1e6 then
   local SECOND, STEP, MOST = 1e6, 1e4, 3e5
   local since, refusals, slot, apart, jitter, stretch, quiet =
     numbers(rate, 'refused_at', 'refusals', 'next', 'apart', 'jitter', 'stretch', 'stretch_hold')

@@ -1,7 +1,7 @@
 --[[
 Put dead letters back to pending, merged under anything newer: an old value never comes back.
 
-An attribute returns unless something newer is pending, in flight or delivered. Redriven users join the lane `backfill`:
+Only letters that are still those that somebody has looked at. An attribute returns unless something newer is pending, in flight or delivered. Redriven users join the lane `backfill`:
 live updates go first.
 
 KEYS[1]  hash, pending: user -> record
@@ -15,16 +15,17 @@ KEYS[8]  zset, lane `live`
 KEYS[9]  zset, lane `delayed`
 KEYS[10] hash, quarantine
 ARGV[1]  now in ms, empty = the server's clock
-ARGV[2]  JSON array of users, at most 500
+ARGV[2]  JSON array of [user, ms at which it became a letter], at most 500
 Returns  {dead letters put back, those of them that were outdated altogether}
 ]]
 local pending, backfill, flight, shadow, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local dead_at, ledger, live, delayed, quarantine = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
-local now, users = now_ms(ARGV[1]), cjson.decode(ARGV[2])
+local now, letters = now_ms(ARGV[1]), cjson.decode(ARGV[2])
 
 local counts = { redriven = 0, stale = 0, coalesced = 0, quarantined = 0 }
-for _, user in ipairs(users) do
-  local packed = redis.call('HGET', dead, user)
+for _, chosen in ipairs(letters) do
+  local user, at = chosen[1], chosen[2]
+  local packed = tonumber(redis.call('ZSCORE', dead_at, user) or nil) == at and redis.call('HGET', dead, user)
   local letter = packed and readable(packed)
   if packed and not letter then
     set_aside(quarantine, 'dead', now, user, packed)
