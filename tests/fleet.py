@@ -202,13 +202,18 @@ class Fleet:
         self.world.spawn(lambda: self._dispatch_for_ever(dispatcher))
 
     def new_delivery(
-        self, clock: Clock, rng: random.Random, stopping: Callable[[], bool] = lambda: False
+        self,
+        clock: Clock,
+        rng: random.Random,
+        stopping: Callable[[], bool] = lambda: False,
+        settings: tuple[int, float] | None = None,
     ) -> Delivery:
-        """The delivery loop of one process."""
+        """The delivery loop of one process; `settings` are its quota and patience, if not those of all."""
         limits, keys = self.limits, self.buffer._keys
+        quota, patience = settings or (limits.quota, limits.patience)
         return Delivery(
             self.buffer,
-            RateLimiter(self.redis, keys, quota=limits.quota, patience=limits.patience, clock=clock),
+            RateLimiter(self.redis, keys, quota=quota, patience=patience, clock=clock),
             self.line,
             self.names,
             self.new_api(),
@@ -221,7 +226,7 @@ class Fleet:
             clock,
             batch_size=limits.batch_size,
             lease=limits.lease,
-            quota=limits.quota,
+            quota=quota,
             rng=rng,
             stopping=stopping,
         )

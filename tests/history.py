@@ -107,7 +107,10 @@ class History:
 
 
 LEDGER_IN = ("accepted", "redriven")
-LEDGER_OUT = ("coalesced", "unchanged", "stale", "delivered", "dead_lettered", "pending", "in_flight")
+LEDGER_OUT = (
+    *("coalesced", "unchanged", "stale", "delivered", "dead_lettered", "quarantined"),
+    *("pending", "in_flight"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,6 @@ def test_a_misspelt_setting_is_still_a_mistake(name: str) -> None:
     ("changes", "named"),
     [
         ({"HOLD": "60"}, "IMATTR_HOLD"),
-        ({"HOLD": "50", "LEASE": "60"}, "IMATTR_HOLD"),
         ({"QUOTA": "100000"}, "IMATTR_QUOTA"),
         ({"LINGER": "1e9"}, "IMATTR_LINGER"),
         ({"LEASE": "1e9"}, "IMATTR_LEASE"),

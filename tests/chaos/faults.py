@@ -12,8 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import redis
+
 from tests.chaos.system import LEASE, System
 from tests.chaos.writers import NAMES
+from worker.clock import SystemClock
+from worker.ratelimit import RateLimiter
+from worker.state.scripts import text
 
 
 class Struck(NamedTuple):
@@ -25,6 +30,17 @@ class Struck(NamedTuple):
 
 
 NOTHING = Struck(hits=0)
+
+#: What something else may leave in place of a record.
+DAMAGE = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b'{"a":{"city":[1,2]},"t":5}',
+    b'{"a":{"city":["x",1e999]},"t":5}',
+)
 
 
 # Processes.
@@ -112,6 +128,50 @@ def broker_killed(system: System) -> Struck:
     """kill -9 of the broker, which comes back"""
     system.broker.kill()
     return Struck(system.rng.uniform(0.0, 3.0), system.broker.start)
+
+
+def redis_refuses(system: System) -> Struck:
+    """Redis answers everything that writes with an error: READONLY, OOM, NOREPLICAS (not beside the previous version)"""
+    if system.previous:
+        return NOTHING
+    client, seconds = system.redis, system.rng.uniform(0.5, 4.0)
+    match system.rng.choice(("READONLY", "OOM", "NOREPLICAS")):
+        case "READONLY":
+            # Of a server that is not there: nothing is copied, and nothing lost.
+            client.slaveof("127.0.0.1", 1)
+            return Struck(seconds, client.slaveof)
+        case "OOM":
+            client.config_set("maxmemory", "1mb")
+            return Struck(seconds, lambda: client.config_set("maxmemory", "0"))
+        case _:
+            client.config_set("min-replicas-to-write", "1")
+            return Struck(seconds, lambda: client.config_set("min-replicas-to-write", "0"))
+
+
+def records_damaged(system: System) -> Struck:
+    """another program writes over records of some users, or of a batch (not beside the previous version)"""
+    if system.previous:
+        return NOTHING
+    keys, rng, hits = system.keys, system.rng, 0
+    for table in (keys.pending, keys.flight, keys.shadow, keys.dead, keys.batches):
+        fields = sorted(text(field) for field in system.redis.hkeys(table))
+        for field in rng.sample(fields, min(2, len(fields))):
+            # The user is noted first: the record may be read before we hear that it was written.
+            if table != keys.batches:
+                system.damaged.add(field)
+            system.redis.hset(table, field, rng.choice(DAMAGE))
+            hits += 1
+    return Struck(hits=hits)
+
+
+def others_with_other_settings(system: System) -> Struck:
+    """another program takes permits with ten times the quota, and no patience or a hundred seconds of it"""
+    hits = 0
+    for patience in (0.0, 0.1, 100.0):
+        with redis.Redis.from_url(system.server.url, socket_timeout=5) as client:
+            other = RateLimiter(client, system.keys, quota=1000, patience=patience, clock=SystemClock())
+            hits += sum(other.reserve() is not None for _ in range(5))
+    return Struck(hits=hits)
 
 
 def clock_jumped(system: System) -> Struck:
@@ -206,6 +266,18 @@ def api_fails(system: System) -> Struck:
         {"kind": "truncated", "chance": 0.05},
         {"kind": "extra_fields", "chance": 0.1},
         {"kind": "code", "code": 91000, "chance": 0.05},
+    )
+
+
+def api_answers_oddly(system: System) -> Struck:
+    """302, 429 and 204 from a gateway, codes of four hundred digits"""
+    return _faults(
+        system,
+        system.rng.uniform(2.0, 4.0),
+        {"kind": "status", "code": 302, "chance": 0.05},
+        {"kind": "status", "code": 204, "chance": 0.05, "applied": True},
+        {"kind": "status", "code": 429, "chance": 0.02},
+        {"kind": "code", "code": 10**400, "chance": 0.05},
     )
 
 
@@ -316,6 +388,9 @@ FAULTS: list[Fault] = [
     scripts_flushed,
     broker_killed,
     clock_jumped,
+    redis_refuses,
+    records_damaged,
+    others_with_other_settings,
     redis_connections_cut,
     redis_unreachable,
     redis_slow,
@@ -327,6 +402,7 @@ FAULTS: list[Fault] = [
     api_slow,
     api_black_hole,
     api_fails,
+    api_answers_oddly,
     api_applies_late,
     api_replies_late,
     api_out,
@@ -343,10 +419,18 @@ FAULTS: list[Fault] = [
 ]
 #: Only one of these at a time: they turn the same knob, or one would hide the other.
 GROUPS: list[set[Fault]] = [
-    {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped},
+    {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped, redis_refuses},
     {redis_connections_cut, redis_unreachable, redis_slow, redis_answers_lost, redis_black_hole},
     {api_connections_cut, api_slow, api_black_hole},
-    {api_fails, api_applies_late, api_replies_late, api_out, api_refuses, api_refuses_users},
+    {
+        api_fails,
+        api_answers_oddly,
+        api_applies_late,
+        api_replies_late,
+        api_out,
+        api_refuses,
+        api_refuses_users,
+    },
     {broker_killed, broker_connections_cut, broker_black_hole},
     {paused, resumed},
 ]

@@ -96,6 +96,8 @@ class System:
     server_environ: dict[str, str] | None = None
     #: A directory with the previous version, if there is one.
     previous: Path | None = None
+    #: Users whose records something has damaged: what becomes of them is not judged, only of everybody else.
+    damaged: set[str] = field(default_factory=set)
     frozen: set[int] = field(default_factory=set)
     #: Workers that were told to end: process id, and until when they may take.
     ending: dict[str, tuple[int, float]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from worker.intake.celery_queue import FULL_PAUSE, REPORT_EVERY, TERM, QueueCons
 from worker.models import Acked, Update
 from worker.producer import Producer
 from worker.sandbox.redis_server import EmbeddedServer
-from worker.state.buffer import Buffer, new_batch_id
+from worker.state.buffer import Added, Buffer, new_batch_id
 from worker.state.intake import read_intake
 from worker.state.keys import Keys
 from worker.state.leader import RETRY_AFTER
@@ -447,3 +447,37 @@ def test_killed_at_any_call_nothing_is_lost_and_the_last_value_wins(
     assert shadow | waiting == last
     assert fix.buffer.snapshot().balanced
     assert fix.buffer.snapshot().ledger["accepted"] >= sent
+
+
+def test_a_consumer_that_was_frozen_beyond_its_term_brings_nothing_old_back(
+    fix: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, successor = fix.consumer(), fix.consumer("w2")
+    fix.send(envelope("ann", {"city": "Paris"}))
+    fix.send(envelope("ann", {"city": "Rome"}))
+    add = frozen._producer.add
+
+    def freeze(updates: list[Update], **how: Any) -> Added:
+        fix.redis.delete(fix.keys.queue_consumer)
+        monkeypatch.setattr(frozen._producer, "add", add)
+        for _ in range(3):
+            successor.turn()
+        return add(updates[:1], **how)
+
+    monkeypatch.setattr(frozen._producer, "add", freeze)
+    frozen.turn()
+
+    assert fix.pending() == {"ann": {"city": "Rome"}}
+    assert fix.left() == 0
+
+
+def test_a_message_about_the_far_future_is_kept_with_the_rule(fix: Fixture) -> None:
+    fix.send(envelope(args=["ann", {"city": "typo"}, "2126-11-25T00:00:00Z"]))
+    fix.send(envelope("bob", {"city": "Rome"}))
+
+    fix.consumer().turn()
+
+    assert fix.pending() == {"bob": {"city": "Rome"}}
+    (kept,) = fix.refused.newest(5)
+    assert "IMATTR_MAX_AHEAD" in kept.rule
+    assert fix.left() == 0

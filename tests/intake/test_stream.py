@@ -420,3 +420,27 @@ def test_shuffled_updates_through_4_workers_and_the_stream_end_in_the_right_stat
     assert delivered | waiting == last
     assert Buffer(client, keys).snapshot().balanced
     assert Buffer(client, keys).snapshot().ledger["accepted"] == count + 1000
+
+
+def test_a_consumer_that_was_frozen_beyond_its_term_brings_nothing_old_back(
+    consumer: Consumers, client: redis.Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries of one millisecond have one version: among them the order of adding decides."""
+    frozen, successor = consumer("w1"), consumer("w2")
+    turns(frozen, 2)
+    for number, value in enumerate((PARIS, ROME)):
+        client.xadd(keys.updates, {"user": "ann", "attrs": value}, id=f"1750000000000-{number}")
+    add = frozen._producer.add
+
+    def freeze(updates: list[Update], **how: Any) -> Added:
+        client.delete(keys.consumer)
+        monkeypatch.setattr(frozen._producer, "add", add)
+        turns(successor, 3)
+        # It wakes up with the first of the two only.
+        return add(updates[:1], **how)
+
+    monkeypatch.setattr(frozen._producer, "add", freeze)
+    frozen.turn()
+
+    assert pending(client, keys) == {"ann": {"city": "Rome"}}
+    assert client.xlen(keys.updates) == 0

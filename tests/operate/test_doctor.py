@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.conftest import SECRET_KEY, ManualClock
+from tests.conftest import SECRET_KEY, ManualClock, new_keys
 from tests.simulation import Simulation, simulation
 from worker import runtime
 from worker.clock import SystemClock
@@ -21,7 +21,7 @@ from worker.errors import CallFailed
 from worker.models import BatchId
 from worker.operate import doctor
 from worker.operate.doctor import Finding
-from worker.ratelimit import Permit, RateLimiter
+from worker.ratelimit import Permit, RateLimiter, read_rate
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.sandbox.simulator import Fault, Refused
 from worker.state.attribute_names import AttributeNames
@@ -598,3 +598,32 @@ def refuse(code: int, words: str) -> Callable[[object], None]:
         raise Refused(code, words)
 
     return check
+
+
+def test_processes_that_name_different_quotas_are_told(client: redis.Redis, keys: Keys) -> None:
+    for quota in (20, 100):
+        RateLimiter(client, keys, quota=quota, patience=2.0, clock=SystemClock()).reserve()
+
+    finding = doctor.quotas(read_rate(client, keys), 100)
+
+    assert (finding.level, "20, 100" in finding.found) == ("warning", True)
+    assert doctor.quotas(read_rate(client, new_keys()), 100).level == "ok"
+
+
+def test_an_import_that_somebody_has_forgotten_is_told(client: redis.Redis, keys: Keys) -> None:
+    now = int(time.time() * 1000)
+    client.zadd(keys.imports, {"host:/data/users.csv": now - 3 * 86_400_000, "host:/data/new.csv": now})
+
+    (finding,) = doctor.unfinished_imports(client, keys)
+
+    assert (finding.level, "users.csv was begun 3.0 days ago" in finding.found) == ("warning", True)
+
+
+def test_what_waits_for_a_person_is_told() -> None:
+    assert not list(doctor.leftovers(0, 0))
+    assert [finding.check for finding in doctor.leftovers(1, 2)] == ["quarantine", "refused"]
+
+
+def test_an_app_without_names_that_has_had_deliveries_is_not_warned_about() -> None:
+    assert doctor.app_names(frozenset()).level == "warning"
+    assert doctor.app_names(frozenset(), delivered=True).level == "ok"

@@ -16,7 +16,15 @@ APPLIED_WITHIN = 3.0
 
 #: Where a fault may strike, the faults there, and how often compared with each other.
 FAULTS: dict[str, dict[str, float]] = {
-    "before a script": {"refused": 4, "ran later": 1, "slow": 8, "others first": 16, "kill": 2, "freeze": 1},
+    "before a script": {
+        "refused": 4,
+        "error reply": 4,
+        "ran later": 1,
+        "slow": 8,
+        "others first": 16,
+        "kill": 2,
+        "freeze": 1,
+    },
     "after a script": {"reply lost": 4, "slow": 8, "others first": 16, "kill": 2, "freeze": 1},
     "before a request": {
         "unreachable": 2,
@@ -37,6 +45,8 @@ FAULTS: dict[str, dict[str, float]] = {
         "502": 2,
         "code": 8,
         "code for some": 8,
+        "429": 2,
+        "odd answer": 4,
         "slow": 2,
     },
     "after a request": {"kill": 3, "freeze": 2},
@@ -54,6 +64,7 @@ Kind = Literal[
     "bad users",
     "clock jump",
     "script flush",
+    "damage",
     "terminate",
     "freeze",
     "look",
@@ -89,6 +100,8 @@ class Plan:
     limits: Limits
     latency: float
     quirks: Mapping[str, Any]
+    #: The quota and the patience that each process was given, the first of them the right quota.
+    settings: tuple[tuple[int, float], ...]
     #: Shortest time between two turns of a dispatcher, seconds.
     turn: float
     #: Most users that may be pending; 0 = no limit.
@@ -147,6 +160,7 @@ def draw(rng: random.Random) -> Plan:
         trouble=trouble,
         limits=limits,
         latency=rng.choice([0.01, 0.05, 0.3]),
+        settings=_draw_settings(rng, processes, limits),
         quirks=quirks,
         turn=rng.choice([0.1, 0.3, 0.6]),
         max_pending=rng.choice([0, 0, 0, 5]),
@@ -157,6 +171,17 @@ def draw(rng: random.Random) -> Plan:
         faults=_draw_faults(rng, jumps),
         events=_draw_events(rng, trouble, jumps),
     )
+
+
+def _draw_settings(rng: random.Random, processes: int, limits: Limits) -> tuple[tuple[int, float], ...]:
+    """In one schedule of three the processes do not agree."""
+    if rng.random() < 0.67:
+        return ((limits.quota, limits.patience),) * processes
+    others = [
+        (limits.quota * rng.choice([1, 1, 2, 10]), rng.choice([2 / limits.quota, 0.5, 2.0, 100.0]))
+        for _ in range(processes - 1)
+    ]
+    return ((limits.quota, limits.patience), *others)
 
 
 def _draw_faults(rng: random.Random, jumps: bool) -> dict[str, dict[str, float]]:
@@ -183,6 +208,7 @@ def _draw_events(rng: random.Random, trouble: float, jumps: bool) -> tuple[Event
         "no administrator": 0.15,
         "bad users": 0.4,
         "script flush": 0.1,
+        "damage": 0.3,
         "terminate": 0.25,
         "freeze": 0.25,
     }

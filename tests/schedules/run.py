@@ -23,10 +23,11 @@ from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
 from worker.delivery import loop
-from worker.delivery.answers import Answer, Failure, NoReply, Reply
+from worker.delivery.answers import Answer, Failure, NoReply, Reply, UserError
 from worker.delivery.dispatcher import TERM, Dispatcher
 from worker.delivery.loop import Delivery
 from worker.models import BatchId, Update
+from worker.ratelimit import RateLimiter
 from worker.sandbox.simulator import Api, Quirks, at_once, never
 from worker.state import buffer, leader, scripts
 from worker.state.attribute_names import AttributeNames
@@ -46,7 +47,33 @@ DRAINED_WITHIN = 420.0
 #: Seconds in which a worker that was asked to stop may finish (`terminationGracePeriod` and the like).
 GRACE_PERIOD = 10.0
 
-_LOST_REPLIES = (redis.ConnectionError, redis.TimeoutError)
+
+class ErrorReply(redis.ResponseError):
+    """What Redis answers instead of running a command, while it is loading, full, busy or a replica."""
+
+
+_LOST_REPLIES = (redis.ConnectionError, redis.TimeoutError, ErrorReply)
+_ERROR_REPLIES = (
+    "READONLY",
+    "OOM",
+    "NOREPLICAS",
+    "BUSY",
+    "MISCONF",
+    "MASTERDOWN",
+    "LOADING",
+    "NOAUTH",
+    "CLUSTERDOWN",
+)
+#: What something else may leave in place of a record.
+_DAMAGE = (
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff",
+    b'{"a":{"level":[1,2]},"t":5}',
+    b'{"a":{"level":["x",1e999]},"t":5}',
+)
 
 
 class BrokerDown(Exception):
@@ -99,6 +126,8 @@ class Schedule(Fleet):
         }
         #: How calls fail while the service is out.
         self._outage: list[str] = []
+        #: Users whose record somebody has damaged: what becomes of them is not judged, only of everybody else.
+        self._damaged: set[str] = set()
         #: Users that the API refuses at present, and with what code.
         self._codes: dict[str, int] = {}
         self._offers: list[Offer] = []
@@ -171,6 +200,8 @@ class Schedule(Fleet):
         match self._strikes("before a script"):
             case "refused":
                 raise redis.ConnectionError("refused")
+            case "error reply":
+                raise ErrorReply(f"{self._dice.choice(_ERROR_REPLIES)} on purpose")
             case "ran later":
                 self._run_later(name, run)
             case "slow":
@@ -309,6 +340,13 @@ class Schedule(Fleet):
                 return Reply(any_code(dice), "on purpose")
             case "internal error":
                 return Reply(91000)
+            case "429":
+                wait = dice.choice([0.0, 0.5, 3.0])
+                return NoReply(Failure.HTTP_STATUS, http_status=429, retry_after=wait)
+            case "odd answer":
+                answer = self._by_the_rules(request, codes)
+                applied = isinstance(answer, Reply) and not answer.code and not answer.errors
+                return self._odd_answer(request) if applied else answer
             case "code for some":
                 some = [user for user in request.users if dice.random() < 0.3]
                 return self._by_the_rules(request, codes | {user: any_code(dice) for user in some})
@@ -317,6 +355,26 @@ class Schedule(Fleet):
                 world.sleep(0.9 * self.limits.read_timeout * dice.random())
                 return answer
         return self._by_the_rules(request, codes)
+
+    def _odd_answer(self, request: Request) -> Answer:
+        """What only a gateway, or a defect, answers; the call was applied."""
+        dice, users = self._dice, request.users
+        if not users or dice.random() < 0.5:
+            return self._no_reply(Failure.HTTP_STATUS, dice.choice([204, 302, 418, 999]))
+        error = UserError(dice.choice([-1, 10**400, -5]), "\udc80" + "x" * 5000)
+        return Reply(0, errors={dice.choice([*users, "nobody"]): error})
+
+    def _damage(self) -> None:
+        """Somebody else's program writes over a record."""
+        k, dice = self.buffer._keys, self._dice
+        table = dice.choice([k.pending, k.flight, k.shadow, k.dead, k.batches])
+        fields: list[bytes] = sorted(self.wire.bare("HKEYS", table))
+        if fields:
+            field = dice.choice(fields)
+            self.wire.bare("HSET", table, field, dice.choice(_DAMAGE))
+            if table != k.batches:
+                self._damaged.add(field.decode())
+            self.tell(f"damaged {field!r} in {table.rpartition(':')[2]}")
 
     def _by_the_rules(
         self,
@@ -341,7 +399,8 @@ class Schedule(Fleet):
         worker = Worker(name, number=number)
         self._workers[number : number + 1] = [worker]
         rng = random.Random(f"{self.seed} {name} {self.world.monotonic()}")
-        delivery = self.new_delivery(self.world, rng, lambda: worker.stopping)
+        settings = self.plan.settings[number]
+        delivery = self.new_delivery(self.world, rng, lambda: worker.stopping, settings)
         for thread in range(self.plan.threads):
             self.world.spawn(lambda: self._deliver(delivery, worker), f"{name}.{thread}", worker)
         dispatcher = self.new_dispatcher(name)
@@ -484,6 +543,10 @@ class Schedule(Fleet):
 
     def live(self) -> None:
         """The trouble: everything that the plan has, in its order."""
+        # Somebody with the right quota has been here; it is remembered while the others are busy.
+        RateLimiter(
+            self.wire, self.buffer._keys, quota=self.limits.quota, patience=0.0, clock=self.world
+        ).reserve()
         for number in range(self.plan.processes):
             self._workers.append(Worker(""))
             self.start(number, f"w{number}")
@@ -532,6 +595,8 @@ class Schedule(Fleet):
                 self._jumped_at = world.monotonic()
             case "script flush":
                 self.wire.flush_scripts()
+            case "damage":
+                self._damage()
             case "terminate":
                 self._terminate(rng.choice(self._workers))
             case "freeze":
@@ -563,11 +628,7 @@ class Schedule(Fleet):
 
     def drain(self) -> None:
         """Let everything be delivered; raises `Stuck` when it is not."""
-        # What waits for a time on a clock that was set back waits for so much longer.
-        backwards = sum(
-            -event.size for event in self.plan.events if event.kind == "clock jump" and event.size < 0
-        )
-        end = self.world.monotonic() + DRAINED_WITHIN + 2 * self.limits.lease + backwards
+        end = self.world.monotonic() + DRAINED_WITHIN + 2 * self.limits.lease
         step = 1.0
         while not self._look():
             if self.world.monotonic() > end:
@@ -586,11 +647,12 @@ class Schedule(Fleet):
             for name, (value, _) in letter.values.items()
         }
         seen = History(
-            offers=self._offers,
+            offers=[offer for offer in self._offers if offer.user not in self._damaged],
             applied=[
                 Applied(write.at, write.request, write.user, name, value)
                 for write in self.api.writes
                 for name, value in write.attrs.items()
+                if write.user not in self._damaged
             ],
             calls=[
                 Call(request.at, tuple(request.users))

@@ -352,7 +352,7 @@ def test_after_the_clock_was_set_back_nobody_waits_for_it_to_catch_up(
 
     def tick(now: int) -> int:
         issued = buffer.tick(size=100, linger=0.25, ticket_ttl=10, quota=100, horizon=1.0, now_ms=now).tickets
-        buffer.release_tickets([*issued, "none"])
+        buffer.release_tickets([*issued, BatchId("none")])
         return len(issued)
 
     buffer.add(updates(1), now_ms=NOW)
@@ -362,8 +362,8 @@ def test_after_the_clock_was_set_back_nobody_waits_for_it_to_catch_up(
     buffer.settle(batch, {}, rest=Retried(1.0), now_ms=NOW)
     assert tick(NOW - HOUR) == 1, "who is delayed for longer than any delay is due"
 
-    claim(buffer, client, now_ms=NOW - HOUR)
-    client.zadd(keys.leases, dict.fromkeys(client.hkeys(keys.batches), NOW + HOUR))
+    batch_id, _ = claim(buffer, client, now_ms=NOW - HOUR)
+    client.zadd(keys.leases, {batch_id: NOW + HOUR})
     assert buffer.reclaim(now_ms=NOW - HOUR), "a lease that ends later than any has ended"
     assert buffer.snapshot().balanced
 

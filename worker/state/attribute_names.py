@@ -59,10 +59,11 @@ class AttributeNames:
     def known_lately(self) -> frozenset[str] | None:
         """Return the names if somebody has read them from the API within `READ_EVERY`, else None."""
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.exists(self._read_key)
+            pipe.pttl(self._read_key)
             pipe.smembers(self._key)
-            read, names = pipe.execute()
-        return frozenset(map(text, names)) if read else None
+            left, names = pipe.execute()
+        # Longer than it can be: from before the server's clock was set back.
+        return frozenset(map(text, names)) if 0 < left <= READ_EVERY * 1000 else None
 
     def set(self, names: Iterable[str]) -> None:
         """Replace the names by what the API says; raises `ValueError` for names that no app can have."""

@@ -1,5 +1,6 @@
 --[[
-Become or remain the leader for another term, unless another worker leads.
+Become or remain the leader for another term, unless another worker leads. A term that has longer to go than a term is
+from before the server's clock was set back, and over.
 
 KEYS[1]  string with expiry: name of the leader
 ARGV[1]  this worker's name
@@ -7,11 +8,11 @@ ARGV[2]  term, ms
 Returns  0 if this worker leads, else ms until the other one's term ends
 ]]
 local leader = KEYS[1]
-local me, term = ARGV[1], ARGV[2]
+local me, term = ARGV[1], tonumber(ARGV[2])
 
-local leading = redis.call('GET', leader)
-if leading and leading ~= me then
-  return math.max(1, redis.call('PTTL', leader))
+local leading, left = redis.call('GET', leader), redis.call('PTTL', leader)
+if leading and leading ~= me and left <= term then
+  return math.max(1, left)
 end
 redis.call('SET', leader, me, 'PX', term)
 return 0

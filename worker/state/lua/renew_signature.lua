@@ -14,6 +14,8 @@ local health = KEYS[1]
 local now, refused = now_ms(ARGV[1]), tonumber(ARGV[2])
 
 local signed_at, ok_at = numbers(health, 'signed_at', 'ok_at')
+-- A success in the future was before the clock was set back.
+ok_at = ok_at <= now and ok_at or 0
 if refused < signed_at then
   return signed_at
 end
