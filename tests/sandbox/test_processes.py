@@ -15,6 +15,8 @@ from worker.errors import SandboxError
 from worker.sandbox.processes import DirectoryLock, Plan, Sandbox, empty
 from worker.sandbox.redis_server import EmbeddedServer
 
+pytestmark = pytest.mark.slow
+
 ALONE = Plan(workers=0, flower=False)
 
 

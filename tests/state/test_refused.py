@@ -113,7 +113,7 @@ def test_purge_asks_first(refused: Refused, server: EmbeddedServer, keys: Keys) 
 
     code, text = imattr(server, keys, "purge", given="n\n")
     assert code == 1
-    assert "Delete 1 refused updates for good?" in text
+    assert "Delete 1 refused update for good?" in text
     assert refused.count() == 1
     assert imattr(server, keys, "purge", "--yes") == (0, "1 deleted\n")
     assert refused.count() == 0
