@@ -94,7 +94,7 @@ SCRIPT_BUGS = {
     "two slots for one": ("reserve", "whole(slot + apart)", "whole(slot + math.floor(apart / 2))"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
     "a redrive is not counted": ("redrive", "counts.redriven = counts.redriven + 1", "local _ = 0"),
-    "a lease that ended is not reclaimed": ("reclaim", "'(' .. now", "'(' .. 0"),
+    "a lease that ended is not reclaimed": ("reclaim", "'-inf', '(' .. now", "'-inf', '(' .. 0"),
     "nobody probes": ("dispatch", "next_probe <= now", "false"),
     "a record that cannot be read ends a script": ("settle", "readable(sent[i])", "cjson.decode(sent[i])"),
     "users of a damaged batch stay in flight": ("reclaim", "local found = strays()", "local found = {}"),

@@ -122,8 +122,13 @@ class House:
         tables = {"flight": "flight", "batches": "batches", "shadow": "shadow", "dead": "dead"}
         return str(getattr(self.keys, tables.get(place, "pending")))
 
-    def use_everything(self) -> None:
+    def use_everything(self, *, settle_first: bool = False) -> None:
         """Every step of every script, for everybody."""
+        if settle_first:
+            # What is in flight comes back before anybody sends anything newer.
+            self.now += 61_000
+            while self.buffer.reclaim(now_ms=self.now):
+                pass
         self.add("ann", "bob", value="Bern")
         self.add("cid", lane="backfill")
         list(self.letters.find())
@@ -158,12 +163,12 @@ def test_a_damaged_record_is_set_aside_and_everybody_else_is_delivered(
     kinds = list(dict.fromkeys(damaged(str.encode(text(client.hget(house.table(place), "ann") or b"")))))
     assert len(kinds) > 90
 
-    for damage in kinds[:: 7 if FAST else 1]:
+    for number, damage in enumerate(kinds[:: 7 if FAST else 1]):
         house = House(client)
         house.settle_in(place)
         client.hset(house.table(place), "ann", damage)
 
-        house.use_everything()
+        house.use_everything(settle_first=number % 2 == 0)
 
         keys = house.keys
         delivered = {text(user) for user in client.hkeys(keys.shadow)}

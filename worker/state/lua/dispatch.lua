@@ -59,7 +59,7 @@ end
 local wanted, partial = math.floor(ready / size), false
 if ready % size > 0 then
   local last = tonumber(redis.call('GET', partial_at)) or 0
-  partial = due > 0 or oldest + linger <= now or oldest >= last + linger or last > now or oldest > now
+  partial = due > 0 or oldest + linger <= now or oldest >= last + linger or last > now
   wanted = wanted + (partial and 1 or 0)
 end
 
