@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
+from tasks import attributes
+from worker import runtime
 from worker.intake.event_time import PUBLISHED, Stamps, event_ms
 
 TAKEN = 1_800_000_000_500
@@ -57,3 +61,17 @@ def test_threads_never_get_the_same_stamp() -> None:
         thread.join()
 
     assert len(set(drawn)) == 4000
+
+
+def test_a_message_without_a_time_counts_on_redis_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's clock is what it was taken by; what it is compared with has Redis'."""
+    wall_ms = time.time_ns() // 1_000_000
+    monkeypatch.setattr(runtime, "producer", lambda: SimpleNamespace(now_ms=lambda: wall_ms + 3000))
+
+    def request(event_ms: int) -> SimpleNamespace:
+        return SimpleNamespace(event_ms=event_ms, taken_ms=TAKEN)
+
+    assert TAKEN + 2000 < (attributes._event_ms(request(TAKEN)) or 0) <= TAKEN + 3000
+    assert attributes._event_ms(request(TAKEN - 5)) == TAKEN - 5, (
+        "one that was published with a time keeps it"
+    )
