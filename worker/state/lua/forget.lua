@@ -2,8 +2,8 @@
 Forget what was delivered long ago: what is past its time, and what is beyond the number of users kept, oldest first.
 
 While an import is unfinished, whatever was delivered after the time as of which it is true stays: it would otherwise be
-overwritten. The number of users kept bounds that, too; what had to go then, or went before an import began, is told by
-"forgotten_at".
+overwritten. The number of users kept bounds that, too; "forgotten_at" says what had to go then, or went before an import
+began.
 
 KEYS[1]  hash, shadow: user -> record last delivered
 KEYS[2]  zset, shadow_at
