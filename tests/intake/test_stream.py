@@ -405,7 +405,7 @@ def test_shuffled_updates_through_4_workers_and_the_stream_end_in_the_right_stat
         pipe.execute()
     producer = Producer(server.url, keys.sdkappid)
     threads = [threading.Thread(target=producer.set_many, args=(given[part::4],)) for part in range(4)]
-    threads.append(threading.Thread(target=turns, args=(consumer(), 2 + count // 1000)))
+    threads.append(threading.Thread(target=turns, args=(consumer(), 20 + count // 500)))
     producer.set_many(given[:1000])
     for thread in threads:
         thread.start()

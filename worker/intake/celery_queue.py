@@ -223,6 +223,7 @@ class QueueConsumer(LeaderLoop):
             try:
                 added = adding.result()
             except LostLead:
+                self.leader.forget()
                 self.follow()
                 return 0.0
             self._keep(

@@ -112,6 +112,7 @@ class StreamConsumer(LeaderLoop):
         try:
             added = self._producer.add([update for _, update in good], lead=self.leader.lead)
         except LostLead:
+            self.leader.forget()
             self._from = _UNSETTLED
             return 0.0
         bad += [(good[place][0], InvalidUpdate(good[place][1].user, rule)) for place, rule in added.refused]
