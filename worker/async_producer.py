@@ -47,8 +47,9 @@ class AsyncProducer:
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that `set`, or one chunk of `set_many`, may take in all: a Redis that has frozen
-        ends the call then with `redis.TimeoutError`.
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest
+        that `set`, or one chunk of `set_many`, may take in all: a Redis that has frozen ends the call then with
+        `redis.TimeoutError`.
         """
         self._redis: AsyncRedis = connect_async(redis_url, timeout=timeout, connections=CONNECTIONS)
         self._keys, self._max_pending, self._timeout = Keys(sdkappid), max_pending, timeout

@@ -119,11 +119,16 @@ def import_file(
         done = run.rehearse() if dry_run else run.run()
     if isinstance(done, importer.Estimate):
         _print_estimate(done, settings, as_json)
-        refused_lines = done.refused
     else:
         _print_import(done, options, as_json)
-        refused_lines = done.progress.refused
-    sys.exit(STOPPED if done.state == "stopped" else REFUSED if refused_lines else 0)
+    sys.exit(_exit_code(done))
+
+
+def _exit_code(done: importer.Estimate | importer.ImportStatus) -> int:
+    if done.state == "stopped":
+        return STOPPED
+    refused = done.refused if isinstance(done, importer.Estimate) else done.progress.refused
+    return REFUSED if refused else 0
 
 
 def _as_of(text: str | None) -> int | None:

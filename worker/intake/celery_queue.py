@@ -213,32 +213,14 @@ class QueueConsumer(LeaderLoop):
             if not self.leader.leads:
                 self.follow()
                 return 0.0
-            chunk, rest = self._left[:MAX_UPDATES_PER_ADD], self._left[MAX_UPDATES_PER_ADD:]
-            adding = self._adder.submit(self._producer.add, chunk, lead=self.leader.lead)
             try:
-                # While Redis adds one chunk, the next one is read: each would otherwise wait for the other.
-                self._left = rest or self._read()
-            finally:
-                wait([adding])
-            try:
-                added = adding.result()
+                has_room = self._add_next()
             except LostLead:
                 self.leader.forget()
                 self.follow()
                 return 0.0
-            self._keep(
-                _Read(refused=[(InvalidUpdate(chunk[i].user, rule), chunk[i]) for i, rule in added.refused])
-            )
-            waiting = [chunk[place] for place in added.full]
-            self._left = waiting + self._left
-            self._counts.update(
-                accepted=added.accepted,
-                coalesced=added.coalesced,
-                unchanged=added.unchanged,
-                stale=added.stale,
-            )
-            self._note(full=bool(waiting))
-            if waiting:
+            self._note(full=not has_room)
+            if not has_room:
                 return FULL_PAUSE
         if self._due:
             self._redis.zrem(self._keys.scheduled, *self._due)
@@ -247,6 +229,26 @@ class QueueConsumer(LeaderLoop):
             self._queue.finish(self._taken)
             self._taken = None
         return 0.0
+
+    def _add_next(self) -> bool:
+        """Add a chunk, and read the next one meanwhile: each would otherwise wait for the other.
+
+        False if some of it found no room; that comes first again. Raises `LostLead`.
+        """
+        chunk, rest = self._left[:MAX_UPDATES_PER_ADD], self._left[MAX_UPDATES_PER_ADD:]
+        adding = self._adder.submit(self._producer.add, chunk, lead=self.leader.lead)
+        try:
+            self._left = rest or self._read()
+        finally:
+            wait([adding])
+        added = adding.result()
+        self._keep(
+            _Read(refused=[(InvalidUpdate(chunk[i].user, rule), chunk[i]) for i, rule in added.refused])
+        )
+        self._left = [chunk[place] for place in added.full] + self._left
+        counts = ("accepted", "coalesced", "unchanged", "stale")
+        self._counts.update({name: getattr(added, name) for name in counts})
+        return not added.full
 
     def _note(self, *, full: bool) -> None:
         """While there is no room, messages stay in the broker."""

@@ -30,7 +30,8 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     rate = read_rate(redis, keys)
     line = _line(Line(redis, keys).read(), rate, now)
     # The lowest quota that any process has named rules.
-    limit = min(rate.limit or settings.quota, settings.quota, *rate.quotas)
+    quota = min([settings.quota, *rate.quotas])
+    limit = min(rate.limit or quota, quota)
     apart = max(rate.apart, SPACING / limit)
     current = round(1 / apart, 1) if line.state == "open" else 0.0
     users = snapshot.pending + snapshot.in_flight
@@ -44,7 +45,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
             "next_probe": iso(line.next_probe),
             "kind": line.kind,
             "failed_probes": line.failed_probes,
-            "words": _words(line, limit, settings.quota, now),
+            "words": _words(line, limit, quota, now),
         },
         "pending": {
             "live": snapshot.live,
@@ -56,11 +57,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         "in_flight": snapshot.in_flight,
         "dead": snapshot.dead,
         "quarantine": snapshot.quarantine,
-        "rate": {
-            "quota": min(settings.quota, *rate.quotas, settings.quota),
-            "limit": limit,
-            "current": current,
-        },
+        "rate": {"quota": quota, "limit": limit, "current": current},
         "intake": read_intake(redis, keys),
         "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
         "eta_s": None if eta is None else round(eta, 1),
