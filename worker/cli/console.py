@@ -70,7 +70,7 @@ def echo_json(value: object, *, indent: int | None = None) -> None:
 
 
 def replace_what_cannot_be_encoded() -> None:
-    """Let no character end a command, or a worker, whatever the encoding of its output is."""
+    """Let no character end a command, whatever the encoding of its output is."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
