@@ -240,8 +240,10 @@ def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
 
         metrics = system.sandbox.flower_url + "/metrics"
         wait_until(lambda: 'task="attributes.intake"' in requests.get(metrics, timeout=20).text)
-        broker = requests.get(f"{system.sandbox.flower_url}/broker", timeout=20).text
-        assert "updates" in broker
+        # Flower asks the worker for its queues now and then, and shows none until it has answered.
+        page = f"{system.sandbox.flower_url}/broker"
+        wait_until(lambda: "updates" in requests.get(page, timeout=20).text)
+        broker = requests.get(page, timeout=20).text
         assert "deliveries" in broker
         assert "has no attribute" not in broker
 
