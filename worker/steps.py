@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import structlog
 from celery import bootsteps
+from celery.worker.control import inspect_command
 
 from worker import runtime
 from worker.clock import SystemClock
@@ -182,11 +183,23 @@ class QueueStep(_ThreadStep):
         super().__init__(worker, **options)
         queues = worker.app.amqp.queues
         self._in_bulk = UPDATES in queues.consume_from and has_bulk_intake(worker.app.conf.broker_url)
+        worker.takes_in_bulk = [queues[UPDATES]] if self._in_bulk else []
         if self._in_bulk:
             queues.deselect(UPDATES)
 
     def loop(self, worker: Any) -> _Loop | None:
         return QueueProcess(_name(worker)) if self._in_bulk else None
+
+
+@inspect_command()  # type: ignore[untyped-decorator]  # Celery has no type hints
+def active_queues(state: Any) -> list[dict[str, Any]]:
+    """List the queues that this worker takes from, for `celery inspect` and Flower.
+
+    In place of Celery's own, which does not know of the queue that is taken in bulk: Flower would not show it.
+    """
+    taking = state.consumer.task_consumer
+    queues = [*(taking.queues if taking else ()), *state.consumer.controller.takes_in_bulk]
+    return [dict(queue.as_dict(recurse=True)) for queue in queues]
 
 
 def _take_updates(worker: Any, wanted: bool) -> None:
