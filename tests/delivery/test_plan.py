@@ -594,3 +594,21 @@ def test_every_user_is_settled_exactly_once_in_thousands_of_batches() -> None:
         settled = play(begin(batch, POLICY, seed), script)
 
         assert all(len(outcomes) == 1 for outcomes in settled.values()), seed
+
+
+def test_who_was_refused_before_the_names_were_asked_for_is_given_up_too() -> None:
+    users = (
+        ClaimedUser("u0", {"city": "Paris"}, 2, 0, False),
+        ClaimedUser("u1", {"city": None}, 0, 0, False),
+    )
+    refused = Reply(0, errors={"u0": UserError(UNLISTED, "")})
+    # The API knows no name at all, and a person has allowed that.
+    answers = [refused, Reply(BAD_NAME), Reply(0)]
+
+    batch = Batch(BatchId("b"), users, 0, "error")
+    settled = play(begin(batch, POLICY, 0), [(answer, 0, False, False) for answer in answers])
+
+    assert {user: [type(end) for end in ends] for user, ends in settled.items()} == {
+        "u0": [DeadLettered],
+        "u1": [DeadLettered],
+    }

@@ -368,7 +368,8 @@ def _dead_lettered(step: Step, letters: Mapping[UserId, DeadLettered]) -> Step:
     code = next(iter(letters.values())).code
     reason = f"too many dead letters, maybe a bad deployment: {rule_for(code).meaning}"
     too_many = StopLine("data", code, reason)
-    plan = replace(step.plan.without(letters), refused={})
+    refused = {user: letter for user, letter in step.plan.refused.items() if user not in letters}
+    plan = replace(step.plan.without(letters), refused=refused)
     if step.plan.batch.probe == "data":
         instead = Step(plan, outcomes=letters, if_too_many=too_many)
         return replace(step, end=StopLine("data", code, ""), otherwise=instead)
