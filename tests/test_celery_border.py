@@ -213,8 +213,15 @@ def test_the_intake_ends_with_its_worker_however_that_ends(tmp_path: Path) -> No
         [intake] = _children(worker)
 
         os.kill(intake, signal.SIGKILL)
-        wait_until(lambda: _children(worker) and _children(worker) != [intake])
-        [successor] = _children(worker)
+        found: list[int] = []
+
+        def is_replaced() -> bool:
+            # Whatever was seen counts: the next look may come while the list is being written.
+            found[:] = [child for child in _children(worker) if child != intake]
+            return bool(found)
+
+        wait_until(is_replaced)
+        [successor] = found
         system.redis.lpush("updates", encoded(envelope("ann")))
         wait_until(lambda: "ann" in system.simulator("users"))
         os.kill(worker, signal.SIGKILL)

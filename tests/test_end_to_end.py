@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -377,8 +378,9 @@ def test_updates_without_room_wait_in_the_broker(tmp_path: Path, pool: str) -> N
 
 
 #: Every way in which a call can fail, each once.
+BAD_USER = "mallory"
 FAILURES: list[dict[str, Any]] = [
-    {"kind": "user_code", "user": "auser00003", "code": 70107, "times": None},
+    {"kind": "user_code", "user": BAD_USER, "code": 70107, "times": None},
     {"kind": "status", "code": 502},
     {"kind": "reset"},
     {"kind": "reset", "applied": True},
@@ -411,11 +413,19 @@ def test_no_secret_and_no_value_ever_leaks(tmp_path: Path) -> None:
         stranger.send_task(
             "attributes.update", ["ann", {"city": marker}], queue="updates", serializer="pickle"
         )
-        # New users each time: those of a failed call are held for a while.
-        for group in "abcdefghijklmn":
-            system.producer.set_many((f"{group}{user}", attrs) for user, attrs in updates(20, marker))
+        groups = itertools.count()
+
+        def has_had_all_outcomes() -> bool:
+            # New users each time, since those of a failed call are held for a while; and the one who is always refused, since
+            # a call that failed as a whole may have been his only one in company.
+            group = next(groups)
+            system.producer.set_many((f"{group}-{user}", attrs) for user, attrs in updates(20, marker))
+            system.producer.set(BAD_USER, {"city": marker})
             time.sleep(0.3)
-        wait_until(lambda: outcomes_in(tmp_path) >= {"delivered", "retried", "partly_delivered"})
+            return outcomes_in(tmp_path) >= {"delivered", "retried", "partly_delivered"}
+
+        wait_until(has_had_all_outcomes)
+        wait_until(lambda: sum(system.simulator("state")["faults"].values()) >= len(FAILURES))
         system.simulator("key", "another key")
         system.producer.set_many(updates(5, marker))
         wait_until(lambda: "70009" in system.simulator("state")["refused"])

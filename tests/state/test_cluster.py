@@ -5,6 +5,7 @@ Clusters of several nodes are not tried here. That all keys of an app share one 
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +39,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     """One node that owns every slot."""
-    # Nodes talk to each other on the port 10,000 above, which must be one, too.
-    port = next(filter(lambda port: port + 10_000 < 65_536, iter(free_port, 0)))
+    port = next(filter(_has_bus, iter(free_port, 0)))
     directory = tmp_path_factory.mktemp("cluster")
     options = {"port": port, "bind": "127.0.0.1", "dir": directory, "save": "", "cluster-enabled": "yes"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -57,6 +57,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _has_bus(port: int) -> bool:
+    """Whether the port 10,000 above, on which nodes talk to each other, is one, and free."""
+    if port + 10_000 > 65_535:
+        return False
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port + 10_000)) != 0
 
 
 def _is_up(client: redis.Redis) -> bool:
