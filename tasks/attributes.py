@@ -21,7 +21,7 @@ from celery.exceptions import Reject
 from worker import runtime
 from worker.celery import app
 from worker.delivery.loop import Summary
-from worker.errors import BufferFull, InvalidUpdate
+from worker.errors import BufferFull, InvalidUpdate, NotConfirmed
 from worker.models import BatchId
 from worker.producer import NoRoom
 from worker.state.connection import RedisError
@@ -91,7 +91,7 @@ def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | fl
     given = _timed(task, [user_id, attrs, occurred_at])
     try:
         return runtime.producer().set(*given)
-    except (BufferFull, RedisError):
+    except (BufferFull, NotConfirmed, RedisError):
         _put_back([given])
         return "put back"
     except InvalidUpdate as error:
@@ -115,7 +115,7 @@ def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
     given = [_timed(task, update) for update in updates]
     try:
         result = runtime.producer().set_many(given)
-    except RedisError:
+    except (NotConfirmed, RedisError):
         _put_back(given)
         return {"put_back": len(given)}
     waiting = [given[refusal.index] for refusal in result.refused if isinstance(refusal, NoRoom)]
@@ -148,7 +148,7 @@ def _event_ms(request: Any) -> int | None:
 
 def _keep(error: InvalidUpdate, update: Any) -> None:
     try:
-        runtime.refused().keep("celery", error, update)
+        runtime.refused().keep("celery", [(error, update)])
     except RedisError as failure:
         raise Reject(type(failure).__name__, requeue=True) from None
 

@@ -107,6 +107,8 @@ def _default(field: dataclasses.Field[object]) -> str:
     if field.name in _DEFAULTS:
         return _DEFAULTS[field.name]
     default = field.default
+    if isinstance(default, bool):
+        return str(int(default))
     return f"{default:g}" if isinstance(default, float) else f"{default}" or "none"
 
 

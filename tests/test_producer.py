@@ -151,7 +151,7 @@ def test_near_the_memory_limit_of_redis_new_users_are_refused(
     server: EmbeddedServer, keys: Keys, small_memory: Callable[[float], None]
 ) -> None:
     Producer(server.url, keys.sdkappid).set("ann", {"city": "Paris"})
-    small_memory(0.95)
+    small_memory(0.92)
     producer = Producer(server.url, keys.sdkappid)
 
     rule = "the buffer is full, Redis is near its memory limit (maxmemory)"

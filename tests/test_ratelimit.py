@@ -48,12 +48,17 @@ DWELL_US = round(DWELL * 1e6)
 Reserve = Callable[[int], tuple[bool, int]]
 
 
+def limiter_keys(keys: Keys) -> list[str]:
+    """The keys of the script `reserve`."""
+    return [keys.rate, keys.quotas, keys.server, keys.tickets, keys.ledger]
+
+
 @pytest.fixture
 def reserve(client: redis.Redis, keys: Keys) -> Reserve:
     script = scripts.load(client, "reserve")
 
     def call(now: int) -> tuple[bool, int]:
-        granted, wait, *_ = script([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""))
+        granted, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0))
         return bool(granted), wait
 
     return call
@@ -90,7 +95,7 @@ def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, ga
     with client.pipeline(transaction=False) as pipe:
         for gap in gaps:
             now += gap
-            reserve([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""), client=pipe)
+            reserve(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0), client=pipe)
         for granted, wait, now, *_ in pipe.execute():
             if granted:
                 slots.append(now + wait)
@@ -244,7 +249,7 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
 
     def take() -> None:
         for _ in range(10):
-            granted, wait, now, *_ = script([keys.rate, keys.quotas], ("", 100, PATIENCE, 0, DWELL_US, ""))
+            granted, wait, now, *_ = script(limiter_keys(keys), ("", 100, PATIENCE, 0, DWELL_US, "", 0, 0))
             assert granted
             slots.append(now + wait)
 
@@ -319,8 +324,8 @@ class Service:
                 answered, refused = answers.pop(0)
                 self.limiter.pause(1.0, "too many", 60007, refused=refused, now_us=answered)
             seen = "" if self.times.spread is None else round(self.times.spread * 1e6)
-            args = (self.now, *self.slots, 0, DWELL_US, seen)
-            granted, wait, _, *made_for = self.reserve([self.keys.rate, self.keys.quotas], args)
+            args = (self.now, *self.slots, 0, DWELL_US, seen, 0, 0)
+            granted, wait, _, _, *made_for = self.reserve(limiter_keys(self.keys), args)
             if not granted:
                 self.now += max(wait, 1000)
                 continue
@@ -431,7 +436,7 @@ def test_a_limit_that_nobody_uses_up_does_not_climb(client: redis.Redis, keys: K
 
     for _ in range(15):
         now += 1_000_000
-        script([keys.rate, keys.quotas], (now, 100, PATIENCE, 0, DWELL_US, ""))
+        script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0))
 
     assert client.hget(keys.rate, "limit") == b"20", "a call a second proves nothing about thirty"
 
@@ -486,11 +491,11 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
     while now < START + 10_000_000:
         # Others keep half a second of slots reserved.
         while True:
-            granted = script([keys.rate, keys.quotas], (now, 100, 500_000, 0, DWELL_US, ""))[0]
+            granted = script(limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0))[0]
             if not granted:
                 break
             others += 1
-        granted, *_ = script([keys.rate, keys.quotas], (now, 100, PATIENCE, 1, DWELL_US, ""))
+        granted, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0))
         isolating += granted
         now += 5000
 
@@ -500,7 +505,7 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
 def test_calls_that_isolate_get_every_slot_while_nobody_waits(client: redis.Redis, keys: Keys) -> None:
     script, now, granted = scripts.load(client, "reserve"), START, 0
     for _ in range(50):
-        granted += script([keys.rate, keys.quotas], (now, 100, PATIENCE, 1, DWELL_US, ""))[0]
+        granted += script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0))[0]
         now += 2 * INTERVAL
 
     assert granted == 50
@@ -561,7 +566,7 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
     script = scripts.load(client, "reserve")
 
     def ask(patience: int) -> Any:
-        return script([keys.rate, keys.quotas], (START, 100, patience, 0, DWELL_US, ""))
+        return script(limiter_keys(keys), (START, 100, patience, 0, DWELL_US, "", 0, 0))
 
     while ask(PATIENCE)[0]:
         pass
@@ -574,7 +579,7 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
 def test_nobody_reserves_beyond_the_horizon_however_patient(client: redis.Redis, keys: Keys) -> None:
     script = scripts.load(client, "reserve")
     waits = []
-    while (answer := script([keys.rate, keys.quotas], (START, 100, 10**8, 0, DWELL_US, "")))[0]:
+    while (answer := script(limiter_keys(keys), (START, 100, 10**8, 0, DWELL_US, "", 0, 0)))[0]:
         waits.append(answer[1])
 
     assert max(waits) <= HORIZON * 1e6
@@ -586,8 +591,8 @@ def test_the_lowest_quota_named_lately_is_everybodys(client: redis.Redis, keys: 
     script = scripts.load(client, "reserve")
 
     def limit(quota: int, at: float) -> Any:
-        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "")
-        return script([keys.rate, keys.quotas], args)[4]
+        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "", 0, 0)
+        return script(limiter_keys(keys), args)[5]
 
     assert limit(first, 0) == first
     assert [limit(quota, 10 * at) for at, quota in enumerate((100, 20, 100, 50), 1)] == [first, 20, 20, 20]

@@ -22,7 +22,10 @@ from worker.state import scripts
 #: What the servers' clock shows when the world's clock shows 0, us since 1970.
 EPOCH_US = 1_700_000_000_000_000
 #: Scripts that reckon in microseconds, and those that take no time.
-_MICROSECONDS, _TIMELESS = {"reserve", "pause", "reopen"}, {"redrive", "campaign"}
+_MICROSECONDS, _TIMELESS = (
+    {"reserve", "pause", "reopen"},
+    {"redrive", "campaign", "keep", "record_failure", "make_group", "repair"},
+)
 
 #: Put before the election: the term ends by our clock, too, which comes as one more argument.
 _TERM_BY_OUR_CLOCK = """

@@ -18,7 +18,7 @@ from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .async_producer import AsyncProducer
-    from .errors import BufferFull, ConfigError, ImattrError, InvalidUpdate
+    from .errors import BufferFull, ConfigError, ImattrError, InvalidUpdate, NotConfirmed
     from .models import BulkResult, Refusal
     from .producer import NoRoom, Producer
     from .ratelimit import RateLimiter
@@ -31,6 +31,7 @@ __all__ = [
     "ImattrError",
     "InvalidUpdate",
     "NoRoom",
+    "NotConfirmed",
     "Producer",
     "RateLimiter",
     "Refusal",
@@ -46,6 +47,7 @@ _HOME = {
     "ImattrError": "errors",
     "InvalidUpdate": "errors",
     "NoRoom": "producer",
+    "NotConfirmed": "errors",
     "Producer": "producer",
     "RateLimiter": "ratelimit",
     "Refusal": "models",

@@ -22,10 +22,11 @@ from .clock import SystemClock
 from .config import Settings
 from .errors import BufferFull
 from .models import MAX_AHEAD, Attributes, BulkResult, Update, UserId, check_update
-from .producer import TIMEOUT, Accepted, Bulk, Lane, MemoryWatch, fate_of
+from .producer import TIMEOUT, Accepted, Bulk, Lane, MemoryWatch, confirmation, fate_of, options_of
+from .redis_url import RedisUrl
 from .state import scripts
 from .state.attribute_names import NamesCache
-from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, Guard, add_arguments, add_keys, read_added
+from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, Guard, Known, add_arguments, add_keys, read_added
 from .state.connection import AsyncRedis, ResponseError, TimeoutError, connect_async
 from .state.keys import Keys
 
@@ -38,36 +39,32 @@ class AsyncProducer:
 
     def __init__(
         self,
-        redis_url: str,
+        redis_url: str | RedisUrl,
         sdkappid: int,
         *,
         max_pending: int = 0,
         max_ahead: float = MAX_AHEAD,
         timeout: float = TIMEOUT,
+        replicas: int = 0,
+        replicas_fsync: bool = False,
     ) -> None:
-        """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
+        """The same as of `Producer`, except `timeout`: the longest that `set`, or one chunk of `set_many`, may take in all, in seconds.
 
-        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest
-        that `set`, or one chunk of `set_many`, may take in all: a Redis that has frozen ends the call then with
-        `redis.TimeoutError`.
+        A Redis that has frozen ends the call then with `redis.TimeoutError`.
         """
-        self._redis: AsyncRedis = connect_async(redis_url, timeout=timeout, connections=CONNECTIONS)
         self._keys, self._max_pending, self._timeout = Keys(sdkappid), max_pending, timeout
+        key = self._keys.pending
+        self._redis: AsyncRedis = connect_async(redis_url, key=key, timeout=timeout, connections=CONNECTIONS)
+        self._confirmation, self._known = confirmation(replicas, timeout, fsync=replicas_fsync), Known()
         self._add: Any = self._redis.register_script(scripts.source("add"))
         self._add_keys, self._guard = add_keys(self._keys), Guard(max_ahead)
         self._cached, self._memory = NamesCache(SystemClock()), MemoryWatch(SystemClock())
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
-        """Read IMATTR_REDIS_URL, _SDKAPPID, _MAX_PENDING and _MAX_AHEAD; raises `ConfigError`."""
+        """Read the environment; see `Producer.from_env`."""
         settings = Settings.from_env(os.environ if environ is None else environ, "producer")
-        return cls(
-            settings.redis_url.reveal(),
-            settings.sdkappid,
-            max_pending=settings.max_pending,
-            max_ahead=settings.max_ahead,
-            timeout=timeout,
-        )
+        return cls(settings.redis, settings.sdkappid, timeout=timeout, **options_of(settings))
 
     async def __aenter__(self) -> Self:
         return self
@@ -138,7 +135,16 @@ class AsyncProducer:
         if not updates:
             return NOTHING_ADDED
         limit = NOBODY_NEW if self._memory.is_short else self._max_pending
-        return read_added(await self._add(self._add_keys, add_arguments(updates, lane, limit, self._guard)))
+        arguments = add_arguments(updates, lane, limit, self._guard, self._known)
+        if self._confirmation is None:
+            added, known = read_added(await self._add(self._add_keys, arguments))
+            self._known = max(self._known, known)
+            return added
+        reply, have = await self._confirmation.add_async(self._redis, self._add_keys, arguments)
+        added, known = read_added(reply)
+        self._known = max(self._known, known)
+        self._confirmation.check(have)
+        return added
 
     async def _names(self) -> frozenset[str]:
         # Two tasks may read them at once, which is harmless.

@@ -11,6 +11,7 @@ import gc
 import logging
 import sys
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from celery import Celery, Task, signals
@@ -23,6 +24,7 @@ from worker.config import Settings
 from worker.delivery.loop import LONGEST_CARRY
 from worker.errors import ConfigError
 from worker.intake.event_time import PUBLISHED, Stamps, event_ms
+from worker.state.connection import RedisError
 from worker.steps import DELIVERIES, UPDATES, DispatcherStep, QueueStep, StreamStep
 
 _stamps = Stamps()
@@ -65,7 +67,10 @@ def _settings() -> Settings:
 
 def _configuration(settings: Settings) -> dict[str, Any]:
     return {
-        "broker_url": settings.broker_url.reveal(),
+        "broker_url": _broker_url(settings),
+        "broker_use_ssl": dict(settings.broker.tls_options)
+        if settings.broker and settings.broker.tls
+        else None,
         # Objects, because Flower does not understand plain dictionaries.
         "task_queues": [_queue(UPDATES), _queue(DELIVERIES)],
         "worker_consumer": "worker.transport:SturdyConsumer",
@@ -95,16 +100,33 @@ def _configuration(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _broker_url(settings: Settings) -> str:
+    """Where the broker is, as Celery and Flower write it; `worker.transport` reaches a Redis by the settings themselves."""
+    place = settings.broker
+    if place is None:
+        return settings.broker_url.reveal()
+    account = f"{quote(place.username, '')}:{quote(place.password, '')}@" if place.password else ""
+    if place.kind == "socket":
+        return f"redis+socket://{account}{place.path}?virtual_host={place.database}"
+    hosts = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in place.hosts]
+    if place.kind == "sentinel":
+        return ";".join(f"sentinel://{account}{host}/{place.database}" for host in hosts)
+    return f"{'rediss' if place.tls else 'redis'}://{account}{hosts[0]}/{place.database}"
+
+
 def _queue(name: str) -> Queue:
     return Queue(name, Exchange(name), name)  # type: ignore[no-untyped-call]
 
 
 def _transport(settings: Settings) -> dict[str, Any]:
-    if settings.broker_url.reveal().partition("+")[0].startswith(("amqp", "pyamqp")):
+    if settings.broker is None:
         # Without timeouts, a half-open connection stops the dispatcher for good.
         return {"confirm_publish": True, "connect_timeout": 3, "read_timeout": 10, "write_timeout": 10}
     return {
-        "global_keyprefix": settings.broker_prefix,
+        "global_keyprefix": settings.celery_prefix,
+        "place": settings.broker,
+        # For Flower, which looks for the queues itself.
+        "master_name": settings.broker.service,
         # One message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other share starves
         # them: at four updates to one delivery, they lose a third of the rate.
         "queue_order_strategy": "round_robin",
@@ -158,6 +180,24 @@ def _refuse_other_pools(sender: Any, **_: Any) -> None:
         name = wanted.__module__.rpartition(".")[2]
         print(
             f"imattr cannot start:\n  --pool {name} is not supported, use threads or prefork", file=sys.stderr
+        )
+        raise SystemExit(2)
+
+
+@signals.worker_init.connect
+def _refuse_eviction(**_: Any) -> None:
+    settings = runtime.settings()
+    try:
+        with runtime.connect(settings) as redis:
+            policy = redis.info("memory").get("maxmemory_policy", "noeviction")
+    except RedisError:
+        # Away for now, or a service that lets nobody see it.
+        return
+    if policy != "noeviction" and not settings.allow_eviction:
+        print(
+            f"imattr cannot start:\n  Redis' maxmemory-policy is {policy}: once full, it would delete accepted updates.\n"
+            "  Set maxmemory-policy noeviction there, or IMATTR_ALLOW_EVICTION=1 to accept that.",
+            file=sys.stderr,
         )
         raise SystemExit(2)
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from .errors import ConfigError
 from .models import LONGEST_DELAY, MAX_AHEAD, MAX_USER_ID_BYTES
+from .redis_url import SCHEMES, RedisUrl, read_redis_url
 
 PREFIX = "IMATTR_"
 
@@ -129,6 +130,34 @@ def _url(*schemes: str) -> Callable[[str], str]:
     return parse
 
 
+def _redis(value: str) -> Secret:
+    read_redis_url(value)
+    return Secret(value)
+
+
+def _broker(value: str) -> Secret:
+    if value.partition("://")[0].lower() in SCHEMES:
+        return _redis(value)
+    return Secret(_with_password(value))
+
+
+def _flag(value: str) -> bool:
+    if value.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError("must be 1 or 0")
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def _readable_file(value: str) -> str:
+    try:
+        if not Path(value).read_text(encoding="utf-8").strip():
+            raise ValueError("is empty")
+    except UnicodeDecodeError:
+        raise ValueError("is not text") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({type(error).__name__})") from None
+    return value
+
+
 def _account(value: str) -> str:
     if not (value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES):
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of printable ASCII")
@@ -172,13 +201,6 @@ def _setting(parse: Callable[[str], Any], default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
 
 
-def without_protocol(url: str) -> str:
-    """Return a Redis URL without the option `protocol`: every connection here speaks RESP2."""
-    base, _, query = url.partition("?")
-    options = "&".join(option for option in query.split("&") if not option.startswith("protocol="))
-    return f"{base}?{options}" if options else base
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings; `metadata["doc"]` of each field says what it means."""
@@ -190,14 +212,19 @@ class Settings:
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
     api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
     api: str = _setting(_choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr")
-    redis_url: Secret = _setting(
-        lambda v: Secret(_url("redis", "rediss", "unix")(v)), NO_SECRET, "where the state is kept"
+    redis_url: Secret = _setting(_redis, NO_SECRET, "where the state is kept; see docs/redis.md")
+    redis_password_file: str = _setting(
+        _readable_file, "", "file that holds the password of REDIS_URL, read for each connection"
     )
+    replicas: int = _setting(
+        _whole(0, 9), 0, "replicas that must have an update before it counts as accepted"
+    )
+    replicas_fsync: bool = _setting(_flag, False, "and have it on disk (Redis 7.2 and newer)")
+    allow_eviction: bool = _setting(_flag, False, "start although a full Redis deletes accepted updates")
     broker_prefix: str = _setting(_text, "", "put before Celery's keys in Redis; clients must use the same")
-    broker_url: Secret = _setting(
-        lambda v: Secret(_with_password(v)),
-        NO_SECRET,
-        "Celery's broker, Redis or RabbitMQ; default REDIS_URL",
+    broker_url: Secret = _setting(_broker, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
+    broker_password_file: str = _setting(
+        _readable_file, "", "file that holds the password of a BROKER_URL of Redis"
     )
     quota: int = _setting(_whole(1, 1000), 100, "calls a second that the API allows the app")
     batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
@@ -228,6 +255,29 @@ class Settings:
     @property
     def base_url(self) -> str:
         return self.api_url or REGIONS.get(self.region, "")
+
+    @property
+    def redis(self) -> RedisUrl:
+        """Where the state is."""
+        url = read_redis_url(self.redis_url.reveal())
+        return dataclasses.replace(url, password_file=self.redis_password_file)
+
+    @property
+    def broker(self) -> RedisUrl | None:
+        """Where Celery's broker is, if it is a Redis."""
+        if not self.broker_url:
+            return self.redis
+        if self.broker_url.reveal().partition("://")[0].lower() not in SCHEMES:
+            return None
+        url = read_redis_url(self.broker_url.reveal())
+        return dataclasses.replace(url, password_file=self.broker_password_file)
+
+    @property
+    def celery_prefix(self) -> str:
+        """What begins the names of Celery's keys in Redis: on a cluster, all of them must be in one slot, which is the app's."""
+        if self.broker is None or self.broker.kind != "cluster" or "{" in self.broker_prefix:
+            return self.broker_prefix
+        return f"{{imattr:{self.sdkappid}}}.{self.broker_prefix}"
 
     def current_key(self) -> Secret:
         """The secret key, read again if it is in a file; the last known one if that cannot be read now."""
@@ -274,9 +324,6 @@ class Settings:
         if role == "worker":
             mistakes += _read_key_file(found)
         settings = cls(**found)
-        # Without an option that a URL of the state may have, and that Celery does not know.
-        broker_url = without_protocol((settings.broker_url or settings.redis_url).reveal())
-        settings = dataclasses.replace(settings, broker_url=Secret(broker_url))
         mistakes += settings._contradictions(role, environ)
         if mistakes:
             raise ConfigError(mistakes)
@@ -303,6 +350,12 @@ class Settings:
                 "IMATTR_HOLD must be less than IMATTR_LEASE: "
                 "a batch that is held must still be this worker's when it is sent again"
             )
+        if self.redis_url and self.redis_password_file and self.redis.password:
+            found.append("IMATTR_REDIS_URL has a password and IMATTR_REDIS_PASSWORD_FILE is set, choose one")
+        if self.broker_password_file and (not self.broker_url or self.broker is None):
+            found.append("IMATTR_BROKER_PASSWORD_FILE is for an IMATTR_BROKER_URL that is a Redis")
+        if self.replicas_fsync and not self.replicas:
+            found.append("IMATTR_REPLICAS_FSYNC needs IMATTR_REPLICAS")
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
         if self.patience < 2 / self.quota:

@@ -4,6 +4,7 @@
     ├── ConfigError      settings are missing or wrong; lists all errors
     ├── InvalidUpdate    an update breaks a rule of the API; names the rule and the user
     ├── BufferFull       a new user was refused because too many are pending, or Redis has little memory left
+    ├── NotConfirmed     Redis has the update, but too few replicas said in time that they have it, too
     ├── CallFailed       an API call requested by a person failed; says what to do
     ├── CannotImport     a file cannot be imported; says why
     └── SandboxError     a server of the sandbox could not be started
@@ -51,6 +52,20 @@ class BufferFull(ImattrError):
         else:
             self.rule = f"the buffer is full, {limit} users are pending (IMATTR_MAX_PENDING)"
         super().__init__(f"user {user}: {self.rule}")
+
+
+class NotConfirmed(ImattrError):
+    """Raised when fewer replicas than `IMATTR_REPLICAS` said in time that they have an update.
+
+    It may be applied all the same. Sending it again is safe.
+    """
+
+    def __init__(self, have: int, wanted: int, seconds: float) -> None:
+        self.have, self.wanted = have, wanted
+        super().__init__(
+            f"not confirmed: {have} of {wanted} replicas have the update after {seconds:g} s; "
+            "it may still be applied, and sending it again is safe"
+        )
 
 
 class CallFailed(ImattrError):

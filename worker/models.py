@@ -29,6 +29,8 @@ Attributes = Mapping[str, str | None]
 MAX_AHEAD = 300.0
 #: Seconds: nothing delays a user for longer, unless the settings allow a longer back-off. Stops have probes more often.
 LONGEST_DELAY = 330.0
+#: Seconds after which a call that was sent can no longer take effect, with the default timeouts.
+LONGEST_CALL = 15.0
 
 #: Event times outside these bounds (years 2001 and 2286, in ms) are taken to be in the wrong unit.
 EARLIEST_MS, LATEST_MS = 1_000_000_000_000, 9_999_999_999_999
@@ -65,6 +67,8 @@ class Batch:
     probe: Literal["", "error", "outage", "data"] = ""
     #: Signatures older than this (seconds since 1970) are bad.
     signed_at: int = 0
+    #: Counts the claims of the fleet: by it, one that a failover has lost is known.
+    number: int = 0
 
 
 # Outcomes: how one user of a batch is settled.

@@ -22,8 +22,10 @@ from .clock import Clock, SystemClock
 from .config import Settings
 from .errors import BufferFull, InvalidUpdate
 from .models import MAX_AHEAD, Attributes, BulkResult, Refusal, Update, UserId, check_update
+from .redis_url import RedisUrl
 from .state.attribute_names import AttributeNames
 from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer, Guard, Lead
+from .state.confirmation import Confirmation
 from .state.connection import Redis, ResponseError, connect, retry_once
 from .state.keys import Keys
 
@@ -35,6 +37,9 @@ Lane = Literal["live", "backfill"]
 
 #: Seconds that a call waits for Redis, unless the caller says otherwise.
 TIMEOUT = 1.0
+
+#: Users that may be pending, while memory is short, for what comes out of a queue in the same Redis.
+DRAINED = 5000
 
 #: The share of Redis' memory limit beyond which new users are refused, and seconds between two readings of it.
 MEMORY_SHARE, MEMORY_EVERY = 0.9, 1.0
@@ -119,6 +124,17 @@ class Bulk:
         self.result.stale += added.stale
 
 
+def confirmation(replicas: int, timeout: float, *, fsync: bool) -> Confirmation | None:
+    """What to wait for after adding, if anything; the wait must end before the connection's own timeout."""
+    return Confirmation(replicas, 0.8 * timeout, fsync) if replicas else None
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """The settings that a producer has."""
+    names = ("max_pending", "max_ahead", "replicas", "replicas_fsync")
+    return {name: getattr(settings, name) for name in names}
+
+
 def fate_of(added: Added, update: Update) -> Accepted:
     """What became of the one update that was added; raises `InvalidUpdate` if it was refused."""
     for _, rule in added.refused:
@@ -147,20 +163,27 @@ class Producer:
 
     def __init__(
         self,
-        redis_url: str,
+        redis_url: str | RedisUrl,
         sdkappid: int,
         *,
         max_pending: int = 0,
         max_ahead: float = MAX_AHEAD,
         timeout: float = TIMEOUT,
+        replicas: int = 0,
+        replicas_fsync: bool = False,
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that connecting, or any answer of Redis, may take. A Redis that has frozen ends
-        a call after that time with `redis.TimeoutError`; one that cannot be reached, at once with
-        `redis.ConnectionError`.
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that
+        connecting, or any answer of Redis, may take. A Redis that has frozen ends a call after that time with
+        `redis.TimeoutError`; one that cannot be reached, at once with `redis.ConnectionError`.
+
+        With `replicas`, an update counts as accepted only once so many replicas of Redis have it, too (with
+        `replicas_fsync`, on disk); if they do not within four fifths of `timeout`, `NotConfirmed` says so. Raises `ValueError` for a
+        URL that cannot be read.
         """
         self._redis_url, self._keys, self._timeout = redis_url, Keys(sdkappid), timeout
+        self._confirmation = confirmation(replicas, timeout, fsync=replicas_fsync)
         self._redis = self._connect()
         self._names = AttributeNames(self._redis, self._keys, SystemClock())
         self._memory = Memory(self._redis, SystemClock())
@@ -175,26 +198,29 @@ class Producer:
         the parent, so the child opens another.
         """
         if getattr(self._local, "pid", None) != os.getpid():
-            redis = self._connect(single_connection_client=True)
-            self._local.buffer, self._local.pid = Buffer(redis, self._keys), os.getpid()
+            redis = self._connect(single_connection=True)
+            self._local.buffer = Buffer(redis, self._keys, confirmation=self._confirmation)
+            self._local.pid = os.getpid()
         buffer: Buffer = self._local.buffer
         return buffer
 
     def _connect(self, **options: Any) -> Redis:
-        times = {"timeout": self._timeout, "connect_timeout": self._timeout}
-        return connect(self._redis_url, retry=retry_once(), **times, **options)
+        times: dict[str, Any] = {"timeout": self._timeout, "connect_timeout": self._timeout}
+        return connect(self._redis_url, key=self._keys.pending, retry=retry_once(), **times, **options)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
-        """Read IMATTR_REDIS_URL, _SDKAPPID, _MAX_PENDING and _MAX_AHEAD; raises `ConfigError`."""
-        settings = Settings.from_env(os.environ if environ is None else environ, "producer")
-        return cls(
-            settings.redis_url.reveal(),
-            settings.sdkappid,
-            max_pending=settings.max_pending,
-            max_ahead=settings.max_ahead,
-            timeout=timeout,
+        """Read IMATTR_REDIS_URL, _REDIS_PASSWORD_FILE, _SDKAPPID, _MAX_PENDING, _MAX_AHEAD, _REPLICAS and _REPLICAS_FSYNC;
+        raises `ConfigError`.
+        """
+        return cls.of(
+            Settings.from_env(os.environ if environ is None else environ, "producer"), timeout=timeout
         )
+
+    @classmethod
+    def of(cls, settings: Settings, *, timeout: float = TIMEOUT) -> Self:
+        """The producer that these settings describe."""
+        return cls(settings.redis, settings.sdkappid, timeout=timeout, **options_of(settings))
 
     def set(self, user_id: UserId, attrs: Attributes, occurred_at: object = None) -> Accepted:
         """Accept one update; a value of None removes the attribute.
@@ -203,7 +229,7 @@ class Producer:
         1970. Without it, the update counts as newer than everything known.
 
         Raises `InvalidUpdate`, `BufferFull`, or what `redis` raises: then it was not accepted, except that after a
-        `redis` error it may have been. Sending it again is harmless.
+        `redis` error, or `NotConfirmed`, it may have been. Sending it again is harmless.
         """
         update = check_update(user_id, attrs, occurred_at, self._names.get())
         added = self.add([update])
@@ -230,9 +256,12 @@ class Producer:
 
         `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold: see `Guard`. Raises
         `LostLead`.
+
+        What a consumer adds leaves its queue in Redis for it: so while memory is short, a few users are let in for it all the same,
+        or a queue that has filled the server could never empty.
         """
-        limit = NOBODY_NEW if self._memory.is_short() else self._max_pending
-        guard = Guard(self._max_ahead, as_of_ms, lead)
+        guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None)
+        limit = self._most(makes_room=guard.makes_room)
         return self._buffer.add(updates, lane=lane, max_pending=limit, guard=guard)
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
@@ -243,9 +272,19 @@ class Producer:
         """The import is finished, or will never be."""
         self._buffer.end_import(name)
 
-    def has_room(self, share: float = 0.0) -> bool:
-        """Whether new users are accepted now; with a `share`, whether that part of the room is free."""
-        return not self._memory.is_short() and self._buffer.has_room(self._max_pending, share)
+    def has_room(self, share: float = 0.0, *, makes_room: bool = False) -> bool:
+        """Whether new users are accepted now; with a `share`, whether that part of the room is free.
+
+        `makes_room` if accepting them makes room elsewhere; see `add`.
+        """
+        most = self._most(makes_room=makes_room)
+        return most != NOBODY_NEW and self._buffer.has_room(most, share)
+
+    def _most(self, *, makes_room: bool) -> int:
+        """How many users may be pending, as in `Buffer.add`."""
+        if not self._memory.is_short():
+            return self._max_pending
+        return min(self._max_pending or DRAINED, DRAINED) if makes_room else NOBODY_NEW
 
     def names(self) -> frozenset[str]:
         """Return the app's attribute names to validate against; empty if they are not known."""

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .clock import Clock, SystemClock
+from .redis_url import RedisUrl
 from .state import scripts
 from .state.connection import Redis, connect
 from .state.keys import Keys
@@ -161,10 +162,16 @@ class AnswerTimes:
 class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
-    def __init__(self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock) -> None:
-        """`quota` in calls a second; `patience` in seconds, the longest wait for a permit."""
-        self._redis, self._clock, self._patience = redis, clock, patience
-        self._rate, self._keys = keys.rate, [keys.rate, keys.quotas]
+    def __init__(
+        self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock, replicas: int = 0
+    ) -> None:
+        """`quota` in calls a second; `patience` in seconds, the longest wait for a permit.
+
+        `replicas` is how many must be in step with the primary; without them nobody gets a slot.
+        """
+        self._redis, self._clock, self._patience, self._replicas = redis, clock, patience, replicas
+        self._rate = keys.rate
+        self._keys = [keys.rate, keys.quotas, keys.server, keys.tickets, keys.ledger]
         self._reserve = scripts.load(redis, "reserve")
         self._pause = scripts.load(redis, "pause")
         #: The rate that the last permit was made for.
@@ -172,20 +179,25 @@ class RateLimiter:
         self._quota = quota
         #: The newest epoch heard of; permits of older ones are void.
         self._epoch = 0
+        #: The number of the last server heard of: a lower one means that the data went back.
+        self._server = 0
         self._sync, self._unsure, self._answers = ClockSync(), 0, AnswerTimes()
         #: Late calls for which no slot has been left empty yet.
         self._late = 0
         self._lock = threading.Lock()
 
     @classmethod
-    def connect(cls, redis_url: str, sdkappid: int, *, quota: int = 100, patience: float = 2.0) -> Self:
+    def connect(
+        cls, redis_url: str | RedisUrl, sdkappid: int, *, quota: int = 100, patience: float = 2.0
+    ) -> Self:
         """Return the limiter that an app's workers share, for another program that calls the API.
 
         `quota` in calls a second, the same as the workers'; `patience` in seconds, the longest that `acquire` waits. Nothing is
         sent to Redis before the first permit; its errors pass through.
         """
-        redis = connect(redis_url)
-        return cls(redis, Keys(sdkappid), quota=quota, patience=patience, clock=SystemClock())
+        keys = Keys(sdkappid)
+        redis = connect(redis_url, key=keys.rate)
+        return cls(redis, keys, quota=quota, patience=patience, clock=SystemClock())
 
     def acquire(self) -> bool:
         """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""
@@ -228,10 +240,13 @@ class RateLimiter:
         spread = self._answers.spread
         seen = "" if spread is None else _us(spread)
         now = "" if now_us is None else now_us
-        args = (now, self._quota, _us(patience), isolating, _us(DWELL), seen)
-        granted, wait_us, answered_us, *made_for = self._reserve(self._keys, args)
+        args = (now, self._quota, _us(patience), isolating, _us(DWELL), seen, self._server, self._replicas)
+        granted, wait_us, answered_us, server, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
         with self._lock:
+            if server != self._server:
+                # Another server has another clock; no slot of the last one is good here.
+                self._server, self._sync = server, ClockSync()
             steady = self._sync.observe(asked, answered_us / 1e6, heard)
             due = self._sync.local((answered_us + wait_us) / 1e6)
             self._unsure = self._unsure + 1 if self._sync.uncertainty > EXACT_ENOUGH else 0

@@ -21,7 +21,7 @@ from worker.delivery.usersig import Signer
 from worker.intake.brokers import Queue, RabbitQueue
 from worker.intake.celery_queue import QueueConsumer
 from worker.intake.stream import StreamConsumer
-from worker.producer import Producer
+from worker.producer import Memory, Producer
 from worker.ratelimit import RateLimiter
 from worker.state import connection
 from worker.state.attribute_names import AttributeNames
@@ -63,7 +63,7 @@ def settings() -> Settings:
 
 def connect(settings: Settings) -> Redis:
     """A redis for the worker's own state; it notices half-open connections."""
-    return connection.connect(settings.redis_url.reveal(), health_check_interval=15)
+    return connection.connect(settings.redis, key=Keys(settings.sdkappid).pending, health_check_interval=15)
 
 
 def build_buffer(settings: Settings, redis: Redis) -> Buffer:
@@ -74,6 +74,7 @@ def build_buffer(settings: Settings, redis: Redis) -> Buffer:
         shadow_ttl=settings.shadow_ttl,
         shadow_max_users=settings.shadow_max_users,
         longest_delay=settings.longest_delay,
+        longest_call=settings.hold + settings.read_timeout,
     )
 
 
@@ -99,7 +100,14 @@ def _secret_key(settings: Settings) -> str:
 
 def build_limiter(settings: Settings, redis: Redis) -> RateLimiter:
     keys = Keys(settings.sdkappid)
-    return RateLimiter(redis, keys, quota=settings.quota, patience=settings.patience, clock=SystemClock())
+    return RateLimiter(
+        redis,
+        keys,
+        quota=settings.quota,
+        patience=settings.patience,
+        clock=SystemClock(),
+        replicas=settings.replicas,
+    )
 
 
 def build_attribute_catalog(settings: Settings, redis: Redis) -> AttributeCatalog:
@@ -131,11 +139,11 @@ def build_delivery(settings: Settings, redis: Redis) -> Delivery:
     )
 
 
-def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer]:
+def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer, Memory]:
     """What the dispatcher of `worker` needs to know about the fleet."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
     leader = Leader(redis, keys.dispatcher, worker, SystemClock(), term=dispatcher.TERM)
-    return leader, build_buffer(settings, redis)
+    return leader, build_buffer(settings, redis), Memory(redis, SystemClock())
 
 
 def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
@@ -176,13 +184,7 @@ def _delivery(_pid: int) -> Delivery:
 def _producer(_pid: int) -> Producer:
     found = settings()
     # A worker has nothing better to do than to wait.
-    return Producer(
-        found.redis_url.reveal(),
-        found.sdkappid,
-        max_pending=found.max_pending,
-        max_ahead=found.max_ahead,
-        timeout=connection.ANSWER_TIMEOUT,
-    )
+    return Producer.of(found, timeout=connection.ANSWER_TIMEOUT)
 
 
 @functools.cache

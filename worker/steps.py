@@ -97,12 +97,15 @@ class DispatcherStep(_ThreadStep):
             )
         if settings.health_port:
             self._page = health.serve(settings.health_port, lambda: time.monotonic() - self._last_turn)
+        leader, buffer, memory = runtime.build_dispatch(settings, _name(worker))
         return Dispatcher(
-            *runtime.build_dispatch(settings, _name(worker)),
+            leader,
+            buffer,
             partial(_publish, worker.app),
             batch_size=settings.batch_size,
             linger=settings.linger,
             quota=settings.quota,
+            is_short_of_memory=memory.is_short,
             on_turn=self._note_turn,
         )
 

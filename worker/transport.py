@@ -22,8 +22,9 @@ from kombu.utils.json import dumps
 from worker import runtime
 from worker.errors import InvalidUpdate
 from worker.intake.celery_message import UPDATE, UPDATE_MANY, Envelope, decompressed, read
+from worker.redis_url import RedisUrl
 from worker.state.connection import ConnectionError as RedisConnectionError
-from worker.state.connection import DataError, RedisError
+from worker.state.connection import DataError, OutOfMemoryError, Redis, RedisError, client_options
 
 log = structlog.get_logger()
 
@@ -35,7 +36,47 @@ def keep(rule: str, raw: object) -> None:
     """Keep a message that Celery could not use; raises what Redis raises."""
     text = bytes(raw).decode(errors="replace") if isinstance(raw, bytes | memoryview) else str(raw)
     log.warning("message_refused", source="celery", rule=rule)
-    runtime.refused().keep("celery", InvalidUpdate("?", rule), text)
+    runtime.refused().keep("celery", [(InvalidUpdate("?", rule), text)])
+
+
+#: Does a command on a server without room: that refuses a script's first write if it may need memory, and none after it.
+_DESPITE_FULL_MEMORY = "redis.call('PERSIST', KEYS[1]) return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))"
+
+
+def _sturdy(client: Any) -> Any:
+    """A client of kombu's whose writes a full server takes: they are tickets, without which nothing would make room.
+
+    And without MULTI, which clusters of TencentDB refuse. What kombu does together is safe to be found half done.
+    """
+    execute, pipeline = client.execute_command, client.pipeline
+
+    def once_more(args: Any) -> Any:
+        name, key, *rest = args
+        return Redis.execute_command(client, "EVAL", _DESPITE_FULL_MEMORY, 1, key, name, *rest)  # type: ignore[no-untyped-call]
+
+    def execute_command(*args: Any, **options: Any) -> Any:
+        try:
+            return execute(*args, **options)
+        except OutOfMemoryError:
+            prefixed = getattr(client, "_prefix_args", list)
+            return once_more(prefixed(list(args)))
+
+    def without_multi(*_: Any, **__: Any) -> Any:
+        pipe = pipeline(False)
+        run = pipe.execute
+
+        def execute_all(raise_on_error: bool = True) -> Any:
+            commands = [args for args, _ in pipe.command_stack]
+            try:
+                return run(raise_on_error)
+            except OutOfMemoryError:
+                return [once_more(args) for args in commands]
+
+        pipe.execute = execute_all
+        return pipe
+
+    client.execute_command, client.pipeline = execute_command, without_multi
+    return client
 
 
 class SturdyChannel(redis_transport.Channel):
@@ -45,6 +86,9 @@ class SturdyChannel(redis_transport.Channel):
     worker's CPU. And every server speaks RESP2, while older ones, and proxies, refuse the command that asks for RESP3.
     """
 
+    from_transport_options: tuple[str, ...] = (*redis_transport.Channel.from_transport_options, "place")  # type: ignore[assignment]
+    #: Where the broker is, if it is ours; else kombu reads its own URL.
+    place: RedisUrl | None = None
     _client_of_pool: Any = None
     #: What was popped from a queue last, until it is delivered.
     _popped: Any = None
@@ -54,15 +98,26 @@ class SturdyChannel(redis_transport.Channel):
         if transport is None or getattr(transport, "client", None) is None:
             # A channel of a connection that is gone: the same as a lost connection.
             raise RedisConnectionError("the connection is closed")
+        if self.place is None:
+            options: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
+            return options | {"protocol": 2}
+        times: dict[str, Any] = {
+            "timeout": self.socket_timeout,
+            "connect_timeout": self.socket_connect_timeout,
+        }
+        ours = client_options(self.place, self.global_keyprefix, **times)
+        # kombu derives a class from it, which tells the channel of a lost connection.
+        self.connection_class = self.connection_class_ssl = ours.pop("connection_class")
         found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
-        return found | {"protocol": 2}
+        kept = ("connection_class", "health_check_interval", "max_connections", "client_name")
+        return {name: found[name] for name in kept if name in found} | ours
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
-            return self._watched(super()._create_client(asynchronous=True))  # type: ignore[no-untyped-call]
+            return _sturdy(self._watched(super()._create_client(asynchronous=True)))  # type: ignore[no-untyped-call]
         # A reconnect gives the channel another pool.
         if self._client_of_pool is None or self._client_of_pool.connection_pool is not self.pool:
-            self._client_of_pool = super()._create_client()  # type: ignore[no-untyped-call]
+            self._client_of_pool = _sturdy(super()._create_client())  # type: ignore[no-untyped-call]
         return self._client_of_pool
 
     def _watched(self, client: Any) -> Any:
@@ -116,6 +171,7 @@ class SturdyChannel(redis_transport.Channel):
 # A patch, because naming a transport of our own in the settings would put its module path in place of `redis` into the
 # URL of the broker that the worker's banner and Flower show.
 redis_transport.Transport.Channel = SturdyChannel
+redis_transport.SentinelTransport.Channel = SturdyChannel  # type: ignore[assignment]
 
 
 def _check(message: Any) -> None:

@@ -151,6 +151,7 @@ def test_status_prints_the_whole_state_as_json(imattr: Terminal) -> None:
         "delivered": 0,
         "dead_lettered": 0,
         "quarantined": 0,
+        "lost": 0,
         "balanced": True,
     }
     assert state["eta_s"] == 0.0
@@ -474,7 +475,7 @@ def test_what_others_wrote_is_shown_and_never_obeyed(
     case.dead_letter(words if words.isascii() and words.isprintable() else "ann", city="Paris")
     (user, letter), *_ = client.hgetall(keys.dead).items()
     client.hset(keys.dead, user, json.dumps(json.loads(letter) | {"message": words}))
-    Refused(client, keys).keep("stream", InvalidUpdate(words, words), words)
+    Refused(client, keys).keep("stream", [(InvalidUpdate(words, words), words)])
     client.hset(keys.quarantine, f"pending:1:{words}", words)
     imattr("pause", "--reason", words or "x")
 

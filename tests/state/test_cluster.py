@@ -115,7 +115,7 @@ def test_limiter_line_stream_and_refused_pass(cluster: redis.Redis, clock: Manua
     AttributeNames(cluster, keys, clock).set(frozenset({"city"}))
 
     refused = Refused(cluster, keys)
-    refused.keep("stream", InvalidUpdate("u1", "a rule"), {})
+    refused.keep("stream", [(InvalidUpdate("u1", "a rule"), {})])
     port = cluster.get_connection_kwargs()["port"]
     producer = Producer(f"redis://127.0.0.1:{port}/0", keys.sdkappid)
     consumer = StreamConsumer(cluster, keys, producer, refused, clock, worker="w")

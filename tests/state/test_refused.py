@@ -22,7 +22,7 @@ def refused(client: redis.Redis, keys: Keys) -> Refused:
 
 
 def keep(refused: Refused, user: str = "ann", value: str = "Xanadu") -> None:
-    refused.keep("celery", InvalidUpdate(user, "a rule"), [user, {"city": value}])
+    refused.keep("celery", [(InvalidUpdate(user, "a rule"), [user, {"city": value}])])
 
 
 def test_the_newest_come_first_with_all_that_is_known(refused: Refused, client: redis.Redis) -> None:

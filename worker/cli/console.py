@@ -22,8 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.config import PREFIX, Settings
-from worker.errors import BufferFull, CallFailed, CannotImport, ConfigError, InvalidUpdate, SandboxError
+from worker.errors import (
+    BufferFull,
+    CallFailed,
+    CannotImport,
+    ConfigError,
+    InvalidUpdate,
+    NotConfirmed,
+    SandboxError,
+)
 from worker.state.connection import Redis, RedisError, connect
+from worker.state.keys import Keys
 
 #: Exit codes; 2 is click's own for wrong usage.
 FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT = 1, 2, 3, 4, 5, 6, 7
@@ -101,6 +110,8 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             fail(FAILED, str(error))
         except SandboxError as error:
             fail(NO_SANDBOX, str(error))
+        except NotConfirmed as error:
+            fail(UNREACHABLE, str(error))
         except RedisError as error:
             # Its text names the host, never the password.
             fail(UNREACHABLE, f"Redis does not answer: {error}")
@@ -125,7 +136,7 @@ def environment() -> dict[str, str]:
 def state() -> Iterator[tuple[Redis, Settings]]:
     """A connection to the state, with the settings of a producer: no credentials of the API."""
     settings = Settings.from_env(environment(), "producer")
-    with connect(settings.redis_url.reveal()) as redis:
+    with connect(settings.redis, key=Keys(settings.sdkappid).pending) as redis:
         yield redis, settings
 
 

@@ -33,6 +33,7 @@ from worker.intake.import_source import event_time
 from worker.models import Update, check_occurred_at
 from worker.operate import status
 from worker.state.connection import RedisError, connect
+from worker.state.keys import Keys
 
 
 @click.command("import")
@@ -143,8 +144,7 @@ class _ImportScreen:
 
     def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
         self._settings, self._console, self._line = settings, console, line
-        url = settings.redis_url.reveal()
-        self._redis = connect(url)
+        self._redis = connect(settings.redis, key=Keys(settings.sdkappid).pending)
         self._line_at = self._eta_at = 0.0
         self._eta: float | None = None
         self.last: importer.ImportStatus | None = None

@@ -59,6 +59,9 @@ def status_table(state: dict[str, Any]) -> Table:
     if state["quarantine"]:
         words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
         table.add_row("quarantine", Text(words, style="yellow"))
+    if lost := state["redis"]["updates_lost"]:
+        words = f"{counted(lost, 'accepted update')} lost when Redis failed over or was restarted; see IMATTR_REPLICAS"
+        table.add_row("redis", Text(words, style="yellow"))
     eta = _eta(state["eta_s"])
     table.add_row("rate", f"{rate['current']:g} of {rate['quota']} calls/s, {eta}")
     intake = ", ".join(f"{name} {count:,}" for name, count in state["intake"].items() if count)

@@ -28,6 +28,8 @@ TICKET_TTL = 10.0
 HORIZON = 0.5
 #: Seconds between two searches for expired leases, and between two times of forgetting what was delivered long ago.
 RECLAIM_EVERY, FORGET_EVERY = 1.0, 0.1
+#: Seconds between two looks at whether the ledger and the lanes agree with the records: keys may have been deleted or evicted.
+REPAIR_EVERY = 10.0
 
 
 class Dispatcher(LeaderLoop):
@@ -44,17 +46,19 @@ class Dispatcher(LeaderLoop):
         batch_size: int,
         linger: float,
         quota: float,
+        is_short_of_memory: Callable[[], bool] = lambda: False,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         """`publish` sends one ticket on its way; `linger` in seconds, `quota` in calls a second.
 
-        `on_turn` is called before every turn, also while Redis is away.
+        While Redis `is_short_of_memory`, what was delivered is forgotten early. `on_turn` is called before every turn, also while Redis is away.
         """
         super().__init__(leader)
         self._buffer, self._publish, self._on_turn = buffer, publish, on_turn
         self._quota = max(1, round(quota))
         self._batch_size, self._linger = batch_size, linger
-        self._reclaim_in = self._forget_in = 0.0
+        self._is_short_of_memory = is_short_of_memory
+        self._reclaim_in = self._forget_in = self._repair_in = 0.0
 
     def sign_of_life(self) -> None:
         self._on_turn()
@@ -82,8 +86,17 @@ class Dispatcher(LeaderLoop):
         self._forget_in -= pause
         if self._forget_in <= 0:
             self._forget_in = FORGET_EVERY
-            self._buffer.forget()
+            self._buffer.forget(make_room=self._is_short_of_memory())
+        self._repair_in -= pause
+        if self._repair_in <= 0:
+            self._repair_in = REPAIR_EVERY
+            self._repair()
         return pause
+
+    def _repair(self) -> None:
+        lost, joined = self._buffer.repair()
+        if lost or joined:
+            log.error("state_repaired", updates_lost=lost, users_put_back=joined)
 
     def _reclaim(self) -> None:
         # Bounded: at full speed a dead fleet leaves about a hundred batches.

@@ -24,7 +24,7 @@ import contextlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import structlog
 
@@ -50,8 +50,8 @@ from worker.delivery.policy import Policy, rule_for
 from worker.models import Acked, Batch, BatchId, DeadLettered, Outcome, Retried, Snoozed, UserId
 from worker.ratelimit import DWELL, Permit, RateLimiter
 from worker.state.attribute_names import AttributeNames
-from worker.state.buffer import Buffer, new_batch_id
-from worker.state.connection import RedisError
+from worker.state.buffer import Buffer, Settled, new_batch_id
+from worker.state.connection import ConnectionError, RedisError, TimeoutError
 from worker.state.line import Line
 
 log = structlog.get_logger()
@@ -61,6 +61,8 @@ log = structlog.get_logger()
 MOST_BATCHES, LONGEST_CARRY = 20, 10.0
 #: Seconds before the slot at which the batch is claimed and prepared: about 3 ms of work, the rest is for a busy machine.
 LEAD = 0.1
+#: Seconds between two attempts to settle while Redis is away.
+SETTLE_AGAIN = 0.2
 #: Slots that may be missed in a row before the users are handed back.
 MAX_MISSED = 20
 #: Seconds between two attempts to get a slot for the rest of a batch.
@@ -204,7 +206,7 @@ class Delivery:
                 return end
             if end:
                 rest = Snoozed(end.delay, suspect=plan.bisecting)
-                settled = self._buffer.settle(claim.batch.id, {}, rest=rest)
+                settled = self._end_claim(claim, {}, rest=rest)
                 claim.summary.snoozed += settled.users if settled else 0
                 return end.outcome
         return _outcome_of(claim.summary)
@@ -291,7 +293,8 @@ class Delivery:
     def _extend(self, claim: _Claim, permit: Permit | None = None) -> Literal["held", "must wait", "lost"]:
         """Renew the lease, if the batch is still held."""
         renewed_at = self._clock.monotonic()
-        held = self._buffer.extend(claim.batch.id, epoch=permit.epoch if permit else None)
+        epoch = permit.epoch if permit else None
+        held = self._buffer.extend(claim.batch.id, epoch=epoch, number=claim.batch.number)
         if held != "lost":
             claim.lease_ends = renewed_at + self._lease
         return held
@@ -364,8 +367,8 @@ class Delivery:
         named, rest = ({}, ACKED) if all_acked else (outcomes, None)
         claimed_ms = claim.batch.claimed_ms
         # Only a batch that was delivered whole is proof that another one can be.
-        settled = self._buffer.settle(
-            claim.batch.id,
+        settled = self._end_claim(
+            claim,
             named,
             rest=rest,
             claimed_ms=claimed_ms,
@@ -381,6 +384,23 @@ class Delivery:
         summary.snoozed += sum(isinstance(end, Snoozed) for end in ends)
         summary.dead_lettered += sum(isinstance(end, DeadLettered) for end in ends)
         return True
+
+    def _end_claim(self, claim: _Claim, outcomes: Mapping[UserId, Outcome], **how: Any) -> Settled | None:
+        """Settle users, however often Redis has to be asked: while it fails over, what is known about a batch is only here.
+
+        None if the batch is no longer ours. Asking again is safe: what was settled the first time is not held any more.
+        """
+        number = claim.batch.number
+        asked_again = False
+        while True:
+            try:
+                settled = self._buffer.settle(claim.batch.id, outcomes, number=number, **how)
+                return settled or (Settled(0) if asked_again else None)
+            except (ConnectionError, TimeoutError):
+                if self._stopping() or self._clock.monotonic() + SETTLE_AGAIN > claim.lease_ends:
+                    raise
+                self._clock.sleep(SETTLE_AGAIN)
+                asked_again = True
 
     def _end(self, claim: _Claim, end: End) -> HandBack | None:
         """Do what ends the batch; None if it did not take, and the batch goes on."""

@@ -119,7 +119,7 @@ class QueueConsumer(LeaderLoop):
         """Take some messages and accept what is in them."""
         if self._taken or self._due:
             return self._accept()
-        if self._full and not self._producer.has_room(FREE_SHARE):
+        if self._full and not self._producer.has_room(FREE_SHARE, makes_room=True):
             return FULL_PAUSE
         now_ms = self._producer.now_ms()
         if self._take_due(now_ms):
@@ -183,12 +183,7 @@ class QueueConsumer(LeaderLoop):
         if not batch.refused and not batch.scheduled:
             return
         self._counts["refused"] += len(batch.refused)
-        with self._redis.pipeline(transaction=False) as pipe:
-            for error, given in batch.refused:
-                self._refused.keep("celery", error, given, on=pipe)
-            if batch.scheduled:
-                pipe.zadd(self._keys.scheduled, dict(batch.scheduled))
-            pipe.execute()
+        self._refused.keep("celery", batch.refused, batch.scheduled)
         for rule, updates in Counter(error.rule for error, _ in batch.refused).items():
             log.warning("update_refused", source="celery", rule=rule, updates=updates)
 

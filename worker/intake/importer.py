@@ -14,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from worker.clock import Clock, SystemClock
 from worker.config import Settings
@@ -96,14 +95,7 @@ class Importer:
         size: int = MAX_UPDATES_PER_ADD,
     ) -> None:
         """`stopped` is called after each chunk of `size` records, and while there is no room."""
-        url = settings.redis_url.reveal()
-        self._producer = Producer(
-            url,
-            settings.sdkappid,
-            max_pending=settings.max_pending,
-            max_ahead=settings.max_ahead,
-            timeout=ANSWER_TIMEOUT,
-        )
+        self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT)
         self._settings, self._options, self._size = settings, options, size
         self._stopped, self._show, self._clock = stopped, show, clock or SystemClock()
 
@@ -198,11 +190,10 @@ class Importer:
 
     def _identity(self, source: Source) -> dict[str, object]:
         """What must be the same for a run that resumes another one."""
-        url = urlsplit(self._settings.redis_url.reveal())
         return {
             "file": source.fingerprint(),
             "app": self._settings.sdkappid,
-            "Redis": f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}",
+            "Redis": str(self._settings.redis),
             "lane": self._options.lane,
             "format": source.format,
             "text for no value": self._options.null,

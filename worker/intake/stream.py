@@ -20,6 +20,7 @@ from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.models import Update, check_update, check_user
 from worker.producer import Producer
+from worker.state import scripts
 from worker.state.buffer import LostLead
 from worker.state.connection import Redis, ResponseError
 from worker.state.keys import Keys
@@ -65,6 +66,7 @@ class StreamConsumer(LeaderLoop):
         super().__init__(Leader(redis, keys.consumer, worker, clock, term=TERM))
         self._redis, self._keys = redis, keys
         self._producer, self._refused, self._clock = producer, refused, clock
+        self._group = scripts.load(redis, "make_group")
         self._full = False
         self._from = _UNSETTLED
 
@@ -96,8 +98,7 @@ class StreamConsumer(LeaderLoop):
         return [Entry(id, fields or {}) for _, entries in found for id, fields in entries]
 
     def _make_group(self) -> None:
-        # From the beginning: entries may have arrived before the first worker.
-        self._redis.xgroup_create(self._keys.updates, GROUP, id="0", mkstream=True)
+        self._group([self._keys.updates], [GROUP])
 
     def _take(self, entries: list[Entry]) -> float:
         since = self._clock.monotonic()
@@ -125,17 +126,17 @@ class StreamConsumer(LeaderLoop):
         return self._clock.monotonic() - since if delivering else 0.0
 
     def _settle(self, done: list[bytes], bad: list[tuple[Entry, InvalidUpdate]]) -> bool:
-        """Keep the refused ones, and acknowledge and delete all that are done, in one step.
+        """Keep the refused ones, then acknowledge and delete all that are done.
 
         Returns whether the fleet is delivering.
         """
         if not done:
             return False
-        with self._redis.pipeline(transaction=True) as pipe:
-            for entry, error in bad:
-                if entry.fields:
-                    log.warning("update_refused", source="stream", rule=error.rule)
-                    self._refused.keep("stream", error, _texts(entry), on=pipe)
+        refused = [(error, _texts(entry)) for entry, error in bad if entry.fields]
+        self._refused.keep("stream", refused)
+        for error, _ in refused:
+            log.warning("update_refused", source="stream", rule=error.rule)
+        with self._redis.pipeline(transaction=False) as pipe:
             pipe.xack(self._keys.updates, GROUP, *done)
             pipe.xdel(self._keys.updates, *done)
             pipe.zcard(self._keys.leases)

@@ -19,13 +19,15 @@ from kombu.exceptions import OperationalError
 
 from worker import logs, runtime
 from worker.clock import Clock, SystemClock
-from worker.config import Settings, without_protocol
+from worker.config import Settings
 from worker.delivery.answers import NoReply, Reply
 from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
 from worker.delivery.policy import Verdict, rule_for
 from worker.errors import CallFailed, ConfigError
 from worker.ratelimit import RateState, read_rate
-from worker.state.connection import Redis, RedisError
+from worker.redis_url import RedisUrl
+from worker.state.buffer import Buffer
+from worker.state.connection import Redis, RedisError, connect
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
 from worker.state.line import Kind, Line, LineState
@@ -49,8 +51,8 @@ REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
 OLD_IMPORT = 86_400.0
 #: Where a message goes whose sender names no queue.
 DEFAULT_QUEUE = "celery"
-#: Timeouts of a Redis broker, seconds.
-_TIMEOUTS = {"socket_connect_timeout": 3, "socket_timeout": 5}
+#: Seconds that a broker may take to answer.
+ANSWERS_IN = 3.0
 
 _MAY_LOOK = "check it yourself, or allow the user of this URL the commands INFO and CONFIG GET"
 
@@ -83,7 +85,7 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
     logs.protect(settings.secret_key.reveal())
     yield Finding("settings", "ok", f"complete, for app {settings.sdkappid}")
     with runtime.connect(settings) as redis:
-        reachable = reach(redis)
+        reachable = reach(redis, settings.redis)
         yield reachable
         if reachable.level == "error":
             yield from broker(settings)
@@ -98,16 +100,14 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
 # The servers.
 
 
-def reach(redis: Redis) -> Finding:
+def reach(redis: Redis, place: RedisUrl) -> Finding:
     """Whether the state's Redis answers."""
     try:
         redis.ping()
     except RedisError as error:
         found = _words("does not answer", error)
         return Finding("redis", "error", found, "start it, or check IMATTR_REDIS_URL")
-    options = redis.connection_pool.connection_kwargs
-    place = options.get("path") or f"{options.get('host')}:{options.get('port')}"
-    return Finding("redis", "ok", f"answers at {place}, database {options.get('db') or 0}")
+    return Finding("redis", "ok", f"answers at {place}")
 
 
 def server(redis: Redis) -> Iterator[Finding]:
@@ -178,6 +178,30 @@ def persistence(redis: Redis) -> Finding:
             return Finding(check, "warning", found, "set appendfsync everysec, or always")
 
 
+def failover(redis: Redis, settings: Settings) -> Iterator[Finding]:
+    """What a failover would cost, and what those so far have cost."""
+    if settings.replicas:
+        yield _looked("redis replicas", lambda: replicas(redis.info("replication"), settings.replicas))
+    seen = Buffer(redis, Keys(settings.sdkappid)).snapshot()
+    if lost := seen.lost_with_servers:
+        found = f"{lost:,} accepted updates were lost when Redis failed over or was restarted"
+        yield Finding(
+            "redis failover", "warning", found, "send them again; IMATTR_REPLICAS=1 or more prevents it"
+        )
+    if lost := seen.ledger["lost"]:
+        found = f"the ledger was repaired by {lost:,} updates: keys were deleted or evicted"
+        yield Finding("redis keys", "warning", found, "find out by whom; maxmemory-policy must be noeviction")
+
+
+def replicas(info: Mapping[str, Any], wanted: int) -> Finding:
+    """Whether enough replicas are there for what counts as accepted."""
+    have = info["connected_slaves"]
+    if have >= wanted:
+        return Finding("redis replicas", "ok", f"{have} connected, IMATTR_REPLICAS is {wanted}")
+    found = f"{have} connected, and IMATTR_REPLICAS is {wanted}: nothing is accepted, and nothing is sent"
+    return Finding("redis replicas", "error", found, "start the replicas, or lower IMATTR_REPLICAS")
+
+
 def latency(redis: Redis, clock: Clock) -> Finding:
     """How far away the server is."""
     median = statistics.median(_seconds_of(redis.ping, clock) for _ in range(PINGS))
@@ -215,21 +239,34 @@ def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so:
 
 def broker(settings: Settings) -> list[Finding]:
     """Whether Celery's broker answers and, when it is another Redis than the state's, keeps its messages."""
-    url = settings.broker_url.reveal()
-    options = (
-        {} if url.startswith(("amqp", "pyamqp")) else _TIMEOUTS | {"global_keyprefix": settings.broker_prefix}
-    )
+    return _redis_broker(settings, settings.broker) if settings.broker else _other_broker(settings)
+
+
+def _redis_broker(settings: Settings, place: RedisUrl) -> list[Finding]:
+    check, key = "broker", settings.celery_prefix + DEFAULT_QUEUE
     try:
-        with Connection(url, connect_timeout=3, transport_options=options) as connection:  # type: ignore[no-untyped-call]
-            connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.2)
-            kind = connection.transport.driver_type
-            if url == without_protocol(settings.redis_url.reveal()):
-                found = [Finding("broker", "ok", "answers (the same Redis)")]
+        with connect(place, key=key, timeout=ANSWERS_IN, connect_timeout=ANSWERS_IN) as redis:
+            stray = redis.llen(key)
+            if place == settings.redis:
+                found = [Finding(check, "ok", "answers (the same Redis)")]
             else:
-                found = [Finding("broker", "ok", f"answers, {kind}")]
-                found += [_broker_eviction(connection)] if kind == "redis" else []
-            stray = _waiting(connection, DEFAULT_QUEUE)
-            return [*found, Finding("broker queue", "warning", *_stray(stray))] if stray else found
+                found = [Finding(check, "ok", f"answers at {place}")]
+                found.append(
+                    _looked(f"{check} eviction", lambda: eviction(f"{check} eviction", redis.info("memory")))
+                )
+    except RedisError as error:
+        return [
+            Finding(check, "error", _words("does not answer", error), "start it, or check IMATTR_BROKER_URL")
+        ]
+    return [*found, *_stray(int(stray))]
+
+
+def _other_broker(settings: Settings) -> list[Finding]:
+    try:
+        with Connection(settings.broker_url.reveal(), connect_timeout=ANSWERS_IN) as connection:  # type: ignore[no-untyped-call]
+            connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.2)
+            found = Finding("broker", "ok", f"answers, {connection.transport.driver_type}")
+            return [found, *_stray(_waiting(connection, DEFAULT_QUEUE))]
     except OperationalError as error:
         words, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
     except Exception as error:
@@ -247,16 +284,12 @@ def _waiting(connection: Any, queue: str) -> int:
         return 0
 
 
-def _stray(messages: int) -> tuple[str, str]:
-    many = "1 message waits" if messages == 1 else f"{messages:,} messages wait"
-    found = f"{many} in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
-    fix = 'if they are updates, send them with queue="updates", or set task_routes in the client that sends them'
-    return found, fix
-
-
-def _broker_eviction(connection: Any) -> Finding:
-    info = connection.default_channel.client.info
-    return _looked("broker eviction", lambda: eviction("broker eviction", info("memory")))
+def _stray(messages: int) -> Iterator[Finding]:
+    if messages:
+        many = "1 message waits" if messages == 1 else f"{messages:,} messages wait"
+        found = f"{many} in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
+        fix = 'if they are updates, send them with queue="updates", or set task_routes in the client that sends them'
+        yield Finding("broker queue", "warning", found, fix)
 
 
 # The fleet and the app.
@@ -269,6 +302,7 @@ def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
         yield workers(redis, keys)
         yield line(Line(redis, keys).read())
         yield quotas(read_rate(redis, keys), settings.quota)
+        yield from failover(redis, settings)
         yield from leftovers(Quarantine(redis, keys).count(), Refused(redis, keys).count())
         yield from unfinished_imports(redis, keys)
         delivered = number(redis.hget(keys.ledger, "delivered")) > 0

@@ -59,6 +59,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         "quarantine": snapshot.quarantine,
         "rate": {"quota": quota, "limit": limit, "current": current},
         "intake": read_intake(redis, keys),
+        "redis": {"servers": snapshot.servers, "updates_lost": snapshot.lost_with_servers},
         "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
         "eta_s": None if eta is None else round(eta, 1),
     }

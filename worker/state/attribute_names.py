@@ -58,7 +58,7 @@ class AttributeNames:
 
     def known_lately(self) -> frozenset[str] | None:
         """Return the names if somebody has read them from the API within `READ_EVERY`, else None."""
-        with self._redis.pipeline(transaction=True) as pipe:
+        with self._redis.pipeline(transaction=False) as pipe:
             pipe.pttl(self._read_key)
             pipe.smembers(self._key)
             left, names = pipe.execute()
@@ -68,10 +68,13 @@ class AttributeNames:
     def set(self, names: Iterable[str]) -> None:
         """Replace the names by what the API says; raises `ValueError` for names that no app can have."""
         checked = check_names(names)
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(self._key)
+        gone = {text(name) for name in self._redis.smembers(self._key)} - set(checked)
+        # What is new comes before what is gone leaves: no set at all would mean that any name passes.
+        with self._redis.pipeline(transaction=False) as pipe:
             if checked:
                 pipe.sadd(self._key, *checked)
+            if gone:
+                pipe.srem(self._key, *gone)
             pipe.set(self._read_key, 1, ex=READ_EVERY)
             pipe.execute()
         with self._lock:

@@ -26,6 +26,7 @@ from redis import Redis
 
 from ..models import (
     LATEST_MS,
+    LONGEST_CALL,
     LONGEST_DELAY,
     MAX_AHEAD,
     Acked,
@@ -41,6 +42,7 @@ from ..models import (
     UserId,
 )
 from . import scripts
+from .confirmation import Confirmation
 from .keys import LEDGER, Keys
 
 #: Most updates per `add`; bounds how long one script keeps Redis busy (2 to 6 ms). More are not faster, and beside a full
@@ -52,6 +54,9 @@ MOST_FORGOTTEN = 2500
 
 #: More attempts than any policy makes.
 MOST_ATTEMPTS = 1_000_000
+
+#: Records looked at in one step of a repair.
+PAGE = 500
 
 #: As `max_pending` of `add`: only users who are pending or in flight.
 NOBODY_NEW = -1
@@ -87,6 +92,16 @@ class LostLead(Exception):
     """Nothing was added, since another worker has taken the lead, and these updates, meanwhile."""
 
 
+class Known(NamedTuple):
+    """What a client knows of the server that it added to last: its number, and how many updates had been accepted there."""
+
+    server: int = 0
+    accepted: int = 0
+
+
+NOTHING_KNOWN = Known()
+
+
 class Lead(NamedTuple):
     """What a worker must hold while it adds: the key of the election, and its own name there."""
 
@@ -98,12 +113,13 @@ class Guard(NamedTuple):
     """Under what conditions updates are added.
 
     `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
-    is true, 0 if it is none. `lead`: who must lead.
+    is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding makes room elsewhere, so that a full server takes it.
     """
 
     max_ahead: float = MAX_AHEAD
     as_of_ms: int = 0
     lead: Lead | None = None
+    makes_room: bool = False
 
 
 class Settled(NamedTuple):
@@ -135,6 +151,9 @@ class Snapshot:
     quarantine: int
     oldest_age: float | None
     ledger: Mapping[str, int]
+    #: Updates known to have been accepted and lost with a server, and the number of servers so far.
+    lost_with_servers: int = 0
+    servers: int = 1
 
     @property
     def pending(self) -> int:
@@ -142,7 +161,7 @@ class Snapshot:
 
     @property
     def balanced(self) -> bool:
-        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + pending + in flight."""
+        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + lost + pending + in flight."""
         accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
         return accepted + redriven == sum(settled) + self.pending + self.in_flight
 
@@ -158,28 +177,35 @@ def add_keys(keys: Keys, guard: Guard = PLAIN) -> list[str]:
     """The keys of the script `add`."""
     k = keys
     found = [k.pending, k.live, k.backfill, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
-    return [*found, k.delayed, k.quarantine, k.forgotten_at, guard.lead.key if guard.lead else k.consumer]
+    found += [k.delayed, k.quarantine, k.forgotten_at, guard.lead.key if guard.lead else k.consumer]
+    return [*found, k.server, k.rate, k.tickets]
 
 
 def add_arguments(
-    updates: Sequence[Update], lane: str, max_pending: int, guard: Guard = PLAIN, now_ms: int | None = None
+    updates: Sequence[Update],
+    lane: str,
+    max_pending: int,
+    guard: Guard = PLAIN,
+    known: Known = NOTHING_KNOWN,
+    now_ms: int | None = None,
 ) -> tuple[scripts.Argument, ...]:
     """The arguments of the script `add`; see `Buffer.add`."""
     packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
     leader = guard.lead.worker if guard.lead else ""
     guards = (round(guard.max_ahead * 1000), guard.as_of_ms, leader)
-    return (_argument(now_ms), lane, max_pending, packed, *guards)
+    return (_argument(now_ms), lane, max_pending, packed, *guards, *known, int(guard.makes_room))
 
 
-def read_added(reply: Sequence[Any]) -> Added:
+def read_added(reply: Sequence[Any]) -> tuple[Added, Known]:
     """What the script `add` answered; raises `LostLead`."""
     if not reply:
         raise LostLead
-    accepted, coalesced, unchanged, stale, *others = reply
+    known = Known(*reply[:2])
+    accepted, coalesced, unchanged, stale, *others = reply[2:]
     reasons = [(index, scripts.text(reason)) for index, reason in zip(others[::2], others[1::2], strict=True)]
     full = tuple(index for index, reason in reasons if reason == "full")
     refused = tuple((index, RULES[reason]) for index, reason in reasons if reason != "full")
-    return Added(accepted, coalesced, unchanged, stale, full, refused)
+    return Added(accepted, coalesced, unchanged, stale, full, refused), known
 
 
 def new_batch_id() -> BatchId:
@@ -217,28 +243,38 @@ class Buffer:
         shadow_ttl: float = 900.0,
         shadow_max_users: int = 1_000_000,
         longest_delay: float = LONGEST_DELAY,
+        longest_call: float = LONGEST_CALL,
+        confirmation: Confirmation | None = None,
     ) -> None:
-        """`redis` must return bytes (`decode_responses=False`); `lease`, `shadow_ttl` and `longest_delay` in seconds."""
+        """`redis` must return bytes (`decode_responses=False`); times in seconds.
+
+        `longest_call` is how long a call may take effect after it was sent. With a `confirmation`, `redis` must have one connection.
+        """
         self._redis = redis
         self._keys = keys
         self._lease_ms = round(lease * 1000)
         self._shadow_ttl_ms, self._shadow_max = round(shadow_ttl * 1000), shadow_max_users
         self._longest_delay_ms = round(longest_delay * 1000)
+        self._longest_call_ms = round(longest_call * 1000)
+        self._confirmation, self._known = confirmation, NOTHING_KNOWN
         k = keys
         lanes = [k.pending, k.live, k.backfill]
         self._add = scripts.load(redis, "add")
         self._claim = scripts.load(redis, "claim")
         self._claim_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases, k.tickets, k.line]
-        self._claim_keys += [k.rate, k.health, k.quarantine, k.ledger]
+        self._claim_keys += [k.rate, k.health, k.quarantine, k.ledger, k.server]
         self._settle = scripts.load(redis, "settle")
         self._settle_keys = [*lanes, k.delayed, k.flight, k.batches, k.leases]
         self._settle_keys += [k.dead, k.dead_at, k.shadow, k.shadow_at, k.ledger, k.health, k.tickets]
-        self._settle_keys += [k.quarantine, k.imports, k.forgotten_at]
+        self._settle_keys += [k.quarantine, k.imports, k.forgotten_at, k.server, k.rate]
         self._extend = scripts.load(redis, "extend")
         self._reclaim = scripts.load(redis, "reclaim")
         self._forget = scripts.load(redis, "forget")
+        self._snapshot = scripts.load(redis, "snapshot")
+        self._repair = scripts.load(redis, "repair")
         self._dispatch = scripts.load(redis, "dispatch")
         self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line, k.partial_at]
+        self._dispatch_keys += [k.server, k.ledger]
 
     def add(
         self,
@@ -252,12 +288,19 @@ class Buffer:
         """Merge up to `MAX_UPDATES_PER_ADD` updates into what is pending, in order.
 
         `max_pending` is how many users may be pending: 0 = no limit, or `NOBODY_NEW`. Raises `LostLead` if the guard's
-        worker no longer leads.
+        worker no longer leads, and `NotConfirmed` if too few replicas have the updates in time.
         """
         if not updates:
             return NOTHING_ADDED
-        arguments = add_arguments(updates, lane, max_pending, guard, now_ms)
-        return read_added(self._add(add_keys(self._keys, guard), arguments))
+        arguments = add_arguments(updates, lane, max_pending, guard, self._known, now_ms)
+        keys = add_keys(self._keys, guard)
+        if self._confirmation is None:
+            added, self._known = read_added(self._add(keys, arguments))
+            return added
+        reply, have = self._confirmation.add(self._redis, keys, arguments)
+        added, self._known = read_added(reply)
+        self._confirmation.check(have)
+        return added
 
     def has_room(self, max_pending: int, share: float = 0.0) -> bool:
         """Whether fewer than `max_pending` users are pending; with a `share`, whether that part is free. 0 = no limit."""
@@ -275,12 +318,12 @@ class Buffer:
         reply = self._claim(self._claim_keys, args)
         if not reply:
             return None
-        now, probe, signed_at, ok_at, outage_ended_at, *pairs = reply
+        now, probe, signed_at, ok_at, outage_ended_at, number, *pairs = reply
         users, unreadable = _read_records(pairs[::2], pairs[1::2], outage_ended_at, ok_at)
         if unreadable:
             self.settle(ticket, dict.fromkeys(unreadable, Quarantined()), now_ms=now_ms)
         kind: Any = scripts.text(probe)
-        return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at)
+        return Batch(ticket, users, claimed_ms=now, probe=kind, signed_at=signed_at, number=number)
 
     def settle(
         self,
@@ -291,13 +334,15 @@ class Buffer:
         claimed_ms: int = 0,
         successor: BatchId | None = None,
         size: int = 0,
+        number: int = 0,
         now_ms: int | None = None,
     ) -> Settled | None:
         """End the claim on the users named and, with `rest`, on all others of the batch.
 
         Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. `successor` is a
         ticket to issue if another batch of `size` users is ready for it. Returns None if the batch is no longer held (its
-        lease was reclaimed): then nothing has changed.
+        lease was reclaimed): then nothing has changed. `number` is the claim's: if a failover has lost it, nobody sends until its
+        call can no longer take effect.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
@@ -310,19 +355,23 @@ class Buffer:
             claimed_ms,
             successor or "",
             size,
+            number,
+            self._longest_call_ms,
         )
         users, issued = self._settle(self._settle_keys, args)
         return None if users < 0 else Settled(users, bool(issued))
 
     def extend(
-        self, batch: BatchId, *, epoch: int | None = None, now_ms: int | None = None
+        self, batch: BatchId, *, epoch: int | None = None, number: int = 0, now_ms: int | None = None
     ) -> Literal["held", "must wait", "lost"]:
         """Renew the lease, if the batch is still held.
 
         It must wait if the line was stopped, or the permit, given by its `epoch`, has lapsed.
         """
-        keys = [self._keys.batches, self._keys.leases, self._keys.rate, self._keys.line]
-        held = self._extend(keys, (_argument(now_ms), batch, self._lease_ms, _argument(epoch)))
+        k = self._keys
+        keys = [k.batches, k.leases, k.rate, k.line, k.server, k.tickets, k.ledger]
+        args = (_argument(now_ms), batch, self._lease_ms, _argument(epoch), number, self._longest_call_ms)
+        held = self._extend(keys, args)
         return "held" if held > 0 else "must wait" if held else "lost"
 
     def reclaim(self, *, now_ms: int | None = None) -> BatchId | None:
@@ -339,10 +388,14 @@ class Buffer:
         self.settle(successor, {}, rest=Snoozed(), now_ms=now_ms)
         return BatchId(expired.decode())
 
-    def forget(self, *, now_ms: int | None = None) -> int:
-        """Forget what was delivered long ago, up to `MOST_FORGOTTEN` users; returns how many that were."""
+    def forget(self, *, make_room: bool = False, now_ms: int | None = None) -> int:
+        """Forget what was delivered long ago, up to `MOST_FORGOTTEN` users; returns how many that were.
+
+        To `make_room` on a server that is nearly full, also what was delivered lately, oldest first.
+        """
         keys = [self._keys.shadow, self._keys.shadow_at, self._keys.imports, self._keys.forgotten_at]
-        args = (_argument(now_ms), self._shadow_ttl_ms, self._shadow_max, MOST_FORGOTTEN)
+        most = 0 if make_room else self._shadow_max
+        args = (_argument(now_ms), self._shadow_ttl_ms, most, MOST_FORGOTTEN)
         return int(self._forget(keys, args))
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
@@ -382,21 +435,11 @@ class Buffer:
     def snapshot(self) -> Snapshot:
         """Count everything at one instant."""
         k = self._keys
-        with self._redis.pipeline(transaction=True) as pipe:
-            for lane in (k.live, k.backfill, k.delayed):
-                pipe.zcard(lane)
-            for table in (k.pending, k.flight, k.dead, k.quarantine):
-                pipe.hlen(table)
-            pipe.hgetall(k.ledger)
-            for lane in (k.live, k.backfill):
-                pipe.zrange(lane, 0, 0, withscores=True)
-            pipe.time()
-            replies: list[Any] = pipe.execute()
-        live, backfill, delayed, pending, in_flight, dead, quarantine, ledger, *oldest, (seconds, micros) = (
-            replies
-        )
-        scores = [score for lane in oldest for _, score in lane]
-        age = max(0.0, seconds + micros / 1e6 - min(scores) / 1000) if scores else None
+        keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.dead, k.quarantine, k.ledger, k.server]
+        now, pending, live, backfill, delayed, in_flight, dead, quarantine, *rest = self._snapshot(keys, [""])
+        *oldest, ledger, server = rest
+        known = [float(score) for score in oldest if score]
+        counters, servers = (dict(zip(flat[::2], flat[1::2], strict=True)) for flat in (ledger, server))
         return Snapshot(
             live=live,
             backfill=backfill,
@@ -405,9 +448,31 @@ class Buffer:
             in_flight=in_flight,
             dead=dead,
             quarantine=quarantine,
-            oldest_age=age,
-            ledger={counter: scripts.number(ledger.get(counter.encode())) for counter in LEDGER},
+            oldest_age=max(0.0, (now - min(known)) / 1000) if known else None,
+            ledger={counter: scripts.number(counters.get(counter.encode())) for counter in LEDGER},
+            lost_with_servers=sum(scripts.number(servers.get(field)) for field in (b"lost", b"lost_before")),
+            servers=scripts.number(servers.get(b"number")) or 1,
         )
+
+    def repair(self) -> tuple[int, int]:
+        """Bring lanes and ledger back into agreement with the records, after keys were deleted or evicted.
+
+        Returns how many updates are lost (less than 0 if more were found), and how many users had been in no lane. Costs nothing
+        while all is well.
+        """
+        seen = self.snapshot()
+        k = self._keys
+        keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.ledger]
+        lost = joined = 0
+        # Only users in flight may wait outside the lanes.
+        if not 0 <= seen.waiting <= seen.in_flight:
+            for page in scripts.pages(self._redis.hscan_iter(k.pending, count=PAGE), PAGE):
+                users = json.dumps([scripts.text(user) for user, _ in page])
+                off, found = self._repair(keys, [users])
+                lost, joined = lost + off, joined + found
+        if not seen.balanced:
+            lost += self._repair(keys, ["[]"])[0]
+        return lost, joined
 
 
 def _read_records(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from redis import Redis
@@ -126,7 +125,7 @@ class DeadLetters:
     def redrive(self, chosen: Chosen) -> Redriven:
         """Put these letters back to pending, in the lane for spare seats; those that have changed since are left out."""
         total = Redriven()
-        for page in _pages(chosen):
+        for page in scripts.pages(chosen.items(), PAGE):
             redriven, outdated = self._redrive(self._redrive_keys, ["", json.dumps(page)])
             total.redriven += redriven
             total.outdated += outdated
@@ -135,13 +134,7 @@ class DeadLetters:
     def purge(self, chosen: Chosen) -> int:
         """Delete these letters for good; returns how many there were. Those that have changed since stay."""
         keys = [self._keys.dead, self._keys.dead_at]
-        return sum(int(self._purge(keys, [json.dumps(page)])) for page in _pages(chosen))
-
-
-def _pages(chosen: Chosen) -> Iterator[list[tuple[UserId, int]]]:
-    letters = iter(chosen.items())
-    while page := list(islice(letters, PAGE)):
-        yield page
+        return sum(int(self._purge(keys, [json.dumps(page)])) for page in scripts.pages(chosen.items(), PAGE))
 
 
 def _letter(user: UserId, packed: bytes | str) -> Letter | None:

@@ -29,6 +29,8 @@ LEDGER = (
     "delivered",
     "dead_lettered",
     "quarantined",
+    # What a repair could not find any more, or less than nothing if it found more: keys were deleted or evicted.
+    "lost",
 )
 
 
@@ -130,6 +132,14 @@ class Keys:
         "stretch_hold" us; "refusals" in the second that began at "refused_at" us; "busy", the slots granted so far, end to
         end, us."""
         return self._key("rate")
+
+    @property
+    def server(self) -> str:
+        """hash, on which server, and which state of the data, scripts run: its replication "id"; the "number" of servers so far, in use
+        since "at" ms, when so many updates were "accepted"; "claims" so far, and those that can only have been made on the server before,
+        "gap_from" to "gap_to"; 1 if one of them was found to be missing here, "behind", or if the data was "emptied"; updates known to be "lost" with
+        the last one, and with all before it, "lost_before"."""
+        return self._key("server")
 
     @property
     def quotas(self) -> str:

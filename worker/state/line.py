@@ -66,6 +66,7 @@ class Line:
         self._pause = scripts.load(redis, "pause_line")
         self._resume = scripts.load(redis, "resume")
         self._renew_signature = scripts.load(redis, "renew_signature")
+        self._record_failure = scripts.load(redis, "record_failure")
         self._record_dead_letters = scripts.load(redis, "record_dead_letters")
 
     def stop(
@@ -94,11 +95,11 @@ class Line:
 
         Settling users as delivered starts the row over.
         """
-        return int(self._redis.hincrby(self._keys.health, "failures", 1))
+        return int(self._record_failure([self._keys.health], ()))
 
     def failures(self) -> int:
         """Return how many calls have failed in a row."""
-        return int(self._redis.hget(self._keys.health, "failures") or 0)
+        return number(self._redis.hget(self._keys.health, "failures"))
 
     def record_dead_letters(self, code: int, users: int, *, now_ms: int | None = None) -> bool:
         """Count users that became dead letters; returns whether they are too many."""

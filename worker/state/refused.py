@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from redis import Redis
-from redis.client import Pipeline
 
 from ..errors import InvalidUpdate
+from . import scripts
 from .keys import Keys
 from .scripts import text
 
@@ -23,6 +25,9 @@ from .scripts import text
 MOST = 10_000
 #: Characters of a payload that are kept.
 MAX_PAYLOAD = 1000
+
+#: Nothing that is scheduled.
+NOTHING: Mapping[str, int] = MappingProxyType({})
 
 Source = Literal["celery", "stream"]
 
@@ -66,21 +71,24 @@ class Refused:
     """The refused updates of one app. Thread-safe."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._key = redis, keys.refused
+        self._redis, self._key, self._keys = redis, keys.refused, [keys.refused, keys.scheduled]
+        self._keep = scripts.load(redis, "keep")
 
     def keep(
-        self, source: Source, error: InvalidUpdate, update: object, *, on: Pipeline | None = None
+        self,
+        source: Source,
+        refused: Sequence[tuple[InvalidUpdate, object]],
+        scheduled: Mapping[str, int] = NOTHING,
     ) -> None:
-        """Keep `update`, whatever it is, with the reason; `on` a pipeline, or at once."""
-        fields: dict[Any, Any] = {
-            "source": source,
-            "user": error.user,
-            "rule": error.rule,
-            "payload": _text(update)[:MAX_PAYLOAD],
-        }
-        # A lone surrogate may be what it was refused for.
-        encoded = {name: text.encode(errors="replace") for name, text in fields.items()}
-        (self._redis if on is None else on).xadd(self._key, encoded, maxlen=MOST, approximate=True)
+        """Keep updates, whatever they are, each with the reason; and what is scheduled, with the ms before which it must wait."""
+        updates = [
+            # A lone surrogate may be what it was refused for.
+            [part.encode(errors="replace").decode() for part in (source, error.user, error.rule, text)]
+            for error, update in refused
+            for text in [_text(update)[:MAX_PAYLOAD]]
+        ]
+        if updates or scheduled:
+            self._keep(self._keys, [json.dumps(updates), json.dumps(list(scheduled.items())), MOST])
 
     def newest(self, limit: int) -> list[RefusedUpdate]:
         """Return up to `limit` of them, newest first."""

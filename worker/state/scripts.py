@@ -1,17 +1,25 @@
 """Loads the Lua scripts beside this file: one file is one atomic step of the state machine.
 
-`lua/prelude.lua` has the functions that several scripts share; those that a script uses go before it.
+`lua/prelude.lua` has the functions that several scripts share; those that a script uses go before it. A script names its keys
+first; what is sent has ``KEYS[1]`` and so on in their place, because some services run only scripts in which every key can
+be seen.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 from redis import Redis
 
+T = TypeVar("T")
+
 #: What a script takes as an argument.
 Argument = str | int | float | bytes
+
+#: The lines with which a script names its keys.
+_NAMING = re.compile(r"^local ([\w, ]+) =\s+((?:KEYS\[\d+\][,\s]*)+)\n", re.MULTILINE)
 
 
 class Script(Protocol):
@@ -24,13 +32,25 @@ def source(name: str) -> str:
     """Return the text of ``lua/<name>.lua``, with what it uses of the prelude before it."""
     lua = resources.files(__package__).joinpath("lua")
     prelude, text = (lua.joinpath(f"{file}.lua").read_text(encoding="utf-8") for file in ("prelude", name))
+    text = text.partition("]]\n")[2]
     # From the last definition to the first, since each may use those above it. Only what is used, because Redis takes
     # 0.3 us for each function at every call of the script.
-    for definition in reversed(prelude.split("\n\n")):
+    for definition in reversed(prelude.partition("]]\n")[2].strip().split("\n\n")):
         defined = re.search(r"^local (?:function )?(\w+)", definition, re.MULTILINE)
         if defined and re.search(rf"\b{defined[1]}\b", text):
             text = f"{definition}\n\n{text}"
-    return text
+    return _with_literal_keys(re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE))
+
+
+def _with_literal_keys(text: str) -> str:
+    named = {
+        name: key
+        for match in _NAMING.finditer(text)
+        for name, key in zip(re.findall(r"\w+", match[1]), re.findall(r"KEYS\[\d+\]", match[2]), strict=True)
+    }
+    # A name after a dot is a field, and one in quotes a word.
+    names = rf"(?<![.'\w])({'|'.join(named)})(?![\w'])"
+    return re.sub(names, lambda match: named[match[1]], _NAMING.sub("", text))
 
 
 def text(value: bytes | str) -> str:
@@ -44,6 +64,13 @@ def number(value: bytes | str | None) -> int:
         return int(value) if value and len(value) < 20 else 0
     except ValueError:
         return 0
+
+
+def pages(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Split into lists of up to `size`: what one step of a script takes."""
+    rest = iter(items)
+    while page := list(islice(rest, size)):
+        yield page
 
 
 def load(redis: Redis, name: str) -> Script:

@@ -25,6 +25,9 @@ KEYS[10] zset, lane `delayed`
 KEYS[11] hash, quarantine
 KEYS[12] string, forgotten_at ms
 KEYS[13] string with expiry: name of the leader
+KEYS[14] hash, server
+KEYS[15] hash, rate
+KEYS[16] zset, tickets
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
 ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pending yet
@@ -32,17 +35,33 @@ ARGV[4]  JSON array of [user, {name: value, or null to remove it}, event time in
 ARGV[5]  how far ahead of the server's clock an event time may be, ms
 ARGV[6]  the time in ms as of which an import is true, 0 = this is none
 ARGV[7]  who must lead, empty = nobody
-Returns  {accepted, coalesced, unchanged, stale, for each refused update: its index from 0, and "full", "ahead" or "forgotten",
-         ...}, or {} if the leader is another
+ARGV[8]  the number of the server that the caller added to last, 0 = none
+ARGV[9]  how many updates had been accepted there by then
+ARGV[10] 1 if what is added makes room elsewhere, so that a full server takes it, else 0
+Returns  {number of this server, updates accepted so far, accepted, coalesced, unchanged, stale, for each refused update: its
+         index from 0, and "full", "ahead" or "forgotten", ...}, or {} if the leader is another
 ]]
 local pending, live, backfill, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local shadow, shadow_at, ledger, dead, dead_at = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local delayed, quarantine, forgotten_at, leader = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
+local server, rate, tickets = KEYS[14], KEYS[15], KEYS[16]
 local now, lane, max_pending, updates = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
 local latest, as_of, leads = now + tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local seen, seen_accepted, makes_room = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10] == '1'
 
 if leads ~= '' and redis.call('GET', leader) ~= leads then
   return {}
+end
+if makes_room then
+  despite_full_memory()
+end
+local number = arrive(now * 1000, seen)
+if seen > 0 and seen == number - 1 then
+  -- What the caller knows to have been accepted before, and this server does not.
+  local accepted, lost, emptied = numbers(redis.call('HMGET', server, 'accepted', 'lost', 'emptied'))
+  if emptied == 0 and seen_accepted - accepted > lost then
+    redis.call('HSET', server, 'lost', whole(seen_accepted - accepted))
+  end
 end
 local is_forgotten = as_of > 0 and (tonumber(redis.call('GET', forgotten_at) or 0) or 0) > as_of
 
@@ -58,7 +77,7 @@ local pending_count = max_pending > 0 and redis.call('HLEN', pending) or 0
 
 -- A user may be in the array twice: what the first update changed is what the second one finds.
 local records, memories, letters, unreadable = {}, {}, {}, {}
-local entries = { lane == 'live' and live or backfill }
+local entries = {}
 local accepted, coalesced, unchanged, stale, refused = 0, 0, 0, 0, {}
 -- One loop without functions of its own: creating them would cost a single update a tenth of its time.
 for i, update in ipairs(updates) do
@@ -137,18 +156,20 @@ end
 -- A record that cannot be read makes room for the new one.
 local quarantined = 0
 for user, packed in pairs(unreadable) do
-  withdraw(quarantine, pending, { live, backfill, delayed }, now, user, packed)
+  withdraw(now, user, packed)
   quarantined = quarantined + 1
 end
-local fields = { pending }
+local fields = {}
 for user, record in pairs(records) do
   fields[#fields + 1], fields[#fields + 2] = user, cjson.encode(record)
 end
-if #fields > 1 then
-  redis.call('HSET', unpack(fields))
+if #fields > 0 then
+  redis.call('HSET', pending, unpack(fields))
 end
-if #entries > 1 then
-  redis.call('ZADD', unpack(entries))
+if #entries > 0 and lane == 'live' then
+  redis.call('ZADD', live, unpack(entries))
+elseif #entries > 0 then
+  redis.call('ZADD', backfill, unpack(entries))
 end
 for user, memory in pairs(memories) do
   redis.call('HSET', shadow, user, cjson.encode(memory))
@@ -162,5 +183,6 @@ for user, letter in pairs(letters) do
     redis.call('ZREM', dead_at, user)
   end
 end
-count(ledger, { accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale, quarantined = quarantined })
-return { accepted, coalesced, unchanged, stale, unpack(refused) }
+count({ accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale, quarantined = quarantined })
+local so_far = numbers(redis.call('HMGET', ledger, 'accepted'))
+return { number, so_far, accepted, coalesced, unchanged, stale, unpack(refused) }

@@ -14,5 +14,7 @@ local leading, left = redis.call('GET', leader), redis.call('PTTL', leader)
 if leading and leading ~= me and left <= term then
   return math.max(1, left)
 end
+-- A full server sets nothing, unless something was deleted first.
+redis.call('DEL', leader)
 redis.call('SET', leader, me, 'PX', term)
 return 0

@@ -18,6 +18,8 @@ KEYS[4]  zset, lane `delayed`
 KEYS[5]  hash, rate
 KEYS[6]  hash, line
 KEYS[7]  string, partial_at: ms of the last partial batch
+KEYS[8]  hash, server
+KEYS[9]  hash, ledger
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  users a batch
 ARGV[3]  linger, ms
@@ -29,11 +31,13 @@ ARGV[8]  what the ids of the tickets begin with, used by nobody else; the number
 Returns  {tickets issued, numbered from 1; ms until something may become due, or -1}
 ]]
 local tickets, live, backfill, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local rate, line, partial_at = KEYS[5], KEYS[6], KEYS[7]
+local rate, line, partial_at, server, ledger = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local now, size, linger, ticket_ttl = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local quota, horizon, longest, prefix = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
-local paused_at, paused_until, limit, slot = numbers(rate, 'paused_at', 'paused_until', 'limit', 'next')
+despite_full_memory()
+arrive(now * 1000, 0)
+local paused_at, paused_until, limit, slot = numbers(redis.call('HMGET', rate, 'paused_at', 'paused_until', 'limit', 'next'))
 if paused_at / 1000 <= now + 1 and paused_until / 1000 > now then
   return { 0, math.ceil(paused_until / 1000 - now) }
 end
@@ -51,10 +55,8 @@ for _, user in ipairs(redis.call('ZRANGEBYSCORE', delayed, '(' .. now + longest,
 end
 local due = redis.call('ZCOUNT', delayed, '-inf', now)
 local ready = due + redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
-local oldest = math.huge
-for _, lane in ipairs({ live, backfill }) do
-  oldest = math.min(oldest, tonumber(redis.call('ZRANGE', lane, 0, 0, 'WITHSCORES')[2]) or math.huge)
-end
+local first, spare = redis.call('ZRANGE', live, 0, 0, 'WITHSCORES'), redis.call('ZRANGE', backfill, 0, 0, 'WITHSCORES')
+local oldest = math.min(tonumber(first[2]) or math.huge, tonumber(spare[2]) or math.huge)
 
 local wanted, partial = math.floor(ready / size), false
 if ready % size > 0 then
@@ -65,7 +67,7 @@ end
 
 local state, next_probe, wait = unpack(redis.call('HMGET', line, 'state', 'next_probe', 'wait'))
 if state then
-  next_probe, wait = tonumber(next_probe or nil), numbers(line, 'wait')
+  next_probe, wait = tonumber(next_probe or nil), numbers(redis.call('HMGET', line, 'wait'))
   next_probe = finite(next_probe) and next_probe or math.huge
   -- A probe further away than the wait was set before the clock was set back.
   local is_due = state ~= 'paused' and (next_probe <= now or next_probe > now + wait)

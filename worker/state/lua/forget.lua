@@ -30,10 +30,10 @@ local users = {}
 for i = 1, #found, 2 do
   users[#users + 1] = found[i]
 end
+redis.call('ZREM', shadow_at, unpack(users))
+redis.call('HDEL', shadow, unpack(users))
 local newest = tonumber(found[#found])
 if newest > (tonumber(redis.call('GET', forgotten_at) or 0) or 0) then
   redis.call('SET', forgotten_at, whole(newest))
 end
-redis.call('ZREM', shadow_at, unpack(users))
-redis.call('HDEL', shadow, unpack(users))
 return #users

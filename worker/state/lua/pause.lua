@@ -25,16 +25,18 @@ local now, length, reason, code = now_us(ARGV[1]), tonumber(ARGV[2]), ARGV[3], A
 local epoch, refused, dwell = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
 local shortest, longest = tonumber(ARGV[8]), tonumber(ARGV[9])
 
-local current = numbers(rate, 'epoch')
-if has_lapsed(rate, epoch) then
+-- First a write that needs no memory: a full server then takes the others.
+redis.call('HDEL', rate, '')
+local current = numbers(redis.call('HMGET', rate, 'epoch'))
+if has_lapsed(epoch) then
   return { 0, current }
 end
 local paused_at, paused_until, good, hold, limit =
-  numbers(rate, 'paused_at', 'paused_until', 'good', 'hold', 'limit')
+  numbers(redis.call('HMGET', rate, 'paused_at', 'paused_until', 'good', 'hold', 'limit'))
 if refused > 0 and limit == 0 and length <= 1e6 then
   local SECOND, STEP, MOST = 1e6, 1e4, 3e5
   local since, refusals, slot, apart, jitter, stretch, quiet =
-    numbers(rate, 'refused_at', 'refusals', 'next', 'apart', 'jitter', 'stretch', 'stretch_hold')
+    numbers(redis.call('HMGET', rate, 'refused_at', 'refusals', 'next', 'apart', 'jitter', 'stretch', 'stretch_hold'))
   local first = now < since or now >= since + SECOND
   refusals = first and 1 or refusals + 1
   redis.call('HSET', rate, 'refused_at', whole(first and now or since), 'refusals', refusals)

@@ -1,5 +1,6 @@
 --[[
-What several scripts share. The loader puts it before each of them, so every function here is local to one run.
+What several scripts share. The loader puts what a script uses of it before the script, so every function here is local to
+one run. Keys have the names that all scripts give them.
 ]]
 
 -- The time in microseconds since 1970: as given, else the server's.
@@ -26,10 +27,9 @@ local function finite(value)
   return type(value) == 'number' and value > -1e300 and value < 1e300
 end
 
--- Fields of a hash as numbers, 0 where there is none.
-local function numbers(hash, ...)
-  local found = redis.call('HMGET', hash, ...)
-  for i = 1, select('#', ...) do
+-- What HMGET found, as numbers, 0 where there is none.
+local function numbers(found)
+  for i = 1, #found do
     local number = tonumber(found[i] or nil)
     found[i] = finite(number) and number or 0
   end
@@ -37,17 +37,17 @@ local function numbers(hash, ...)
 end
 
 -- What was set aside because it cannot be read, with its raw bytes.
-local function set_aside(quarantine, kind, now, user, packed)
+local function set_aside(kind, now, user, packed)
   redis.call('HSET', quarantine, string.format('%s:%.0f:%s', kind, now, user), packed)
 end
 
 -- Take a record that cannot be read out of pending; its user leaves the lanes.
-local function withdraw(quarantine, pending, lanes, now, user, packed)
-  set_aside(quarantine, 'pending', now, user, packed)
+local function withdraw(now, user, packed)
+  set_aside('pending', now, user, packed)
   redis.call('HDEL', pending, user)
-  for _, lane in ipairs(lanes) do
-    redis.call('ZREM', lane, user)
-  end
+  redis.call('ZREM', live, user)
+  redis.call('ZREM', backfill, user)
+  redis.call('ZREM', delayed, user)
 end
 
 -- The users of a packed batch, or nil if it cannot be read.
@@ -98,12 +98,16 @@ local function attributes(packed)
 end
 
 -- Let a user wait in its lane, at the place of its first update.
-local function enter_lane(live, backfill, user, record)
-  redis.call('ZADD', record.b and backfill or live, record.t, user)
+local function enter_lane(user, record)
+  if record.b then
+    redis.call('ZADD', backfill, record.t, user)
+  else
+    redis.call('ZADD', live, record.t, user)
+  end
 end
 
 -- Add to counters of the ledger: counter -> how many. One that is no number starts over.
-local function count(ledger, counts)
+local function count(counts)
   for counter, number in pairs(counts) do
     if number > 0 and type(redis.pcall('HINCRBY', ledger, counter, number)) == 'table' then
       redis.call('HSET', ledger, counter, number)
@@ -112,6 +116,67 @@ local function count(ledger, counts)
 end
 
 -- Whether a permit, given by its epoch, was voided by a pause; an empty epoch stands for no permit.
-local function has_lapsed(rate, epoch)
+local function has_lapsed(epoch)
   return epoch ~= '' and epoch ~= (redis.call('HGET', rate, 'epoch') or '0')
+end
+
+-- A server without room refuses a script's first write if it may need memory, and none that follows it. For scripts that make
+-- room, or without which nothing would.
+local function despite_full_memory()
+  redis.call('HDEL', server, '')
+end
+
+-- What the server says about replication: its id, which changes with every promotion and restart, and all of it. Some
+-- services show neither.
+local function replication()
+  local about = redis.pcall('INFO', 'replication')
+  about = type(about) == 'string' and about or ''
+  return string.match(about, 'master_replid:(%x+)'), about
+end
+
+-- Let nobody send for so long, and void all permits. Times in us.
+local function hold_all(now, length, reason, epoch)
+  local paused_at, paused_until, current = numbers(redis.call('HMGET', rate, 'paused_at', 'paused_until', 'epoch'))
+  paused_until = math.max(paused_at <= now and paused_until or 0, now + length)
+  redis.call('HSET', rate, 'paused_at', whole(now), 'paused_until', whole(paused_until), 'reason', reason, 'code', '')
+  redis.call('HSET', rate, 'next', whole(paused_until), 'epoch', whole(math.max(current + 1, epoch or 0)))
+end
+
+-- Notice when this is another server, or other data, than scripts ran on before, and return its number. `seen` is the
+-- highest number that the caller knows; `now` in us.
+--
+-- A promoted replica, and a server that was restarted, may be in the past: claims and slots of the last moments are
+-- unknown to it. So permits and tickets are void, and nothing is sent until whatever was under way has landed: the API gives
+-- up after 3 s (1047/34620). Epochs and the numbers of claims go on far above those that may have been lost; a claim with a
+-- number in between was.
+local function arrive(now, seen)
+  local QUIET, FAR = 3e6, 1e6
+  local known, number = unpack(redis.call('HMGET', server, 'id', 'number'))
+  local id = replication() or known or '-'
+  number = tonumber(number or nil) or 0
+  if id == known and seen <= number then
+    return number
+  end
+  local moved = known and id ~= known
+  number = math.max(number, seen) + 1
+  local claims, lost, before = numbers(redis.call('HMGET', server, 'claims', 'lost', 'lost_before'))
+  local accepted = numbers(redis.call('HMGET', ledger, 'accepted'))
+  redis.call('HSET', server, 'id', id, 'number', number, 'at', whole(now / 1000), 'accepted', whole(accepted))
+  if known or seen > 0 then
+    redis.call('HSET', server, 'claims', whole(claims + FAR), 'gap_from', whole(claims), 'gap_to', whole(claims + FAR))
+    redis.call('HSET', server, 'lost', 0, 'lost_before', whole(before + lost), 'behind', 0, 'emptied', moved and 0 or 1)
+    redis.call('DEL', tickets)
+    hold_all(now, QUIET, moved and 'Redis failed over or was restarted' or 'Redis was emptied', number * FAR)
+  end
+  return number
+end
+
+-- Notice a claim that was made on another server and is unknown to this one: its users may be sent again while its call is
+-- still under way. `length` in us is how long that may be.
+local function miss_claim(now, claim, length)
+  local from, upto = numbers(redis.call('HMGET', server, 'gap_from', 'gap_to'))
+  if claim > from and claim <= upto then
+    redis.call('HSET', server, 'gap_from', whole(upto), 'behind', 1)
+    hold_all(now, length, 'Redis failed over to a replica that was behind')
+  end
 end

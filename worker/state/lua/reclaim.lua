@@ -33,6 +33,12 @@ local function strays()
   return found
 end
 
+-- First a write that needs no memory: a full server then takes the others.
+redis.call('HDEL', batches, '')
+if redis.call('HLEN', batches) == 0 and redis.call('HLEN', flight) > 0 then
+  -- Somebody deleted the batches: what was in flight may still be.
+  redis.call('HSET', batches, batch, cjson.encode(redis.call('HKEYS', flight)))
+end
 if redis.call('HLEN', batches) > redis.call('ZCARD', leases) then
   for _, id in ipairs(redis.call('HKEYS', batches)) do
     redis.call('ZADD', leases, 'NX', now + lease, id)
@@ -50,7 +56,7 @@ for _, record in ipairs(users and redis.call('HMGET', flight, unpack(users)) or 
 end
 if not (users and known) then
   if packed then
-    set_aside(quarantine, 'batches', now, expired, packed)
+    set_aside('batches', now, expired, packed)
   end
   redis.call('HDEL', batches, expired)
   local found = strays()

@@ -18,10 +18,12 @@ local health, ledger = KEYS[1], KEYS[2]
 local now, code, users = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local row_max, window_max, share, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
+-- First a write that needs no memory: a full server then takes the others.
+redis.call('HDEL', health, '')
 local same = redis.call('HGET', health, 'dead_code') == code
 local row, seen, since, total, base =
-  numbers(health, 'dead_row', 'dead_seen', 'dead_since', 'dead_count', 'dead_base')
-local delivered = numbers(ledger, 'delivered')
+  numbers(redis.call('HMGET', health, 'dead_row', 'dead_seen', 'dead_since', 'dead_count', 'dead_base'))
+local delivered = numbers(redis.call('HMGET', ledger, 'delivered'))
 
 if not same or now < since or now - since > window then
   row, since, total, base = same and row or 0, now, 0, delivered

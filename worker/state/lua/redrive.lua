@@ -28,14 +28,14 @@ for _, chosen in ipairs(letters) do
   local packed = tonumber(redis.call('ZSCORE', dead_at, user) or nil) == at and redis.call('HGET', dead, user)
   local letter = packed and readable(packed)
   if packed and not letter then
-    set_aside(quarantine, 'dead', now, user, packed)
+    set_aside('dead', now, user, packed)
     redis.call('HDEL', dead, user)
     redis.call('ZREM', dead_at, user)
   elseif letter then
     local waiting, sent = redis.call('HGET', pending, user), redis.call('HGET', flight, user)
     local record = waiting and readable(waiting)
     if waiting and not record then
-      withdraw(quarantine, pending, { live, backfill, delayed }, now, user, waiting)
+      withdraw(now, user, waiting)
       counts.quarantined, waiting = counts.quarantined + 1, false
     end
     record = record or { t = letter.t, a = {}, b = 1 }
@@ -64,5 +64,5 @@ for _, chosen in ipairs(letters) do
     end
   end
 end
-count(ledger, counts)
+count(counts)
 return { counts.redriven, counts.stale }

@@ -13,7 +13,9 @@ Returns  the time to sign with, s, or 0 if the line should stop
 local health = KEYS[1]
 local now, refused = now_ms(ARGV[1]), tonumber(ARGV[2])
 
-local signed_at, ok_at = numbers(health, 'signed_at', 'ok_at')
+-- First a write that needs no memory: a full server then takes the others.
+redis.call('HDEL', health, '')
+local signed_at, ok_at = numbers(redis.call('HMGET', health, 'signed_at', 'ok_at'))
 -- A success in the future was before the clock was set back.
 ok_at = ok_at <= now and ok_at or 0
 if refused < signed_at then

@@ -17,6 +17,9 @@ now, and it climbs whenever a full second's calls at it have passed: by doubling
 then by halving the way to the ceiling ("bad", the lowest limit refused), and once there only after a long hold, which
 doubles each time the next step is refused again.
 
+Where updates count as accepted only once replicas have them, nobody sends either unless as many are in step: a primary that
+is cut off from its replicas may have a successor already.
+
 Calls that isolate bad users get at most every tenth slot while others wait for slots, too.
 
 KEYS[1]  hash, rate: "next" free slot us, "next_isolating" us, "paused_at" us, "paused_until" us, "epoch"; "limit", "good",
@@ -24,17 +27,24 @@ KEYS[1]  hash, rate: "next" free slot us, "next_isolating" us, "paused_at" us, "
          between slots, "jitter" us, "stretch" us, "stretch_at" us, "stretch_hold" us, "stretch_jitter" us;
          "busy" us, the slots granted so far, end to end
 KEYS[2]  zset, quotas: calls a second -> "busy" when somebody last named it
+KEYS[3]  hash, server
+KEYS[4]  zset, tickets
+KEYS[5]  hash, ledger
 ARGV[1]  now in us, empty = the server's clock
 ARGV[2]  the quota that the caller was configured with, calls a second
 ARGV[3]  patience, us
 ARGV[4]  1 for a call that isolates, else 0
 ARGV[5]  how long a limit is tried before the next one, us
 ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
-Returns  {1, us until the slot, now in us, epoch, limit} or {0, us until asking again is worthwhile, now in us}
+ARGV[7]  the number of the server that the caller knows, 0 = none
+ARGV[8]  how many replicas must be in step
+Returns  {1, us until the slot, now in us, number of this server, epoch, limit} or {0, us until asking again is worthwhile, now in us,
+         number of this server}
 ]]
-local rate, quotas = KEYS[1], KEYS[2]
+local rate, quotas, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local isolating, dwell, seen = ARGV[4] == '1', tonumber(ARGV[5]), tonumber(ARGV[6])
+local server_seen, replicas = tonumber(ARGV[7]), tonumber(ARGV[8])
 
 -- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
 -- like a network that does.
@@ -44,8 +54,21 @@ local CLOSEST, MARGIN = 1.02, 0.005
 -- The stretch falls by one percent this often, and below what is seen only after this long.
 local STEP, EVERY, HELD = 1e4, 2.5e6, 300e6
 
+despite_full_memory()
+local number = arrive(now, server_seen)
+if replicas > 0 then
+  local _, about = replication()
+  local in_step = 0
+  for state, lag in string.gmatch(about, 'state=(%w+),offset=%d+,lag=(%d+)') do
+    in_step = in_step + (state == 'online' and tonumber(lag) <= 1 and 1 or 0)
+  end
+  if about ~= '' and in_step < replicas then
+    hold_all(now, SECOND, 'fewer replicas are in step than IMATTR_REPLICAS')
+    return { 0, SECOND, now, number }
+  end
+end
 local slot, paused_at, paused_until, epoch, limit, isolate_from, busy =
-  numbers(rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', 'next_isolating', 'busy')
+  numbers(redis.call('HMGET', rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', 'next_isolating', 'busy'))
 
 local others = math.huge
 for _, quota in ipairs(redis.call('ZRANGEBYSCORE', quotas, whole(busy - LATELY), '+inf')) do
@@ -66,7 +89,7 @@ limit = limit > 0 and math.min(limit, quota) or quota
 -- How far apart slots are at the limit, us.
 local function width()
   local jitter, stretch, at, hold, jitter_then =
-    numbers(rate, 'jitter', 'stretch', 'stretch_at', 'stretch_hold', 'stretch_jitter')
+    numbers(redis.call('HMGET', rate, 'jitter', 'stretch', 'stretch_at', 'stretch_hold', 'stretch_jitter'))
   if seen then
     jitter = jitter + (math.min(seen, MOST_SEEN) - jitter) / 20
   end
@@ -87,7 +110,7 @@ local function width()
 end
 
 local function climb()
-  local granted, climb_at, bad, step, hold = numbers(rate, 'granted', 'climb_at', 'bad', 'step', 'hold')
+  local granted, climb_at, bad, step, hold = numbers(redis.call('HMGET', rate, 'granted', 'climb_at', 'bad', 'step', 'hold'))
   -- A climb further away than any wait is from before the clock was set back.
   if granted < limit or (now < climb_at and climb_at - now < 4e9) then
     redis.call('HSET', rate, 'granted', granted + 1)
@@ -119,10 +142,10 @@ end
 slot = math.max(slot, now, paused)
 patience = math.min(patience, horizon - now)
 if slot - now > patience then
-  return { 0, slot - now - patience, now }
+  return { 0, slot - now - patience, now, number }
 end
 if isolating and slot > now and slot < isolate_from and isolate_from <= slot + 30 * SECOND / limit then
-  return { 0, isolate_from - slot, now }
+  return { 0, isolate_from - slot, now, number }
 end
 if limit < quota then
   climb()
@@ -132,4 +155,4 @@ redis.call('HSET', rate, 'next', whole(slot + apart), 'busy', whole(busy + apart
 if isolating then
   redis.call('HSET', rate, 'next_isolating', whole(slot + 10 * apart))
 end
-return { 1, slot - now, now, epoch, limit }
+return { 1, slot - now, now, number, epoch, limit }

@@ -32,6 +32,8 @@ KEYS[14] zset, tickets
 KEYS[15] hash, quarantine
 KEYS[16] zset, imports: unfinished import -> ms as of which it is true
 KEYS[17] string, forgotten_at ms
+KEYS[18] hash, server
+KEYS[19] hash, rate
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id
 ARGV[3]  JSON object: user -> outcome
@@ -40,17 +42,22 @@ ARGV[5]  how long delivered values are remembered, ms; 0 = not at all
 ARGV[6]  ms at which the batch was claimed, 0 = unknown
 ARGV[7]  id of a ticket to issue if there is another full batch for it, empty = none
 ARGV[8]  users in a full batch
+ARGV[9]  number of the claim, 0 = unknown
+ARGV[10] how long its last call may be under way, ms
 Returns  {the number of users settled, or -1 if the batch is not held any more; 1 if the ticket was issued, else 0}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, dead, dead_at = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local shadow, shadow_at, ledger, health, tickets = KEYS[10], KEYS[11], KEYS[12], KEYS[13], KEYS[14]
-local quarantine, imports, forgotten_at = KEYS[15], KEYS[16], KEYS[17]
+local quarantine, imports, forgotten_at, server, rate = KEYS[15], KEYS[16], KEYS[17], KEYS[18], KEYS[19]
 local now, batch, outcomes, rest = now_ms(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
 local shadow_ttl, claimed, successor, size = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8])
+local claim, under_way = tonumber(ARGV[9]), tonumber(ARGV[10])
 
+despite_full_memory()
 local holds = users_of(redis.call('HGET', batches, batch))
 if not holds then
+  miss_claim(now * 1000, claim, under_way * 1000)
   return { -1, 0 }
 end
 local users, left = {}, {}
@@ -66,9 +73,9 @@ local remembers = shadow_ttl > 0 or is_importing
 local sent, waiting = redis.call('HMGET', flight, unpack(users)), redis.call('HMGET', pending, unpack(users))
 local delivered = remembers and redis.call('HMGET', shadow, unpack(users)) or {}
 redis.call('HDEL', flight, unpack(users))
-local ok_at, outage_ended_at = numbers(health, 'ok_at', 'calm_at')
+local ok_at, outage_ended_at = numbers(redis.call('HMGET', health, 'ok_at', 'calm_at'))
 local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0 }
-local memories, times = { shadow }, { shadow_at }
+local memories, times = {}, {}
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
 local function remember(i, user, packed, unknown)
   local at = now
@@ -111,7 +118,7 @@ for i, user in ipairs(users) do
   local verb, first, second = unpack(outcomes[user] or rest)
   local newer = waiting[i] and readable(waiting[i])
   if waiting[i] and not newer then
-    withdraw(quarantine, pending, { live, backfill, delayed }, now, user, waiting[i])
+    withdraw(now, user, waiting[i])
     counts.quarantined = counts.quarantined + 1
   end
   local record = verb ~= 'ack' and verb ~= 'quarantine' and sent[i] and readable(sent[i])
@@ -119,7 +126,7 @@ for i, user in ipairs(users) do
     remember(i, user, sent[i])
     counts.delivered = counts.delivered + 1
   elseif sent[i] and not record then
-    set_aside(quarantine, 'flight', now, user, sent[i])
+    set_aside('flight', now, user, sent[i])
     counts.quarantined = counts.quarantined + 1
   elseif record and verb == 'dead_letter' then
     remember(i, user, sent[i], cjson.null)
@@ -142,19 +149,22 @@ for i, user in ipairs(users) do
       newer = nil
     end
     redis.call('HSET', pending, user, cjson.encode(record))
-    local lane = first > 0 and delayed or record.b and backfill or live
-    redis.call('ZADD', lane, first > 0 and now + first or record.t, user)
+    if first > 0 then
+      redis.call('ZADD', delayed, now + first, user)
+    else
+      enter_lane(user, record)
+    end
   end
   if newer then
-    enter_lane(live, backfill, user, newer)
+    enter_lane(user, newer)
   end
 end
 
 if not remembers then
   redis.call('SET', forgotten_at, now)
-elseif #memories > 1 then
-  redis.call('HSET', unpack(memories))
-  redis.call('ZADD', unpack(times))
+elseif #memories > 0 then
+  redis.call('HSET', shadow, unpack(memories))
+  redis.call('ZADD', shadow_at, unpack(times))
 end
 if #left > 0 then
   redis.call('HSET', batches, batch, cjson.encode(left))
@@ -165,7 +175,7 @@ end
 if counts.delivered > 0 and claimed > 0 then
   redis.call('HSET', health, 'ok_at', claimed, 'failures', 0)
 end
-count(ledger, counts)
+count(counts)
 local ready = redis.call('ZCARD', live) + redis.call('ZCARD', backfill)
 local goes_on = successor ~= '' and ready >= size * (redis.call('ZCARD', tickets) + 1)
 if goes_on then

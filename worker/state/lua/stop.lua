@@ -20,8 +20,10 @@ local line, health = KEYS[1], KEYS[2]
 local now, batch, kind, code, reason = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local first, longest = tonumber(ARGV[6]), tonumber(ARGV[7])
 
+-- First a write that needs no memory: a full server then takes the others.
+redis.call('HDEL', line, '')
 local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
-local wait, ignored_until = numbers(line, 'wait'), numbers(health, 'let_until')
+local wait, ignored_until = numbers(redis.call('HMGET', line, 'wait')), numbers(redis.call('HMGET', health, 'let_until'))
 local ignored_code = redis.call('HGET', health, 'let_code')
 if kind == 'data' and ignored_code == code and now < ignored_until and state ~= 'paused' then
   return -1
@@ -33,7 +35,7 @@ if not state then
   redis.call('HSET', line, 'state', 'stopped', 'since', now)
   wait = first / 2
 else
-  count(line, { failed = 1 })
+  redis.call('HSET', line, 'failed', numbers(redis.call('HMGET', line, 'failed')) + 1)
 end
 wait = math.max(first, math.min(2 * wait, longest))
 redis.call('HSET', line, 'kind', kind, 'code', code, 'wait', wait, 'next_probe', now + wait)

@@ -17,7 +17,7 @@ ARGV[3]  most bytes to take, but for the last few messages
 ARGV[4]  bytes of the longest message that can be used: of longer ones, one byte more than that is kept
 Returns  {time in ms, message, ...}, or {} if the queue is empty
 ]]
-local queues, taken, last = { KEYS[1], KEYS[2], KEYS[3], KEYS[4] }, KEYS[5], KEYS[6]
+local first, second, third, fourth, taken, last = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local now, most, most_bytes, longest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local unfinished = redis.call('LRANGE', taken, 0, -1)
@@ -25,12 +25,23 @@ if #unfinished > 0 then
   return unfinished
 end
 
+local function pop(priority, most)
+  if priority == 1 then
+    return redis.call('RPOP', first, most)
+  elseif priority == 2 then
+    return redis.call('RPOP', second, most)
+  elseif priority == 3 then
+    return redis.call('RPOP', third, most)
+  end
+  return redis.call('RPOP', fourth, most)
+end
+
 local messages, bytes = {}, 0
-for _, queue in ipairs(queues) do
+for priority = 1, 4 do
   -- A few at a time: how long they are is known only afterwards.
   local popped = {}
   while popped and #messages < most and bytes < most_bytes do
-    popped = redis.call('RPOP', queue, math.min(16, most - #messages))
+    popped = pop(priority, math.min(16, most - #messages))
     for _, message in ipairs(popped or {}) do
       if #message > longest then
         message = string.sub(message, 1, longest + 1)

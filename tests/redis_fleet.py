@@ -1,0 +1,249 @@
+"""Real fleets of Redis servers: a primary with replicas and sentinels, and a cluster; on free ports of the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.test_end_to_end import wait_until
+from worker.sandbox.redis_server import find_server, free_port
+
+SERVICE = "imattr"
+#: Milliseconds without an answer after which sentinels, and cluster nodes, call a server down.
+DOWN_AFTER = 500
+
+
+class Node:
+    """One server, or sentinel: started, killed, suspended and started again on the same port, with the same data."""
+
+    def __init__(self, directory: Path, port: int, *arguments: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port, self.directory, self._arguments = port, directory, arguments
+        self.start()
+
+    def start(self) -> None:
+        with (self.directory / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [find_server(), *self._arguments],
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                start_new_session=True,
+            )
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, (self.directory / "server.log").read_text()[-2000:]
+        with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+            return bool(self.client().ping())
+        return False
+
+    def client(self) -> Any:
+        retry = Retry(NoBackoff(), 0)
+        return redis.Redis(port=self.port, socket_timeout=2, retry=retry, protocol=2)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def suspend(self) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def wake(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
+
+
+def _server(directory: Path, port: int, *more: str) -> Node:
+    settings = [
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "yes",
+        "--appendfsync",
+        "everysec",
+    ]
+    return Node(directory, port, *settings, "--repl-diskless-sync-delay", "0", *more)
+
+
+class _Fleet:
+    nodes: list[Node]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for node in self.nodes:
+            node.kill()
+
+
+class SentinelFleet(_Fleet):
+    """A primary with two replicas, and three sentinels that watch them."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        """`options` are more arguments of each server."""
+        first, *others = (free_port() for _ in range(3))
+        self.servers = [_server(directory / f"server-{first}", first, *options)]
+        for port in others:
+            replica = ("--replicaof", f"127.0.0.1 {first}")
+            self.servers.append(_server(directory / f"server-{port}", port, *replica, *options))
+        self.sentinels = [self._sentinel(directory, free_port(), first) for _ in range(3)]
+        self.nodes = [*self.servers, *self.sentinels]
+        hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.sentinels)
+        self.url = f"redis+sentinel://{hosts}/{SERVICE}/0"
+        wait_until(self._is_whole, 30)
+
+    @staticmethod
+    def _sentinel(directory: Path, port: int, primary: int) -> Node:
+        place = directory / f"sentinel-{port}"
+        place.mkdir(parents=True)
+        (place / "sentinel.conf").write_text(
+            f"port {port}\nbind 127.0.0.1\n"
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary} 2\n"
+            f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER}\n"
+            f"sentinel failover-timeout {SERVICE} 3000\n"
+        )
+        return Node(place, port, str(place / "sentinel.conf"), "--sentinel")
+
+    def _is_whole(self) -> bool:
+        states = [node.client().sentinel_master(SERVICE) for node in self.sentinels]
+        return all(
+            state["num-slaves"] == 2 and state["num-other-sentinels"] == 2 and not state["is_sdown"]
+            for state in states
+        ) and all(
+            replica["master-link-status"] == "ok"
+            for replica in self.sentinels[0].client().sentinel_slaves(SERVICE)
+        )
+
+    @property
+    def primary(self) -> Node:
+        """The server that the sentinels name now."""
+        _, port = self.sentinels[0].client().sentinel_get_master_addr_by_name(SERVICE)
+        return next(node for node in self.servers if node.port == int(port))
+
+    def fail_over(self, how: Callable[[Node], None] | None = None) -> Node:
+        """Do `how` to the primary, or ask for a failover; returns the new primary once it answers as one."""
+        old = self.primary
+        if how:
+            how(old)
+        else:
+            self.sentinels[0].client().execute_command("SENTINEL", "FAILOVER", SERVICE)
+        wait_until(lambda: self.primary is not old and self._is_primary(self.primary), 30)
+        return self.primary
+
+    @staticmethod
+    def _is_primary(node: Node) -> bool:
+        with contextlib.suppress(redis.RedisError):
+            return bool(node.client().role()[0] == b"master")
+        return False
+
+    def recover(self) -> None:
+        """Start what was killed, and wait until everything is in step."""
+        for node in self.servers:
+            if not node.alive:
+                node.start()
+        wait_until(self._is_whole, 60)
+
+
+class ClusterFleet(_Fleet):
+    """Three primaries with a replica each."""
+
+    def __init__(self, directory: Path) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(2 * DOWN_AFTER))
+        self.nodes = [
+            _server(directory / f"node-{port}", port, *options)
+            for port in (_cluster_port() for _ in range(6))
+        ]
+        primaries, replicas = self.nodes[:3], self.nodes[3:]
+        for number, node in enumerate(primaries):
+            share = 16384 // 3 + 1
+            node.client().execute_command(
+                "CLUSTER", "ADDSLOTSRANGE", number * share, min(16383, (number + 1) * share - 1)
+            )
+        for node in self.nodes[1:]:
+            node.client().execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+        wait_until(lambda: all(self._knows(node, 6) for node in self.nodes), 30)
+        for primary, replica in zip(primaries, replicas, strict=True):
+            id = primary.client().execute_command("CLUSTER", "MYID")
+            wait_until(partial(self._follow, replica, id), 30)
+        wait_until(lambda: all(self._is_up(node) for node in self.nodes), 30)
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    @staticmethod
+    def _knows(node: Node, nodes: int) -> bool:
+        return int(_cluster_info(node)["cluster_known_nodes"]) == nodes
+
+    @staticmethod
+    def _follow(replica: Node, id: bytes) -> bool:
+        with contextlib.suppress(redis.ResponseError):
+            return bool(replica.client().execute_command("CLUSTER", "REPLICATE", id))
+        return False
+
+    @staticmethod
+    def _is_up(node: Node) -> bool:
+        state = _cluster_info(node)
+        return (
+            state["cluster_state"] == "ok"
+            and node.client().info("replication").get("master_link_status", "up") == "up"
+        )
+
+    def owner(self, key: str) -> Node:
+        """The primary that has the slot of `key`."""
+        for node in self.nodes:
+            if node.alive and node.client().role()[0] == b"master":
+                with contextlib.suppress(redis.exceptions.MovedError, redis.exceptions.ClusterDownError):
+                    node.client().type(key)
+                    return node
+        raise LookupError(key)
+
+    def fail_over(self, key: str, how: Callable[[Node], None] | None = None) -> Node:
+        """Do `how` to the owner of the key's slot, or ask its replica to take over; returns the new owner."""
+        old = self.owner(key)
+        if how:
+            how(old)
+        else:
+            [replica] = [node for node in self.nodes if self._follows(node, old)]
+            replica.client().execute_command("CLUSTER", "FAILOVER")
+        wait_until(lambda: self._new_owner(key, old) is not None, 30)
+        return self.owner(key)
+
+    def _new_owner(self, key: str, old: Node) -> Node | None:
+        with contextlib.suppress(LookupError):
+            found = self.owner(key)
+            return found if found is not old else None
+        return None
+
+    @staticmethod
+    def _follows(node: Node, primary: Node) -> bool:
+        return node.alive and node.client().info("replication").get("master_port") == primary.port
+
+
+def _cluster_info(node: Node) -> dict[str, str]:
+    info = node.client().execute_command("CLUSTER", "INFO")
+    if isinstance(info, dict):
+        return {str(name): str(value) for name, value in info.items()}
+    return dict(line.split(":") for line in info.decode().split())
+
+
+def _cluster_port() -> int:
+    # The cluster's bus listens 10,000 above.
+    while (port := free_port()) > 55_000:
+        pass
+    return port

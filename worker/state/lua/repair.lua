@@ -1,0 +1,39 @@
+--[[
+Bring the ledger and the lanes back into agreement with the records, after keys were deleted or evicted. Users whose record waits
+in no lane join theirs; what the ledger cannot explain is counted as lost, or as found if there is less than nothing.
+
+KEYS[1]  hash, pending: user -> record
+KEYS[2]  zset, lane `live`
+KEYS[3]  zset, lane `backfill`
+KEYS[4]  zset, lane `delayed`
+KEYS[5]  hash, flight: user -> record
+KEYS[6]  hash, ledger
+ARGV[1]  JSON array of users in pending, at most 500; those who wait in no lane join theirs
+Returns  {by how much the ledger was off, how many users joined a lane}
+]]
+local pending, live, backfill, delayed, flight, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local users = cjson.decode(ARGV[1])
+
+local joined = 0
+for _, user in ipairs(users) do
+  local packed = redis.call('HGET', pending, user)
+  local waits = redis.call('HEXISTS', flight, user) == 1
+    or redis.call('ZSCORE', live, user)
+    or redis.call('ZSCORE', backfill, user)
+    or redis.call('ZSCORE', delayed, user)
+  local record = packed and not waits and readable(packed)
+  if record then
+    enter_lane(user, record)
+    joined = joined + 1
+  end
+end
+local accepted, redriven = numbers(redis.call('HMGET', ledger, 'accepted', 'redriven'))
+local coalesced, unchanged, stale = numbers(redis.call('HMGET', ledger, 'coalesced', 'unchanged', 'stale'))
+local delivered, dead, quarantined, lost =
+  numbers(redis.call('HMGET', ledger, 'delivered', 'dead_lettered', 'quarantined', 'lost'))
+local explained = coalesced + unchanged + stale + delivered + dead + quarantined + lost
+local off = accepted + redriven - explained - redis.call('HLEN', pending) - redis.call('HLEN', flight)
+if off ~= 0 then
+  redis.call('HSET', ledger, 'lost', whole(lost + off))
+end
+return { off, joined }
