@@ -129,13 +129,13 @@ def found(connected: Wire, first: int = 1) -> set[str]:
 @pytest.mark.parametrize("bug", planted(SCRIPT_BUGS))
 def test_a_bug_in_a_script_is_found(bug: str, connected: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     script, right, wrong = SCRIPT_BUGS[bug]
-    source = scripts.source
-    assert right in source(script)
+    as_written = scripts.as_written
+    assert right in as_written(script)
 
     def spoiled(name: str) -> str:
-        return source(name).replace(right, wrong) if name == script else source(name)
+        return as_written(name).replace(right, wrong) if name == script else as_written(name)
 
-    monkeypatch.setattr(scripts, "source", spoiled)
+    monkeypatch.setattr(scripts, "as_written", spoiled)
 
     assert found(connected, SOONER.get(bug, 1))
 

@@ -65,6 +65,8 @@ Kind = Literal[
     "clock jump",
     "script flush",
     "damage",
+    "promotion",
+    "emptied",
     "terminate",
     "freeze",
     "look",
@@ -209,11 +211,13 @@ def _draw_events(rng: random.Random, trouble: float, jumps: bool) -> tuple[Event
         "bad users": 0.4,
         "script flush": 0.1,
         "damage": 0.3,
+        "promotion": 0.2,
         "terminate": 0.25,
         "freeze": 0.25,
     }
     kinds = [kind for kind, chance in chances.items() if rng.random() < chance]
     kinds += ["clock jump"] * (rng.randint(1, 3) if jumps else 0)
+    kinds += ["emptied"] * (rng.random() < 0.05)
     kinds += ["look"] * rng.randint(1, 4)
     events = []
     for kind in kinds:
@@ -221,6 +225,8 @@ def _draw_events(rng: random.Random, trouble: float, jumps: bool) -> tuple[Event
         size = rng.random()
         if kind == "clock jump":
             size = rng.choice([-1, 1]) * rng.choice([0.005, 0.5, 2, 2, 20, 20, 120, 120, 3600])
+        elif kind == "promotion":
+            size = rng.choice([0.0, 0.01, 0.3, 2.0, 10.0]) * rng.random()
         events.append(Event(at, kind, at + rng.uniform(1, trouble), size, any_code(rng)))
     return tuple(sorted(events, key=lambda event: (event.at, event.kind)))
 

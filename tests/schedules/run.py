@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import random
@@ -144,6 +145,9 @@ class Schedule(Fleet):
         self._jumped_at = -math.inf
         #: Stretches of time in which the quota is not judged; see `_note_permit`.
         self._blind: list[tuple[float, float]] = []
+        #: Stretches of time whose updates may be lost with a server, and whether a replica lags now.
+        self._losable: list[tuple[float, float]] = []
+        self._lags = False
 
     # Telling.
 
@@ -597,12 +601,36 @@ class Schedule(Fleet):
                 self.wire.flush_scripts()
             case "damage":
                 self._damage()
+            case "promotion" if not self._lags:
+                self._promote(event.size)
+            case "emptied" if not self._lags:
+                self._losable.append((-math.inf, world.monotonic()))
+                _forget(self.wire, self.buffer._keys)
             case "terminate":
                 self._terminate(rng.choice(self._workers))
             case "freeze":
                 world.freeze(rng.choice(self._workers), self._freeze_length())
             case "look":
                 self._look()
+
+    def _promote(self, lag: float) -> None:
+        """A replica that is so many seconds behind becomes the primary."""
+        wire, since = self.wire, self.world.monotonic()
+        keys = _all_keys(self.buffer._keys)
+        copy = {key: packed for key in keys if (packed := wire.bare("DUMP", key))}
+        self._lags = True
+
+        def promote() -> None:
+            self.tell("a replica is promoted")
+            wire.bare("UNLINK", *keys)
+            for key, packed in copy.items():
+                wire.bare("RESTORE", key, 0, packed)
+            # What scripts remember is the id of the one before.
+            wire.bare("HSET", self.buffer._keys.server, "id", f"before {since}")
+            self._losable.append((since, self.world.monotonic()))
+            self._lags = False
+
+        self.world.later(lag, promote)
 
     def _restore_quota(self) -> None:
         self.api.quirks.quota = self.limits.quota
@@ -623,7 +651,7 @@ class Schedule(Fleet):
         self._restore_quota()
         self.api.administrators.add("administrator")
         self.world.kill(self._operator)
-        while self._underway:
+        while self._underway or self._lags:
             self.world.sleep(1)
 
     def drain(self) -> None:
@@ -640,6 +668,14 @@ class Schedule(Fleet):
             self.world.sleep(step)
             step = min(1.3 * step, 20)
 
+    def _judged(self, offer: Offer) -> Offer:
+        """What was accepted while a replica lagged may be lost, whatever its writer was told."""
+        if offer.answer is not history.Answer.REFUSED and any(
+            offer.began <= until and offer.ended >= since for since, until in self._losable
+        ):
+            return dataclasses.replace(offer, answer=history.Answer.LOSABLE)
+        return offer
+
     def judge(self) -> list[Violation]:
         kept = {
             (letter.user, name, value)
@@ -647,7 +683,7 @@ class Schedule(Fleet):
             for name, (value, _) in letter.values.items()
         }
         seen = History(
-            offers=[offer for offer in self._offers if offer.user not in self._damaged],
+            offers=[self._judged(offer) for offer in self._offers if offer.user not in self._damaged],
             applied=[
                 Applied(write.at, write.request, write.user, name, value)
                 for write in self.api.writes
@@ -775,12 +811,12 @@ _texts: dict[tuple[Callable[[str], str], str], str] = {}
 @contextlib.contextmanager
 def _loaded_once(wire: Wire) -> Iterator[None]:
     """Scripts come from the wire, which keeps them; reading the files is a good part of a schedule, too."""
-    source = scripts.source
+    source, as_written = scripts.source, scripts.as_written
 
     def once(name: str) -> str:
-        if (source, name) not in _texts:
-            _texts[source, name] = source(name)
-        return _texts[source, name]
+        if (as_written, name) not in _texts:
+            _texts[as_written, name] = source(name)
+        return _texts[as_written, name]
 
     def load(_: redis.Redis, name: str) -> scripts.Script:
         return wire.load(name, scripts.source(name))
@@ -792,5 +828,9 @@ def _loaded_once(wire: Wire) -> Iterator[None]:
 _KEYS = [name for name, kept in vars(Keys).items() if isinstance(kept, property) and name != "pattern"]
 
 
+def _all_keys(keys: Keys) -> list[str]:
+    return [*(getattr(keys, name) for name in _KEYS), f"{keys.dispatcher}:ends"]
+
+
 def _forget(wire: Wire, keys: Keys) -> None:
-    wire.bare("UNLINK", *(getattr(keys, name) for name in _KEYS), f"{keys.dispatcher}:ends")
+    wire.bare("UNLINK", *_all_keys(keys))

@@ -591,16 +591,16 @@ BUGS = {
 @pytest.mark.parametrize("bug", planted(BUGS))
 def test_the_model_catches(bug: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     script, right, wrong = BUGS[bug]
-    source = scripts.source
+    as_written = scripts.as_written
 
     def spoiled(name: str) -> str:
-        text = source(name)
+        text = as_written(name)
         if name != script:
             return text
         assert right in text
         return text.replace(right, wrong)
 
-    monkeypatch.setattr(scripts, "source", spoiled)
+    monkeypatch.setattr(scripts, "as_written", spoiled)
 
     with pytest.raises((AssertionError, redis.ResponseError, StopIteration, BaseExceptionGroup)):
         search(wire)

@@ -20,6 +20,7 @@ import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from redis import Redis
@@ -437,9 +438,9 @@ class Buffer:
         k = self._keys
         keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.dead, k.quarantine, k.ledger, k.server]
         now, pending, live, backfill, delayed, in_flight, dead, quarantine, *rest = self._snapshot(keys, [""])
-        *oldest, ledger, server = rest
+        *oldest, ledger, (servers, lost, lost_before) = rest
         known = [float(score) for score in oldest if score]
-        counters, servers = (dict(zip(flat[::2], flat[1::2], strict=True)) for flat in (ledger, server))
+        counters = dict(zip(ledger[::2], ledger[1::2], strict=True))
         return Snapshot(
             live=live,
             backfill=backfill,
@@ -450,8 +451,8 @@ class Buffer:
             quarantine=quarantine,
             oldest_age=max(0.0, (now - min(known)) / 1000) if known else None,
             ledger={counter: scripts.number(counters.get(counter.encode())) for counter in LEDGER},
-            lost_with_servers=sum(scripts.number(servers.get(field)) for field in (b"lost", b"lost_before")),
-            servers=scripts.number(servers.get(b"number")) or 1,
+            lost_with_servers=scripts.number(lost) + scripts.number(lost_before),
+            servers=scripts.number(servers) or 1,
         )
 
     def repair(self) -> tuple[int, int]:
@@ -466,7 +467,9 @@ class Buffer:
         lost = joined = 0
         # Only users in flight may wait outside the lanes.
         if not 0 <= seen.waiting <= seen.in_flight:
-            for page in scripts.pages(self._redis.hscan_iter(k.pending, count=PAGE), PAGE):
+            lanes = (self._redis.zscan_iter(lane, count=PAGE) for lane in (k.live, k.backfill, k.delayed))
+            records = self._redis.hscan_iter(k.pending, count=PAGE)
+            for page in scripts.pages(chain(records, *lanes), PAGE):
                 users = json.dumps([scripts.text(user) for user, _ in page])
                 off, found = self._repair(keys, [users])
                 lost, joined = lost + off, joined + found

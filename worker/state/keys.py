@@ -135,10 +135,11 @@ class Keys:
 
     @property
     def server(self) -> str:
-        """hash, on which server, and which state of the data, scripts run: its replication "id"; the "number" of servers so far, in use
-        since "at" ms, when so many updates were "accepted"; "claims" so far, and those that can only have been made on the server before,
-        "gap_from" to "gap_to"; 1 if one of them was found to be missing here, "behind", or if the data was "emptied"; updates known to be "lost" with
-        the last one, and with all before it, "lost_before"."""
+        """hash, on which server, and which state of the data, scripts run: its replication "id"; its "number", and the "first" one
+        that belongs to this data; how many "servers" there were; since "at" ms, when so many updates were "accepted"; "claims" so
+        far, and those that can only have been made on the server before, "gap_from" to "gap_to"; 1 if one of them was found to be
+        missing here, "behind", or if the data was "emptied"; updates known to be "lost" with the last one, and with all before
+        it, "lost_before"."""
         return self._key("server")
 
     @property

@@ -29,6 +29,11 @@ class Script(Protocol):
 
 
 def source(name: str) -> str:
+    """Return what is sent to run ``lua/<name>.lua``."""
+    return _with_literal_keys(as_written(name))
+
+
+def as_written(name: str) -> str:
     """Return the text of ``lua/<name>.lua``, with what it uses of the prelude before it."""
     lua = resources.files(__package__).joinpath("lua")
     prelude, text = (lua.joinpath(f"{file}.lua").read_text(encoding="utf-8") for file in ("prelude", name))
@@ -39,7 +44,7 @@ def source(name: str) -> str:
         defined = re.search(r"^local (?:function )?(\w+)", definition, re.MULTILINE)
         if defined and re.search(rf"\b{defined[1]}\b", text):
             text = f"{definition}\n\n{text}"
-    return _with_literal_keys(re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE))
+    return re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)
 
 
 def _with_literal_keys(text: str) -> str:

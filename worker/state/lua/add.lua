@@ -63,6 +63,7 @@ if seen > 0 and seen == number - 1 then
     redis.call('HSET', server, 'lost', whole(seen_accepted - accepted))
   end
 end
+local since = trusted_since()
 local is_forgotten = as_of > 0 and (tonumber(redis.call('GET', forgotten_at) or 0) or 0) > as_of
 
 local users = {}
@@ -109,7 +110,7 @@ for i, update in ipairs(updates) do
         version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
       end
       if not known or version >= known[2] then
-        if known and known == remembered[name] and known[1] == value then
+        if known and known == remembered[name] and known[1] == value and is_trusted(user, since) then
           repeated, known[2] = true, version
         else
           fresh[name] = { value, version }

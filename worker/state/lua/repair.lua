@@ -1,6 +1,7 @@
 --[[
-Bring the ledger and the lanes back into agreement with the records, after keys were deleted or evicted. Users whose record waits
-in no lane join theirs; what the ledger cannot explain is counted as lost, or as found if there is less than nothing.
+Bring the ledger and the lanes back into agreement with the records, after keys were deleted or evicted. Users whose record
+waits in no lane join theirs, and those without a record leave it; what the ledger cannot explain is counted as lost, or as
+found if there is less than nothing.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -8,7 +9,7 @@ KEYS[3]  zset, lane `backfill`
 KEYS[4]  zset, lane `delayed`
 KEYS[5]  hash, flight: user -> record
 KEYS[6]  hash, ledger
-ARGV[1]  JSON array of users in pending, at most 500; those who wait in no lane join theirs
+ARGV[1]  JSON array of users to look at, at most 500
 Returns  {by how much the ledger was off, how many users joined a lane}
 ]]
 local pending, live, backfill, delayed, flight, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -22,7 +23,11 @@ for _, user in ipairs(users) do
     or redis.call('ZSCORE', backfill, user)
     or redis.call('ZSCORE', delayed, user)
   local record = packed and not waits and readable(packed)
-  if record then
+  if not packed then
+    redis.call('ZREM', live, user)
+    redis.call('ZREM', backfill, user)
+    redis.call('ZREM', delayed, user)
+  elseif record then
     enter_lane(user, record)
     joined = joined + 1
   end

@@ -75,12 +75,15 @@ local delivered = remembers and redis.call('HMGET', shadow, unpack(users)) or {}
 redis.call('HDEL', flight, unpack(users))
 local ok_at, outage_ended_at = numbers(redis.call('HMGET', health, 'ok_at', 'calm_at'))
 local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0 }
-local memories, times = {}, {}
+local memories, times, since = {}, {}, trusted_since()
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
 local function remember(i, user, packed, unknown)
   local at = now
   if delivered[i] or unknown or is_importing then
     local memory = delivered[i] and readable(delivered[i], true) or { a = {} }
+    for _, pair in pairs(is_trusted(user, since) and none or memory.a) do
+      pair[1] = cjson.null
+    end
     local record = readable(packed) or { a = {} }
     at = record.b and 0 or now
     for name, pair in pairs(record.a) do

@@ -12,7 +12,8 @@ KEYS[8]  hash, ledger
 KEYS[9]  hash, server
 ARGV[1]  now in ms, empty = the server's clock
 Returns  {now in ms; users in pending, live, backfill, delayed, flight, dead and quarantine; ms of the oldest first update in live
-         and in backfill, or false; the fields of the ledger; the fields of the server}
+         and in backfill, or false; the fields of the ledger; how many servers there were,
+         updates lost with the last one before this, and with those before}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local dead, quarantine, ledger, server = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
@@ -31,5 +32,5 @@ return {
   oldest[2] or false,
   spare[2] or false,
   redis.call('HGETALL', ledger),
-  redis.call('HGETALL', server),
+  redis.call('HMGET', server, 'servers', 'lost', 'lost_before'),
 }
