@@ -603,7 +603,8 @@ class Schedule(Fleet):
                 self._damage()
             case "promotion" if not self._lags:
                 self._promote(event.size)
-            case "emptied" if not self._lags:
+            case "emptied" if not self._lags and len({quota for quota, _ in self.plan.settings}) == 1:
+                # Else the lowest quota that anybody has named is forgotten, too, until it is named again.
                 self._losable.append((-math.inf, world.monotonic()))
                 _forget(self.wire, self.buffer._keys)
             case "terminate":

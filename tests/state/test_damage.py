@@ -241,6 +241,27 @@ def test_users_of_a_damaged_batch_are_found_again(client: redis.Redis, packed: b
     assert house.buffer.snapshot().balanced
 
 
+def test_users_of_a_damaged_batch_are_found_while_others_are_in_flight(client: redis.Redis) -> None:
+    keys = new_keys()
+    buffer = Buffer(client, keys, lease=60)
+    batches = []
+    for user in ("ann", "bob"):
+        ticket = new_batch_id()
+        client.zadd(keys.tickets, {ticket: NOW})
+        buffer.add([Update(user, {"city": "Paris"})], now_ms=NOW)
+        batches.append(buffer.claim(ticket, 100, now_ms=NOW))
+    damaged, other = batches
+    assert damaged
+    assert other
+    client.hset(keys.batches, damaged.id, b"{")
+    buffer.extend(other.id, now_ms=NOW + 50_000)
+
+    assert buffer.reclaim(now_ms=NOW + 70_000) == damaged.id
+
+    assert client.hkeys(keys.flight) == [b"bob"]
+    assert client.hkeys(keys.pending) == [b"ann"]
+
+
 def test_a_batch_without_a_lease_gets_one(client: redis.Redis) -> None:
     house = House(client)
     house.settle_in("flight")

@@ -146,6 +146,30 @@ def test_updates_that_were_accepted_and_lost_are_counted(app: App) -> None:
     assert app.buffer.snapshot().balanced
 
 
+def test_what_was_delivered_before_a_failover_is_sent_again_when_it_comes_again(app: App) -> None:
+    def deliver(**attrs: str) -> tuple[int, int]:
+        """How many updates were accepted, and how many of them were unchanged."""
+        added = app.buffer.add([Update("ann", attrs)])
+        batch = app.claim()
+        assert batch
+        app.buffer.settle(batch.id, {}, rest=Acked())
+        return added.accepted, added.unchanged
+
+    deliver(city="Paris", level="3")
+    assert deliver(city="Paris") == (1, 1)
+    app.fail_over()
+    app.limiter.reserve()
+    app.redis.hset(app.keys.server, "at", app.redis.time()[0] * 1000 + 1000)
+
+    # Rome may have been delivered meanwhile.
+    assert deliver(city="Paris") == (1, 0)
+    app.redis.hset(app.keys.server, "at", app.redis.time()[0] * 1000 - 1000)
+    assert deliver(city="Paris") == (1, 1)
+    # And so may another level, though the user's memory is fresh now.
+    assert deliver(level="3") == (1, 0)
+    assert deliver(level="3") == (1, 1)
+
+
 def test_without_the_replicas_it_needs_nobody_sends(client: redis.Redis, keys: Keys) -> None:
     limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=ManualClock(), replicas=1)
 
