@@ -48,8 +48,11 @@ scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time
 schedules: $(STAMP) ## Play seeded schedules with faults at every step (SEEDS=3000, SEED=7)
 	$(BIN)/python -m tests.schedules $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),3000) --first $(or $(FIRST),1))
 
-chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYNC=always)
-	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED)) --fsync $(or $(FSYNC),always)
+chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYNC=always, REDIS=sentinel)
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED)) --fsync $(or $(FSYNC),always) $(if $(REDIS),--redis $(REDIS))
+
+failovers: $(STAMP) ## Fail Redis over again and again (REDIS=sentinel, REPLICAS=1, TIMES=30)
+	$(BIN)/python -m tests.chaos.failovers --redis $(or $(REDIS),sentinel) --replicas $(or $(REPLICAS),0) --times $(or $(TIMES),30)
 
 soak: $(STAMP) ## Run at full rate; nothing may grow (MINUTES=30)
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)

@@ -108,7 +108,7 @@ class History:
 
 LEDGER_IN = ("accepted", "redriven")
 LEDGER_OUT = (
-    *("coalesced", "unchanged", "stale", "delivered", "dead_lettered", "quarantined"),
+    *("coalesced", "unchanged", "stale", "delivered", "dead_lettered", "quarantined", "lost"),
     *("pending", "in_flight"),
 )
 

@@ -1,4 +1,4 @@
-"""Real fleets of Redis servers: a primary with replicas and sentinels, and a cluster; on free ports of the loopback interface."""
+"""Real fleets of Redis servers on free ports: a primary with replicas and sentinels, and a cluster."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import redis
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry
 
+from tests.chaos.proxy import Proxy
 from tests.test_end_to_end import wait_until
 from worker.sandbox.redis_server import find_server, free_port
 
@@ -26,9 +28,11 @@ DOWN_AFTER = 500
 class Node:
     """One server, or sentinel: started, killed, suspended and started again on the same port, with the same data."""
 
-    def __init__(self, directory: Path, port: int, *arguments: str) -> None:
+    def __init__(self, directory: Path, port: int, *arguments: str, proxy: Proxy | None = None) -> None:
+        """Everybody else connects through the `proxy`, if there is one."""
         directory.mkdir(parents=True, exist_ok=True)
         self.port, self.directory, self._arguments = port, directory, arguments
+        self.proxy, self.public = proxy, proxy.port if proxy else port
         self.start()
 
     def start(self) -> None:
@@ -60,6 +64,12 @@ class Node:
         self._process.kill()
         self._process.wait()
 
+    def end(self) -> None:
+        """Kill it for good, awake or not."""
+        self.kill()
+        if self.proxy:
+            self.proxy.__exit__(None, None, None)
+
     def suspend(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
 
@@ -67,7 +77,7 @@ class Node:
         os.kill(self._process.pid, signal.SIGCONT)
 
 
-def _server(directory: Path, port: int, *more: str) -> Node:
+def _server(directory: Path, port: int, *more: str, proxied: bool = False) -> Node:
     settings = [
         "--port",
         str(port),
@@ -80,35 +90,53 @@ def _server(directory: Path, port: int, *more: str) -> Node:
         "--appendfsync",
         "everysec",
     ]
-    return Node(directory, port, *settings, "--repl-diskless-sync-delay", "0", *more)
+    settings += ["--repl-diskless-sync-delay", "0"]
+    proxy = Proxy(free_port(), port) if proxied else None
+    if proxy:
+        settings += ["--replica-announce-ip", "127.0.0.1", "--replica-announce-port", str(proxy.port)]
+    return Node(directory, port, *settings, *more, proxy=proxy)
 
 
 class _Fleet:
     nodes: list[Node]
+    url: str
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         for node in self.nodes:
-            node.kill()
+            node.end()
 
 
 class SentinelFleet(_Fleet):
     """A primary with two replicas, and three sentinels that watch them."""
 
-    def __init__(self, directory: Path, *options: str) -> None:
-        """`options` are more arguments of each server."""
-        first, *others = (free_port() for _ in range(3))
-        self.servers = [_server(directory / f"server-{first}", first, *options)]
-        for port in others:
-            replica = ("--replicaof", f"127.0.0.1 {first}")
-            self.servers.append(_server(directory / f"server-{port}", port, *replica, *options))
-        self.sentinels = [self._sentinel(directory, free_port(), first) for _ in range(3)]
-        self.nodes = [*self.servers, *self.sentinels]
+    def __init__(self, directory: Path, *options: str, proxied: bool = False) -> None:
+        """`options` are more arguments of each server, which is behind a proxy if it is `proxied`."""
+        self.servers = list[Node]()
+        self.nodes = self.servers
+        try:
+            self._start(directory, options, proxied)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _start(self, directory: Path, options: Sequence[str], proxied: bool) -> None:
+        leader: tuple[str, ...] = ()
+        for _ in range(3):
+            port = free_port()
+            node = _server(directory / f"server-{port}", port, *leader, *options, proxied=proxied)
+            self.servers.append(node)
+            leader = ("--replicaof", f"127.0.0.1 {self.servers[0].public}")
+        first = self.servers[0].public
+        self.sentinels = list[Node]()
+        for _ in range(3):
+            self.sentinels.append(self._sentinel(directory, free_port(), first))
+            self.nodes = [*self.servers, *self.sentinels]
         hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.sentinels)
         self.url = f"redis+sentinel://{hosts}/{SERVICE}/0"
-        wait_until(self._is_whole, 30)
+        wait_until(self.is_whole, 30)
 
     @staticmethod
     def _sentinel(directory: Path, port: int, primary: int) -> Node:
@@ -122,7 +150,7 @@ class SentinelFleet(_Fleet):
         )
         return Node(place, port, str(place / "sentinel.conf"), "--sentinel")
 
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
         states = [node.client().sentinel_master(SERVICE) for node in self.sentinels]
         return all(
             state["num-slaves"] == 2 and state["num-other-sentinels"] == 2 and not state["is_sdown"]
@@ -132,21 +160,21 @@ class SentinelFleet(_Fleet):
             for replica in self.sentinels[0].client().sentinel_slaves(SERVICE)
         )
 
-    @property
-    def primary(self) -> Node:
-        """The server that the sentinels name now."""
+    def primary(self, key: str = "") -> Node:
+        """The server that the sentinels name now; it has every key."""
         _, port = self.sentinels[0].client().sentinel_get_master_addr_by_name(SERVICE)
-        return next(node for node in self.servers if node.port == int(port))
+        found: Node = next(node for node in self.servers if node.public == int(port))
+        return found
 
-    def fail_over(self, how: Callable[[Node], None] | None = None) -> Node:
+    def fail_over(self, key: str = "", how: Callable[[Node], None] | None = None) -> Node:
         """Do `how` to the primary, or ask for a failover; returns the new primary once it answers as one."""
-        old = self.primary
+        old = self.primary()
         if how:
             how(old)
         else:
             self.sentinels[0].client().execute_command("SENTINEL", "FAILOVER", SERVICE)
-        wait_until(lambda: self.primary is not old and self._is_primary(self.primary), 30)
-        return self.primary
+        wait_until(lambda: self.primary() is not old and self._is_primary(self.primary()), 30)
+        return self.primary()
 
     @staticmethod
     def _is_primary(node: Node) -> bool:
@@ -154,23 +182,30 @@ class SentinelFleet(_Fleet):
             return bool(node.client().role()[0] == b"master")
         return False
 
-    def recover(self) -> None:
+    def recover(self, seconds: float = 60) -> None:
         """Start what was killed, and wait until everything is in step."""
         for node in self.servers:
             if not node.alive:
                 node.start()
-        wait_until(self._is_whole, 60)
+        wait_until(self.is_whole, seconds)
 
 
 class ClusterFleet(_Fleet):
     """Three primaries with a replica each."""
 
     def __init__(self, directory: Path) -> None:
+        self.nodes = []
+        try:
+            self._start(directory)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _start(self, directory: Path) -> None:
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(2 * DOWN_AFTER))
-        self.nodes = [
-            _server(directory / f"node-{port}", port, *options)
-            for port in (_cluster_port() for _ in range(6))
-        ]
+        for _ in range(6):
+            port = _cluster_port()
+            self.nodes.append(_server(directory / f"node-{port}", port, *options))
         primaries, replicas = self.nodes[:3], self.nodes[3:]
         for number, node in enumerate(primaries):
             share = 16384 // 3 + 1
@@ -183,7 +218,7 @@ class ClusterFleet(_Fleet):
         for primary, replica in zip(primaries, replicas, strict=True):
             id = primary.client().execute_command("CLUSTER", "MYID")
             wait_until(partial(self._follow, replica, id), 30)
-        wait_until(lambda: all(self._is_up(node) for node in self.nodes), 30)
+        wait_until(self.is_whole, 30)
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     @staticmethod
@@ -196,6 +231,16 @@ class ClusterFleet(_Fleet):
             return bool(replica.client().execute_command("CLUSTER", "REPLICATE", id))
         return False
 
+    def is_whole(self) -> bool:
+        return all(self._is_up(node) for node in self.nodes)
+
+    def recover(self, seconds: float = 60) -> None:
+        """Start what was killed, and wait until everything is in step."""
+        for node in self.nodes:
+            if not node.alive:
+                node.start()
+        wait_until(self.is_whole, seconds)
+
     @staticmethod
     def _is_up(node: Node) -> bool:
         state = _cluster_info(node)
@@ -204,7 +249,7 @@ class ClusterFleet(_Fleet):
             and node.client().info("replication").get("master_link_status", "up") == "up"
         )
 
-    def owner(self, key: str) -> Node:
+    def primary(self, key: str) -> Node:
         """The primary that has the slot of `key`."""
         for node in self.nodes:
             if node.alive and node.client().role()[0] == b"master":
@@ -214,19 +259,33 @@ class ClusterFleet(_Fleet):
         raise LookupError(key)
 
     def fail_over(self, key: str, how: Callable[[Node], None] | None = None) -> Node:
-        """Do `how` to the owner of the key's slot, or ask its replica to take over; returns the new owner."""
-        old = self.owner(key)
+        """Do `how` to the primary of the key's slot, or ask its replica to take over; returns that one."""
+        old = self.primary(key)
         if how:
             how(old)
         else:
             [replica] = [node for node in self.nodes if self._follows(node, old)]
             replica.client().execute_command("CLUSTER", "FAILOVER")
-        wait_until(lambda: self._new_owner(key, old) is not None, 30)
-        return self.owner(key)
+        wait_until(lambda: self._other_primary(key, old) is not None, 30)
+        return self.primary(key)
 
-    def _new_owner(self, key: str, old: Node) -> Node | None:
+    def reshard(self, key: str) -> Node:
+        """Move the slot of `key` to another primary, a few keys at a time; returns that one."""
+        slot, source = key_slot(key.encode()), self.primary(key)
+        primaries = [node for node in self.nodes if node.alive and node.client().role()[0] == b"master"]
+        target = next(node for node in primaries if node is not source)
+        ids = {node: node.client().execute_command("CLUSTER", "MYID") for node in (source, target)}
+        target.client().execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        source.client().execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        while keys := source.client().execute_command("CLUSTER", "GETKEYSINSLOT", slot, 3):
+            source.client().execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, *(node for node in primaries if node is not target)):
+            node.client().execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        return target
+
+    def _other_primary(self, key: str, old: Node) -> Node | None:
         with contextlib.suppress(LookupError):
-            found = self.owner(key)
+            found = self.primary(key)
             return found if found is not old else None
         return None
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from worker.state import scripts
+
 ROOT = Path(__file__).parent.parent
 LUA = sorted((ROOT / "worker" / "state" / "lua").glob("*.lua"))
-PRELUDE = ROOT / "worker" / "state" / "lua" / "prelude.lua"
-SCRIPTS = [file for file in LUA if file != PRELUDE]
+SHARED = [ROOT / "worker" / "state" / "lua" / f"{name}.lua" for name in scripts.SHARED]
+SCRIPTS = [file for file in LUA if file not in SHARED]
 
 #: The rooms from the bottom up. A module imports its own room and lower ones only; modules at the root of `worker/`, which
 #: others import or start, stand alone. The list is the map of the project.
@@ -140,12 +142,12 @@ def test_a_script_builds_no_keys_searches_none_and_can_be_read(file: Path) -> No
     code = file.read_text().partition("]]\n")[2]
 
     assert not re.search(r"redis\.call\('(KEYS|SCAN)'", code)
-    # Of the prelude, a script gets what it uses.
-    assert len(code.splitlines()) <= (180 if file == PRELUDE else 150)
+    assert len(code.splitlines()) <= 150
 
 
-def test_the_prelude_has_only_what_several_scripts_share() -> None:
-    functions = re.findall(r"^local function (\w+)", PRELUDE.read_text(), re.MULTILINE)
+@pytest.mark.parametrize("shared", SHARED, ids=lambda file: file.stem)
+def test_what_is_shared_is_what_several_scripts_use(shared: Path) -> None:
+    functions = re.findall(r"^local function (\w+)", shared.read_text(), re.MULTILINE)
 
     assert functions
     for function in functions:

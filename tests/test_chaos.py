@@ -15,7 +15,7 @@ import pytest
 
 from tests.chaos import writers
 from tests.chaos.__main__ import run
-from tests.chaos.faults import FAULTS, GROUPS
+from tests.chaos.faults import COMMON, FLEET, GROUPS, SINGLE, faults_of
 from tests.chaos.proxy import Proxy
 from tests.history import Answer
 from worker.sandbox.redis_server import free_port
@@ -24,13 +24,32 @@ from worker.sandbox.redis_server import free_port
 @pytest.mark.slow  # 45 s of faults under real processes, and what must be delivered afterwards
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_or_stale_or_over_the_quota_whatever_breaks(tmp_path: Path) -> None:
-    assert run(tmp_path, seed=7, seconds=45, workers=2, fsync="always", rabbitmq=False, only=FAULTS)
+    assert run(
+        tmp_path, seed=7, seconds=45, workers=2, fsync="always", rabbitmq=False, only=faults_of("single")
+    )
+
+
+@pytest.mark.slow  # the same, and what happens to a fleet of servers
+@pytest.mark.timeout(300)
+def test_promotions_lose_and_overwrite_nothing_that_replicas_have(tmp_path: Path) -> None:
+    assert run(
+        tmp_path,
+        seed=7,
+        seconds=45,
+        workers=2,
+        fsync="everysec",
+        rabbitmq=False,
+        only=FLEET,
+        store="sentinel",
+        replicas=1,
+    )
 
 
 def test_every_fault_says_what_it_does_and_stands_in_the_schedule_once() -> None:
-    assert all(fault.__doc__ for fault in FAULTS)
-    assert len(set(FAULTS)) == len(FAULTS)
-    assert sum(map(len, GROUPS)) == len(set.union(*GROUPS) & set(FAULTS))
+    faults = COMMON + SINGLE + FLEET
+    assert all(fault.__doc__ for fault in faults)
+    assert len(set(faults)) == len(faults)
+    assert sum(map(len, GROUPS)) == len(set.union(*GROUPS) & set(faults))
 
 
 @contextmanager

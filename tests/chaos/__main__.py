@@ -23,9 +23,9 @@ from rich.table import Table
 
 from tests import history
 from tests.chaos.brokers import find_rabbitmq
-from tests.chaos.faults import FAULTS, GROUPS, Fault, Struck
+from tests.chaos.faults import GROUPS, Fault, Struck, faults_of
 from tests.chaos.fuzz import MESSAGES, fuzz
-from tests.chaos.system import System, running
+from tests.chaos.system import Store, System, running
 
 ROOT = Path(__file__).parents[2]
 #: The last commit of the version before this one: its workers run beside those of today.
@@ -123,7 +123,7 @@ def _say(line: str) -> None:
     console.print(f"[dim]{time.strftime('%H:%M:%S')}[/]  {line}")
 
 
-def _settle(system: System) -> bool:
+def settle(system: System) -> bool:
     """Mend what is left, and wait until everything has been delivered."""
     for way in list(system.writing):
         system.end_writer(way)
@@ -149,7 +149,7 @@ def _settle(system: System) -> bool:
     return False
 
 
-def _judge(system: System) -> tuple[history.History, list[history.Violation]]:
+def judge(system: System) -> tuple[history.History, list[history.Violation]]:
     system.look_at_refused()
     record = system.api("record")
     seen = history.History(
@@ -202,7 +202,7 @@ def _report(
     dead = len({user for user, _, _ in seen.kept})
     worst = history.worst_second(seen.calls)
     rows = [
-        ("updates", f"{len(seen.offers):,} attributes offered: {_by_answer(seen)}"),
+        ("updates", f"{len(seen.offers):,} attributes offered: {by_answer(seen)}"),
         (
             "calls",
             f"{len(seen.calls):,}, {len(seen.applied):,} attributes applied; refused: {codes or 'none'}",
@@ -211,6 +211,15 @@ def _report(
         ("dead letters", f"{dead:,} users, kept"),
         ("worst rolling second", f"{worst} calls"),
     ]
+    if system.promotions:
+        lost = sum(promotion.lost or 0 for promotion in system.promotions)
+        told = system.buffer.snapshot().lost_with_servers
+        rows.append(
+            (
+                "promotions",
+                f"{len(system.promotions)}; by the servers' counters {lost:,} updates lost, {told:,} told",
+            )
+        )
     for name, value in rows:
         console.print(f"[bold]{name:22}[/] {value}")
     good = (
@@ -229,7 +238,7 @@ def _report(
     return good
 
 
-def _by_answer(seen: history.History) -> str:
+def by_answer(seen: history.History) -> str:
     counts = collections.Counter(str(offer.answer) for offer in seen.offers)
     return ", ".join(f"{count:,} {answer}" for answer, count in counts.most_common())
 
@@ -275,6 +284,10 @@ def _arguments() -> Any:
         "--workers", type=int, default=3, help="worker processes, beside one of the previous version [3]"
     )
     parser.add_argument("--fsync", choices=["always", "everysec"], default="always", help="of Redis [always]")
+    parser.add_argument(
+        "--redis", choices=["single", "sentinel", "cluster"], help="what keeps the state [by the seed]"
+    )
+    parser.add_argument("--replicas", type=int, help="IMATTR_REPLICAS, for a fleet [by the seed]")
     parser.add_argument("--broker", choices=["redis", "rabbitmq"], help="[rabbitmq where it is installed]")
     parser.add_argument("--only", nargs="*", default=[], metavar="FAULT", help="these kinds only")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep logs and notes there")
@@ -287,11 +300,23 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = random.randrange(10**6) if options.seed is None else options.seed
     rabbitmq = options.broker == "rabbitmq" or (options.broker is None and find_rabbitmq() is not None)
-    only = [fault for fault in FAULTS if not options.only or fault.__name__ in options.only]
+    store: Store = options.redis or ("single", "sentinel", "cluster")[seed // 2 % 3]
+    replicas = (0 if store == "single" else seed % 2) if options.replicas is None else options.replicas
+    only = [fault for fault in faults_of(store) if not options.only or fault.__name__ in options.only]
     with contextlib.ExitStack() as stack:
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
-        good = run(directory, seed, options.minutes * 60, options.workers, options.fsync, rabbitmq, only)
+        good = run(
+            directory,
+            seed,
+            options.minutes * 60,
+            options.workers,
+            options.fsync,
+            rabbitmq,
+            only,
+            store=store,
+            replicas=replicas,
+        )
         wrong = [] if options.only else fuzz(directory / "fuzz", seed)
         for words in wrong:
             console.print(f"[bold red]✗[/] {words}")
@@ -308,18 +333,25 @@ def run(
     fsync: Literal["always", "everysec"],
     rabbitmq: bool,
     only: list[Fault],
+    *,
+    store: Store = "single",
+    replicas: int = 0,
 ) -> bool:
     """Play one schedule and print the verdict; whether everything held."""
+    alone = store == "single"
     with contextlib.ExitStack() as stack:
         # What the previous version does not survive is for the other half of the seeds.
-        previous = stack.enter_context(_previous(directory / "previous")) if seed % 2 == 0 else None
-        clock = _faked_clock(directory)
+        previous = stack.enter_context(_previous(directory / "previous")) if alone and seed % 2 == 0 else None
+        clock = _faked_clock(directory) if alone else None
         console.print(f"[bold]seed {seed}[/], {seconds / 60:.1f} minutes, appendfsync {fsync}")
+        if not alone:
+            console.print(f"Redis: {store}, IMATTR_REPLICAS={replicas}")
         console.print(
             f"broker: {'RabbitMQ' if rabbitmq else 'Redis (RabbitMQ: not installed, or not wanted)'}"
         )
         console.print(f"a worker of the previous version: {'yes' if previous else 'no'}")
-        console.print(f"clock jumps: {'yes' if clock else 'no, libfaketime is not installed'}")
+        if alone:
+            console.print(f"clock jumps: {'yes' if clock else 'no, libfaketime is not installed'}")
         system = stack.enter_context(
             running(
                 directory,
@@ -329,13 +361,15 @@ def run(
                 rabbitmq=rabbitmq,
                 previous=previous,
                 server_environ=clock,
+                store=store,
+                replicas=replicas,
             )
         )
         chaos = Chaos(system, random.Random(seed + 1), only)
         chaos.run(seconds)
         _say("everything is mended, waiting for the rest")
-        settled = _settle(system)
-        seen, found = _judge(system)
+        settled = settle(system)
+        seen, found = judge(system)
         return _report(system, chaos, seen, found, settled)
 
 

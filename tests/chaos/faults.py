@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import redis
 
-from tests.chaos.system import LEASE, System
+from tests.chaos.system import LEASE, Promotion, Store, System
 from tests.chaos.writers import NAMES
+from tests.redis_fleet import Node, SentinelFleet
 from worker.clock import SystemClock
 from worker.ratelimit import RateLimiter
+from worker.state import scripts
 from worker.state.scripts import text
 
 
@@ -168,9 +170,8 @@ def others_with_other_settings(system: System) -> Struck:
     """another program takes permits with ten times the quota, and no patience or a hundred seconds of it"""
     hits = 0
     for patience in (0.0, 0.1, 100.0):
-        with redis.Redis.from_url(system.server.url, socket_timeout=5) as client:
-            other = RateLimiter(client, system.keys, quota=1000, patience=patience, clock=SystemClock())
-            hits += sum(other.reserve() is not None for _ in range(5))
+        other = RateLimiter(system.redis, system.keys, quota=1000, patience=patience, clock=SystemClock())
+        hits += sum(other.reserve() is not None for _ in range(5))
     return Struck(hits=hits)
 
 
@@ -182,6 +183,120 @@ def clock_jumped(system: System) -> Struck:
     # A jump forward of more than a lease ends leases early, as documented: those are not for this test.
     stamp.write_text(f"{system.rng.choice((-3600, -60, -5, -1, 1, 5)):+d}\n")
     return Struck(system.rng.uniform(2.0, 5.0), lambda: stamp.write_text("+0\n"))
+
+
+# A fleet of servers.
+
+
+def primary_killed(system: System) -> Struck:
+    """kill -9 of the primary; a replica is promoted, and the old one comes back as a replica"""
+    return _promote(system, Node.kill)
+
+
+def primary_suspended(system: System) -> Struck:
+    """SIGSTOP of the primary for 5 s; it wakes up believing that it still is one"""
+    old = system.fleet.primary(system.keys.pending)
+    struck = _promote(system, Node.suspend)
+
+    def wake() -> None:
+        old.wake()
+        struck.mend()
+
+    return Struck(5.0, wake)
+
+
+def replica_promoted_by_hand(system: System) -> Struck:
+    """a planned failover"""
+    return _promote(system, None)
+
+
+def lagging_replica_promoted(system: System) -> Struck:
+    """kill -9 of the primary while what it sends to its replicas is late, which is lost (not in a cluster)"""
+    primary = system.fleet.primary(system.keys.pending)
+    if primary.proxy is None:
+        return NOTHING
+    since, lag = time.monotonic(), system.rng.uniform(0.2, 2.0)
+    primary.proxy.tell(f"lag {lag:.3f}")
+    time.sleep(2 * lag)
+
+    def kill(node: Node) -> None:
+        assert node.proxy
+        node.proxy.tell("refuse")
+        node.kill()
+        node.proxy.tell("pass")
+
+    return _promote(system, kill, since)
+
+
+def split_brain(system: System) -> Struck:
+    """for 5 s, the primary is cut off from its replicas and sentinels, not from its clients (not in a cluster)"""
+    old = system.fleet.primary(system.keys.pending)
+    if old.proxy is None:
+        return NOTHING
+    proxy = old.proxy
+
+    def isolate(_: Node) -> None:
+        proxy.tell("isolate")
+
+    struck = _promote(system, isolate)
+    promotion, healed = system.promotions[-1], False
+
+    def heal() -> None:
+        nonlocal healed
+        if not healed:
+            healed = True
+            # What clients gave it until now goes when it becomes a replica.
+            promotion.until = time.monotonic()
+            promotion.accepted = _accepted(system, old)
+            proxy.tell("pass")
+        struck.mend()
+
+    return Struck(max(0.0, 5.0 - (time.monotonic() - promotion.since)), heal)
+
+
+def slot_moved(system: System) -> Struck:
+    """the app's slot moves to another node, key by key (cluster only)"""
+    if isinstance(system.fleet, SentinelFleet):
+        return NOTHING
+    system.fleet.reshard(system.keys.pending)
+    return Struck()
+
+
+def _promote(system: System, how: Callable[[Node], None] | None, since: float | None = None) -> Struck:
+    """Do `how` to the primary, or let it hand over; returns once another one is there, and the old one knows."""
+    fleet, key = system.fleet, system.keys.pending
+    began, old = time.monotonic() if since is None else since, fleet.primary(key)
+    before = _accepted(system, old)
+
+    def note_and_do(node: Node) -> None:
+        nonlocal before
+        before = _accepted(system, node)
+        assert how
+        how(node)
+
+    new = fleet.fail_over(key, note_and_do if how else None)
+    promotion = Promotion(began, time.monotonic(), new, before)
+    # One that hands over to another may take writes until it is told that it did.
+    while not how and old.client().role()[0] == b"master":
+        promotion.accepted = _accepted(system, old)
+        promotion.until = time.monotonic()
+    system.promotions.append(promotion)
+
+    def recover() -> None:
+        try:
+            fleet.recover(1)
+        except AssertionError:
+            raise redis.ConnectionError("not in step yet") from None
+        if promotion.lost is None:
+            known = scripts.number(system.redis.hget(system.keys.server, "accepted"))
+            promotion.lost = max(0, promotion.accepted - known)
+
+    return Struck(mend=recover)
+
+
+def _accepted(system: System, node: Node) -> int:
+    """How many updates that server has accepted."""
+    return scripts.number(node.client().hget(system.keys.ledger, "accepted"))
 
 
 # Connections.
@@ -375,27 +490,40 @@ def redriven(system: System) -> Struck:
 
 Fault = Callable[[System], Struck]
 
-FAULTS: list[Fault] = [
+#: Where the state is on one server.
+SINGLE: list[Fault] = [
+    redis_killed,
+    redis_lost_its_last_second,
+    redis_stalled,
+    clock_jumped,
+    redis_refuses,
+    records_damaged,
+    redis_connections_cut,
+    redis_unreachable,
+    redis_slow,
+    redis_answers_lost,
+    redis_black_hole,
+]
+#: Where it is on a fleet of servers.
+FLEET: list[Fault] = [
+    primary_killed,
+    primary_suspended,
+    replica_promoted_by_hand,
+    lagging_replica_promoted,
+    split_brain,
+    slot_moved,
+]
+#: Everywhere.
+COMMON: list[Fault] = [
     worker_killed,
     worker_terminated,
     worker_frozen,
     worker_frozen_beyond_its_lease,
     writer_killed,
     import_killed,
-    redis_killed,
-    redis_lost_its_last_second,
-    redis_stalled,
     scripts_flushed,
     broker_killed,
-    clock_jumped,
-    redis_refuses,
-    records_damaged,
     others_with_other_settings,
-    redis_connections_cut,
-    redis_unreachable,
-    redis_slow,
-    redis_answers_lost,
-    redis_black_hole,
     broker_connections_cut,
     broker_black_hole,
     api_connections_cut,
@@ -417,6 +545,13 @@ FAULTS: list[Fault] = [
     resumed,
     redriven,
 ]
+
+
+def faults_of(store: Store) -> list[Fault]:
+    """Everything that can go wrong where the state is kept so."""
+    return COMMON + (SINGLE if store == "single" else FLEET)
+
+
 #: Only one of these at a time: they turn the same knob, or one would hide the other.
 GROUPS: list[set[Fault]] = [
     {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped, redis_refuses},
@@ -431,6 +566,7 @@ GROUPS: list[set[Fault]] = [
         api_refuses,
         api_refuses_users,
     },
+    set(FLEET),
     {broker_killed, broker_connections_cut, broker_black_hole},
     {paused, resumed},
 ]

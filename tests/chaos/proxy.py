@@ -9,6 +9,8 @@ One command a line, each answered with a line of JSON:
 * `refuse`: reset new ones, too, until `pass`;
 * `delay SECONDS`: answers come later;
 * `swallow`: both directions go into a black hole, until `pass` resets all connections;
+* `lag SECONDS`: what goes to a replica comes later;
+* `isolate`: replicas and sentinels are refused, clients are not;
 * `requests`: when HTTP requests began to arrive, by the kernel's clock.
 
 All but the last are answered with the number of connections struck. Requests are never delayed, only lost.
@@ -34,6 +36,8 @@ from worker.sandbox.simulator import TimedStream
 
 #: Lingering for no time makes the kernel send a reset instead of an orderly end.
 _RESET = struct.pack("ii", 1, 0)
+#: What replicas and sentinels say first.
+_PEERS = (b"PSYNC", b"REPLCONF", b"sentinel-")
 
 
 class _Proxy(TCPServer):
@@ -43,8 +47,10 @@ class _Proxy(TCPServer):
         super().__init__()
         self._target = target
         self._open: set[IOStream] = set()
-        self._delay = 0.0
-        self._refuse = self._swallow = False
+        #: Connections of replicas and sentinels.
+        self._peers: set[IOStream] = set()
+        self._delay = self._lag = 0.0
+        self._refuse = self._swallow = self._isolate = False
         self._requests: list[float] = []
 
     def command(self, line: str) -> Any:
@@ -58,8 +64,12 @@ class _Proxy(TCPServer):
         elif word in ("cut", "refuse", "pass"):
             for stream in list(self._open):
                 _reset(stream)
+        elif word == "isolate":
+            for stream in list(self._peers):
+                _reset(stream)
         self._delay = float(argument) if word == "delay" else 0.0
-        self._refuse, self._swallow = word == "refuse", word == "swallow"
+        self._lag = float(argument) if word == "lag" else 0.0
+        self._refuse, self._swallow, self._isolate = word == "refuse", word == "swallow", word == "isolate"
         return struck
 
     async def handle_stream(self, stream: IOStream, address: tuple[str, int]) -> None:
@@ -86,6 +96,7 @@ class _Proxy(TCPServer):
             end.close()
         await asyncio.wait(pumps)
         self._open -= both
+        self._peers -= both
 
     async def _requests_of(self, asking: TimedStream, answering: IOStream) -> None:
         with contextlib.suppress(StreamClosedError):
@@ -93,15 +104,19 @@ class _Proxy(TCPServer):
                 data = await asking.read_bytes(65_536, partial=True)
                 if data.startswith(b"POST "):
                     self._requests.append(asking.arrived or time.monotonic())
+                if any(word in data for word in _PEERS):
+                    self._peers.add(asking)
+                    if self._isolate:
+                        _reset(asking)
                 if not self._swallow:
                     await answering.write(data)
 
     async def _answers_of(self, answering: IOStream, asking: IOStream) -> None:
         with contextlib.suppress(StreamClosedError):
             while True:
-                data = await answering.read_bytes(65_536, partial=True)
-                if self._delay:
-                    await asyncio.sleep(self._delay)
+                data = await answering.read_bytes(1_000_000, partial=True)
+                if seconds := self._lag if asking in self._peers else self._delay:
+                    await asyncio.sleep(seconds)
                 if not self._swallow:
                     await asking.write(data)
 

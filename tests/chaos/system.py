@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,21 @@ from tests.chaos import writers
 from tests.chaos.brokers import Broker, RabbitMQ, RedisBroker
 from tests.chaos.proxy import Proxy
 from tests.history import Answer, Offer
+from tests.redis_fleet import ClusterFleet, Node, SentinelFleet
 from worker.clock import SystemClock
 from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer, Snapshot
+from worker.state.connection import connect
 from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
 from worker.state.line import Line
 from worker.state.refused import Refused
+
+#: What the state is in.
+Store = Literal["single", "sentinel", "cluster"]
+Fleet = SentinelFleet | ClusterFleet
 
 #: Updates a second, by way.
 RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}
@@ -79,6 +85,20 @@ class Writer:
         return f"{self.way}{self.number}-{rng.randrange(writers.USERS):03}"
 
 
+@dataclass(slots=True)
+class Promotion:
+    """A replica became the primary. What was accepted from `since` to `until` may be lost."""
+
+    since: float
+    until: float
+    node: Node
+    #: How many updates the server before had accepted, and how many of them this one never got; None = not known yet.
+    accepted: int
+    lost: int | None = None
+    #: When it was there, by the clock of this machine.
+    at: float = field(default_factory=time.monotonic)
+
+
 @dataclass
 class System:
     """Everything that runs, and what the faults do to it."""
@@ -86,13 +106,15 @@ class System:
     directory: Path
     rng: random.Random
     sandbox: Sandbox
-    server: EmbeddedServer
+    #: One server behind a proxy, or a fleet.
+    store: tuple[EmbeddedServer, Proxy] | Fleet
     broker: Broker
-    redis_proxy: Proxy
     broker_proxy: Proxy
     api_proxy: Proxy
     key_file: Path
     appendfsync: Literal["always", "everysec"]
+    #: How many replicas must have an update.
+    replicas: int = 0
     server_environ: dict[str, str] | None = None
     #: A directory with the previous version, if there is one.
     previous: Path | None = None
@@ -108,8 +130,9 @@ class System:
     refused: dict[str, str] = field(default_factory=dict)
     #: What the server had on its disk, and when: seconds, file, bytes.
     on_disk: list[tuple[float, Path, int]] = field(default_factory=list)
-    #: From when to when what was accepted may be lost.
+    #: From when to when what was accepted may be lost, besides by promotions.
     losses: list[tuple[float, float]] = field(default_factory=list)
+    promotions: list[Promotion] = field(default_factory=list)
     #: How many workers did not end in time after SIGTERM.
     hung: int = 0
     _incarnations: int = 0
@@ -117,11 +140,30 @@ class System:
 
     def __post_init__(self) -> None:
         self.keys = Keys(int(SDKAPPID))
-        self.redis = redis.Redis.from_url(self.server.url, socket_timeout=5)
+        url = self.store[0].url if isinstance(self.store, tuple) else self.store.url
+        self.redis = connect(url, key=self.keys.pending)
         self.buffer = Buffer(self.redis, self.keys)
         self.line = Line(self.redis, self.keys)
         self.letters = DeadLetters(self.redis, self.keys)
         self.names = AttributeNames(self.redis, self.keys, SystemClock())
+
+    @property
+    def server(self) -> EmbeddedServer:
+        """The one server."""
+        assert isinstance(self.store, tuple)
+        return self.store[0]
+
+    @property
+    def redis_proxy(self) -> Proxy:
+        """The way of everybody else to it."""
+        assert isinstance(self.store, tuple)
+        return self.store[1]
+
+    @property
+    def fleet(self) -> Fleet:
+        """The fleet of servers."""
+        assert not isinstance(self.store, tuple)
+        return self.store
 
     # The API.
 
@@ -203,12 +245,13 @@ class System:
         self._start_redis()
 
     def _start_redis(self) -> None:
-        self.server = EmbeddedServer(
+        server = EmbeddedServer(
             self.server.directory,
             port=self.server.port,
             appendfsync=self.appendfsync,
             environ=self.server_environ,
         )
+        self.store = (server, self.redis_proxy)
 
     # Writers and imports.
 
@@ -276,10 +319,16 @@ class System:
                     yield self._with_losses(Offer(line["user"], name, value, done.began, done.ended, answer))
 
     def _with_losses(self, offer: Offer) -> Offer:
-        """What Redis confirmed in a second that it lost. A message is accepted when it is consumed, which is later."""
+        """What Redis confirmed and may have lost. A message is accepted when it is consumed, which is later."""
+        in_transit = offer.user.startswith(("tasks", "stream"))
         late = QUEUED_FOR if offer.user.startswith("tasks") else 0.0
-        lost = any(since <= offer.ended + late and offer.began <= killed for since, killed in self.losses)
-        return replace(offer, answer=Answer.LOSABLE) if lost and offer.answer is not Answer.REFUSED else offer
+        losses = [*self.losses, *((promotion.since, promotion.until) for promotion in self.promotions)]
+        lost = any(since <= offer.ended + late and offer.began <= until for since, until in losses)
+        # What replicas have is kept. Who puts something into a stream or a queue has no such promise.
+        safe = self.replicas and not in_transit and offer.answer is Answer.ACCEPTED
+        if not lost or safe or offer.answer is Answer.REFUSED:
+            return offer
+        return replace(offer, answer=Answer.LOSABLE)
 
     def _refused(self) -> set[tuple[str, str, str | None]]:
         """What was refused on its way and is kept: messages of Celery and entries of the stream."""
@@ -306,10 +355,11 @@ class System:
         """Look on until `end`: at the ledger, and at what Redis has written."""
         turn = 0
         while not self._ended.wait(0.1):
-            files = sorted((self.server.directory / "appendonlydir").glob("*.incr.aof"))
-            with suppress(OSError):
-                self.on_disk.append((time.monotonic(), files[-1], files[-1].stat().st_size))
-            del self.on_disk[:-100]
+            if isinstance(self.store, tuple):
+                files = sorted((self.server.directory / "appendonlydir").glob("*.incr.aof"))
+                with suppress(OSError):
+                    self.on_disk.append((time.monotonic(), files[-1], files[-1].stat().st_size))
+                del self.on_disk[:-100]
             turn += 1
             if turn % 3 == 0:
                 self.look()
@@ -339,55 +389,76 @@ def _ended(pid: int) -> bool:
         return True
 
 
+def _proxy_before(url: str, stack: ExitStack) -> tuple[Proxy, str]:
+    """A proxy before a server, and the URL that goes through it."""
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    proxy = stack.enter_context(Proxy(free_port(), port))
+    return proxy, url.replace(f":{port}", f":{proxy.port}")
+
+
 @contextmanager
 def running(
     directory: Path,
     seed: int,
     *,
     workers: int,
-    appendfsync: Literal["always", "everysec"],
-    rabbitmq: bool,
-    previous: Path | None,
+    appendfsync: Literal["always", "everysec"] = "always",
+    rabbitmq: bool = False,
+    store: Store = "single",
+    replicas: int = 0,
+    previous: Path | None = None,
     server_environ: dict[str, str] | None = None,
+    settings: Mapping[str, str] = SETTINGS,
 ) -> Iterator[System]:
     """A system at work until the end of the block."""
     with ExitStack() as stack:
-        server = EmbeddedServer(directory / "redis", appendfsync=appendfsync, environ=server_environ)
+        place: EmbeddedServer | Fleet
+        match store:
+            case "single":
+                place = EmbeddedServer(directory / "redis", appendfsync=appendfsync, environ=server_environ)
+            case "sentinel":
+                place = stack.enter_context(SentinelFleet(directory / "redis", proxied=True))
+            case "cluster":
+                place = stack.enter_context(ClusterFleet(directory / "redis"))
         broker: Broker = RabbitMQ(directory / "rabbitmq") if rabbitmq else RedisBroker(directory / "broker")
         stack.callback(broker.stop)
         key_file = directory / "key"
         key_file.write_text(secrets.token_hex(32))
-        proxies = {}
         environ = {
-            **SETTINGS,
+            **settings,
             "IMATTR_SDKAPPID": SDKAPPID,
             "IMATTR_SECRET_KEY_FILE": str(key_file),
-            "IMATTR_REDIS_URL": server.url,
+            "IMATTR_REDIS_URL": place.url,
+            "IMATTR_REPLICAS": str(replicas),
         }
         # The simulator is started by the sandbox, workers are not: they see the proxies.
         options = ("--latency", "0.03")
         plan = Plan(workers=0, concurrency=8, flower=False, names=writers.NAMES, simulator_options=options)
         sandbox = stack.enter_context(Sandbox(directory, environ, plan))
-        for name, url in (("REDIS", server.url), ("BROKER", broker.url), ("API", sandbox.api_url)):
-            port = int(url.rpartition(":")[2].partition("/")[0])
-            proxy = stack.enter_context(Proxy(free_port(), port))
-            proxies[name] = proxy
-            sandbox.environ[f"IMATTR_{name}_URL"] = url.replace(f":{port}", f":{proxy.port}")
+        found: tuple[EmbeddedServer, Proxy] | Fleet
+        if isinstance(place, EmbeddedServer):
+            proxy, sandbox.environ["IMATTR_REDIS_URL"] = _proxy_before(place.url, stack)
+            found = (place, proxy)
+        else:
+            found = place
+        broker_proxy, sandbox.environ["IMATTR_BROKER_URL"] = _proxy_before(broker.url, stack)
+        api_proxy, sandbox.environ["IMATTR_API_URL"] = _proxy_before(sandbox.api_url, stack)
         system = System(
             directory,
             random.Random(seed),
             sandbox,
-            server,
+            found,
             broker,
-            proxies["REDIS"],
-            proxies["BROKER"],
-            proxies["API"],
+            broker_proxy,
+            api_proxy,
             key_file,
             appendfsync,
+            replicas,
             server_environ,
             previous,
         )
-        stack.callback(lambda: system.server.stop())
+        if store == "single":
+            stack.callback(lambda: system.server.stop())
         system.names.set(writers.NAMES)
         ready = [system.start_worker(number) for number in range(0 if previous else 1, workers + 1)]
         for wait in ready:

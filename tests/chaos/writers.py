@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import redis
-
 from tests.history import Answer, Offer
 from worker.producer import Producer
+from worker.state.connection import Redis, connect
 from worker.state.keys import Keys
 
 #: Users of each writer: few, so that updates meet those before them in every state.
@@ -82,7 +81,7 @@ def _many(producer: Producer) -> Way:
     return offer
 
 
-def _stream(client: redis.Redis, keys: Keys) -> Way:
+def _stream(client: Redis, keys: Keys) -> Way:
     def offer(given: Sequence[Update]) -> list[Answer]:
         for update in given:
             client.xadd(keys.updates, {"user": update.user, "attrs": json.dumps(update.attrs)})
@@ -118,8 +117,9 @@ def make(way: str) -> Way:
     if way == "tasks":
         return _tasks(os.environ["IMATTR_BROKER_URL"])
     if way == "stream":
-        return _stream(redis.Redis.from_url(redis_url, socket_timeout=5), Keys(app))
-    producer = Producer(redis_url, app)
+        keys = Keys(app)
+        return _stream(connect(redis_url, key=keys.updates), keys)
+    producer = Producer(redis_url, app, replicas=int(os.environ.get("IMATTR_REPLICAS", "0")))
     return _one_by_one(producer) if way == "set" else _many(producer)
 
 

@@ -1,7 +1,7 @@
 """Loads the Lua scripts beside this file: one file is one atomic step of the state machine.
 
-`lua/prelude.lua` has the functions that several scripts share; those that a script uses go before it. A script names its keys
-first; what is sent has ``KEYS[1]`` and so on in their place, because some services run only scripts in which every key can
+`SHARED` are the files with functions that several scripts share; those that a script uses go before it. A script names its
+keys first; what is sent has ``KEYS[1]`` and so on in their place, because some services run only scripts in which every key can
 be seen.
 """
 
@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 #: What a script takes as an argument.
 Argument = str | int | float | bytes
+
+#: Each may use what those before it define.
+SHARED = ("prelude", "failover")
 
 #: The lines with which a script names its keys.
 _NAMING = re.compile(r"^local ([\w, ]+) =\s+((?:KEYS\[\d+\][,\s]*)+)\n", re.MULTILINE)
@@ -34,17 +37,21 @@ def source(name: str) -> str:
 
 
 def as_written(name: str) -> str:
-    """Return the text of ``lua/<name>.lua``, with what it uses of the prelude before it."""
-    lua = resources.files(__package__).joinpath("lua")
-    prelude, text = (lua.joinpath(f"{file}.lua").read_text(encoding="utf-8") for file in ("prelude", name))
-    text = text.partition("]]\n")[2]
+    """Return the text of ``lua/<name>.lua``, with what it uses of the shared functions before it."""
+    text = _body(name)
     # From the last definition to the first, since each may use those above it. Only what is used, because Redis takes
     # 0.3 us for each function at every call of the script.
-    for definition in reversed(prelude.partition("]]\n")[2].strip().split("\n\n")):
+    for definition in reversed("\n\n".join(_body(file).strip() for file in SHARED).split("\n\n")):
         defined = re.search(r"^local (?:function )?(\w+)", definition, re.MULTILINE)
         if defined and re.search(rf"\b{defined[1]}\b", text):
             text = f"{definition}\n\n{text}"
     return re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)
+
+
+def _body(file: str) -> str:
+    """The text of a file, without its header."""
+    lua = resources.files(__package__).joinpath("lua", f"{file}.lua")
+    return lua.read_text(encoding="utf-8").partition("]]\n")[2]
 
 
 def _with_literal_keys(text: str) -> str:

@@ -1,0 +1,162 @@
+"""Fails over again and again under a full load of writers, and tells how long deliveries stopped and what was lost.
+
+python -m tests.chaos.failovers --redis sentinel --replicas 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import itertools
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.__main__ import by_answer, judge, settle
+from tests.chaos.faults import FLEET, NOTHING, Struck
+from tests.chaos.system import SETTINGS, Store, System, running
+from tests.history import worst_second
+from worker.state.connection import connect
+from worker.state.scripts import number
+
+#: Seconds of undisturbed work before each failover, and that mending one may take.
+WORK, PATIENCE = 4.0, 60.0
+
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def fail_over(system: System, times: int) -> dict[tuple[str, bool], list[float]]:
+    """Let every kind of fault strike in turn.
+
+    Returns seconds from when the new primary was there to the first batch claimed on it, by kind of fault, and by whether it
+    was found to be behind.
+    """
+    seconds: dict[tuple[str, bool], list[float]] = collections.defaultdict(list)
+    done = 0
+    for fault in itertools.cycle(FLEET):
+        if done == times:
+            return seconds
+        _work(system, WORK)
+        watch, before = _Watch(system), len(system.promotions)
+        struck = fault(system)
+        if struck is NOTHING:
+            continue
+        done += 1
+        there = system.promotions[-1].at if len(system.promotions) > before else time.monotonic()
+        waited, behind = watch.until_next_claim(there)
+        seconds[fault.__name__, behind].append(waited)
+        words = ", it was behind" if behind else ""
+        console.print(f"{done:3}  {fault.__name__:28} deliveries go on after {waited:4.1f} s{words}")
+        _work(system, struck.seconds)
+        _mend(struck)
+    raise AssertionError
+
+
+def _work(system: System, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        with contextlib.suppress(redis.RedisError):
+            system.turn()
+        time.sleep(0.1)
+
+
+class _Watch:
+    """Looks on, from before a failover, until deliveries go on after it."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._before, _, _, _ = self._look()
+        self._next_claim = 0.0
+        self._behind = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> tuple[bytes, int, int, int]:
+        key, fields = self._system.keys.server, ("id", "claims", "gap_to", "behind")
+        with connect(self._system.fleet.url, key=key, timeout=1, connect_timeout=1) as client:
+            id, *others = client.hmget(key, fields)
+        return (id, *map(number, others))
+
+    def _run(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self._next_claim and time.monotonic() < deadline:
+            with contextlib.suppress(redis.RedisError):
+                id, claims, gap, behind = self._look()
+                if id != self._before:
+                    self._behind = self._behind or bool(behind)
+                    # The numbers in the gap are those that another server may have given.
+                    if claims > gap:
+                        self._next_claim = time.monotonic()
+            time.sleep(0.02)
+
+    def until_next_claim(self, there: float) -> tuple[float, bool]:
+        """Seconds from when the new primary was there, and whether it was behind."""
+        self._thread.join()
+        assert self._next_claim, "deliveries did not go on"
+        return max(0.0, self._next_claim - there), self._behind
+
+
+def _mend(struck: Struck) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            struck.mend()
+        except redis.RedisError:
+            assert time.monotonic() < deadline, "the fleet did not recover"
+            time.sleep(0.5)
+        else:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.failovers", description=__doc__)
+    parser.add_argument("--times", type=int, default=30, help="how many failovers [30]")
+    parser.add_argument("--redis", choices=["sentinel", "cluster"], default="sentinel", help="[sentinel]")
+    parser.add_argument("--replicas", type=int, default=0, help="IMATTR_REPLICAS [0]")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        good = run(Path(directory), options.seed, options.redis, options.replicas, options.times)
+    sys.exit(0 if good else 1)
+
+
+def run(directory: Path, seed: int, store: Store, replicas: int, times: int) -> bool:
+    """Whether everything held."""
+    console.print(f"Redis: {store}, IMATTR_REPLICAS={replicas}")
+    with running(directory, seed, workers=2, store=store, replicas=replicas, settings=SETTINGS) as system:
+        seconds = fail_over(system, times)
+        settled = settle(system)
+        seen, found = judge(system)
+        told = system.buffer.snapshot()
+    table = Table(
+        "what happened", "times", "median", "worst", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for (name, behind), waits in sorted(seconds.items()):
+        words = name.replace("_", " ") + (", was behind" if behind else "")
+        table.add_row(words, f"{len(waits)}", f"{statistics.median(waits):.1f} s", f"{max(waits):.1f} s")
+    console.print(table)
+    lost = sum(promotion.lost or 0 for promotion in system.promotions)
+    console.print(f"updates: {len(seen.offers):,} attributes offered: {by_answer(seen)}")
+    console.print(
+        f"lost with servers, by their counters: {lost:,}; told by imattr status: {told.lost_with_servers:,}"
+    )
+    console.print(f"worst rolling second: {worst_second(seen.calls)} calls; balanced: {told.balanced}")
+    for violation in found:
+        console.out(f"✗ {violation}", style="red", highlight=False)
+    good = settled and not found and told.balanced
+    console.print(
+        "[green]✓[/] every promise was kept" if good else "[red]✗[/] broken, or not all was delivered"
+    )
+    return good
+
+
+if __name__ == "__main__":
+    main()
