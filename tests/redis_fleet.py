@@ -22,7 +22,7 @@ from worker.sandbox.redis_server import find_server, free_port
 
 SERVICE = "imattr"
 #: Milliseconds without an answer after which sentinels, and cluster nodes, call a server down.
-DOWN_AFTER = 500
+DOWN_AFTER = 1000
 
 
 class Node:
@@ -95,6 +95,13 @@ def _server(directory: Path, port: int, *more: str, proxied: bool = False) -> No
     if proxy:
         settings += ["--replica-announce-ip", "127.0.0.1", "--replica-announce-port", str(proxy.port)]
     return Node(directory, port, *settings, *more, proxy=proxy)
+
+
+def is_primary(node: Node) -> bool:
+    """Whether it believes so; not if it does not answer."""
+    with contextlib.suppress(redis.RedisError):
+        return bool(node.client().role()[0] == b"master")
+    return False
 
 
 class _Fleet:
@@ -173,14 +180,8 @@ class SentinelFleet(_Fleet):
             how(old)
         else:
             self.sentinels[0].client().execute_command("SENTINEL", "FAILOVER", SERVICE)
-        wait_until(lambda: self.primary() is not old and self._is_primary(self.primary()), 30)
+        wait_until(lambda: self.primary() is not old and is_primary(self.primary()), 30)
         return self.primary()
-
-    @staticmethod
-    def _is_primary(node: Node) -> bool:
-        with contextlib.suppress(redis.RedisError):
-            return bool(node.client().role()[0] == b"master")
-        return False
 
     def recover(self, seconds: float = 60) -> None:
         """Start what was killed, and wait until everything is in step."""

@@ -106,7 +106,8 @@ def build_limiter(settings: Settings, redis: Redis) -> RateLimiter:
         quota=settings.quota,
         patience=settings.patience,
         clock=SystemClock(),
-        replicas=settings.replicas,
+        # In a cluster, a primary that is cut off from most others stops by itself.
+        needs_replica=settings.replicas > 0 and settings.redis.kind != "cluster",
     )
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.chaos.__main__ import by_answer, judge, settle
-from tests.chaos.faults import FLEET, NOTHING, Struck
+from tests.chaos.faults import FLEET, NOTHING, Fault, Struck
 from tests.chaos.system import SETTINGS, Store, System, running
 from tests.history import worst_second
 from worker.state.connection import connect
@@ -33,7 +33,7 @@ WORK, PATIENCE = 4.0, 60.0
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def fail_over(system: System, times: int) -> dict[tuple[str, bool], list[float]]:
+def fail_over(system: System, times: int, faults: list[Fault]) -> dict[tuple[str, bool], list[float]]:
     """Let every kind of fault strike in turn.
 
     Returns seconds from when the new primary was there to the first batch claimed on it, by kind of fault, and by whether it
@@ -41,7 +41,7 @@ def fail_over(system: System, times: int) -> dict[tuple[str, bool], list[float]]
     """
     seconds: dict[tuple[str, bool], list[float]] = collections.defaultdict(list)
     done = 0
-    for fault in itertools.cycle(FLEET):
+    for fault in itertools.cycle(faults):
         if done == times:
             return seconds
         _work(system, WORK)
@@ -122,17 +122,21 @@ def main() -> None:
     parser.add_argument("--redis", choices=["sentinel", "cluster"], default="sentinel", help="[sentinel]")
     parser.add_argument("--replicas", type=int, default=0, help="IMATTR_REPLICAS [0]")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], metavar="FAULT", help="these kinds only")
+    parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep logs and notes there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        good = run(Path(directory), options.seed, options.redis, options.replicas, options.times)
+    faults = [fault for fault in FLEET if not options.only or fault.__name__ in options.only]
+    with contextlib.ExitStack() as stack:
+        directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        good = run(directory, options.seed, options.redis, options.replicas, options.times, faults)
     sys.exit(0 if good else 1)
 
 
-def run(directory: Path, seed: int, store: Store, replicas: int, times: int) -> bool:
+def run(directory: Path, seed: int, store: Store, replicas: int, times: int, faults: list[Fault]) -> bool:
     """Whether everything held."""
     console.print(f"Redis: {store}, IMATTR_REPLICAS={replicas}")
     with running(directory, seed, workers=2, store=store, replicas=replicas, settings=SETTINGS) as system:
-        seconds = fail_over(system, times)
+        seconds = fail_over(system, times, faults)
         settled = settle(system)
         seen, found = judge(system)
         told = system.buffer.snapshot()

@@ -5,6 +5,7 @@ The name of a function is the name in the report; the first line of its docstrin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ import redis
 
 from tests.chaos.system import LEASE, Promotion, Store, System
 from tests.chaos.writers import NAMES
-from tests.redis_fleet import Node, SentinelFleet
+from tests.redis_fleet import Node, SentinelFleet, is_primary
 from worker.clock import SystemClock
 from worker.ratelimit import RateLimiter
 from worker.state import scripts
@@ -277,8 +278,9 @@ def _promote(system: System, how: Callable[[Node], None] | None, since: float | 
     new = fleet.fail_over(key, note_and_do if how else None)
     promotion = Promotion(began, time.monotonic(), new, before)
     # One that hands over to another may take writes until it is told that it did.
-    while not how and old.client().role()[0] == b"master":
-        promotion.accepted = _accepted(system, old)
+    while not how and is_primary(old):
+        with contextlib.suppress(redis.RedisError):
+            promotion.accepted = _accepted(system, old)
         promotion.until = time.monotonic()
     system.promotions.append(promotion)
 

@@ -170,12 +170,12 @@ def test_what_was_delivered_before_a_failover_is_sent_again_when_it_comes_again(
     assert deliver(level="3") == (1, 1)
 
 
-def test_without_the_replicas_it_needs_nobody_sends(client: redis.Redis, keys: Keys) -> None:
-    limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=ManualClock(), replicas=1)
+def test_without_the_replica_it_needs_nobody_sends(client: redis.Redis, keys: Keys) -> None:
+    limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=ManualClock(), needs_replica=True)
 
     assert limiter.reserve() is None
 
-    assert client.hget(keys.rate, "reason") == b"fewer replicas are in step than IMATTR_REPLICAS"
+    assert client.hget(keys.rate, "reason") == b"no replica of Redis is in step"
 
 
 def test_deleted_keys_are_made_up_for(app: App) -> None:

@@ -198,7 +198,7 @@ def replicas(info: Mapping[str, Any], wanted: int) -> Finding:
     have = info["connected_slaves"]
     if have >= wanted:
         return Finding("redis replicas", "ok", f"{have} connected, IMATTR_REPLICAS is {wanted}")
-    found = f"{have} connected, and IMATTR_REPLICAS is {wanted}: nothing is accepted, and nothing is sent"
+    found = f"{have} connected, and IMATTR_REPLICAS is {wanted}: nothing is accepted"
     return Finding("redis replicas", "error", found, "start the replicas, or lower IMATTR_REPLICAS")
 
 

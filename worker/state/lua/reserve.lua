@@ -17,8 +17,8 @@ now, and it climbs whenever a full second's calls at it have passed: by doubling
 then by halving the way to the ceiling ("bad", the lowest limit refused), and once there only after a long hold, which
 doubles each time the next step is refused again.
 
-Where updates count as accepted only once replicas have them, nobody sends either unless as many are in step: a primary that
-is cut off from its replicas may have a successor already.
+Where updates count as accepted only once replicas have them, nobody sends either while none is in step: a primary that is cut
+off from all of them may have a successor already.
 
 Calls that isolate bad users get at most every tenth slot while others wait for slots, too.
 
@@ -37,14 +37,14 @@ ARGV[4]  1 for a call that isolates, else 0
 ARGV[5]  how long a limit is tried before the next one, us
 ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
 ARGV[7]  the number of the server that the caller knows, 0 = none
-ARGV[8]  how many replicas must be in step
+ARGV[8]  1 if a replica must be in step, else 0
 Returns  {1, us until the slot, now in us, number of this server, epoch, limit} or {0, us until asking again is worthwhile, now in us,
          number of this server}
 ]]
 local rate, quotas, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local isolating, dwell, seen = ARGV[4] == '1', tonumber(ARGV[5]), tonumber(ARGV[6])
-local server_seen, replicas = tonumber(ARGV[7]), tonumber(ARGV[8])
+local server_seen, needs_replica = tonumber(ARGV[7]), ARGV[8] == '1'
 
 -- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
 -- like a network that does.
@@ -56,14 +56,14 @@ local STEP, EVERY, HELD = 1e4, 2.5e6, 300e6
 
 despite_full_memory()
 local number = arrive(now, server_seen)
-if replicas > 0 then
+if needs_replica then
   local _, about = replication()
-  local in_step = 0
+  local in_step = false
   for state, lag in string.gmatch(about, 'state=(%w+),offset=%d+,lag=(%d+)') do
-    in_step = in_step + (state == 'online' and tonumber(lag) <= 1 and 1 or 0)
+    in_step = in_step or state == 'online' and tonumber(lag) <= 1
   end
-  if about ~= '' and in_step < replicas then
-    hold_all(now, SECOND, 'fewer replicas are in step than IMATTR_REPLICAS')
+  if about ~= '' and not in_step then
+    hold_all(now, SECOND, 'no replica of Redis is in step')
     return { 0, SECOND, now, number }
   end
 end
