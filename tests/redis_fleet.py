@@ -33,6 +33,7 @@ class Node:
         directory.mkdir(parents=True, exist_ok=True)
         self.port, self.directory, self._arguments = port, directory, arguments
         self.proxy, self.public = proxy, proxy.port if proxy else port
+        self._suspended = False
         self.start()
 
     def start(self) -> None:
@@ -60,6 +61,10 @@ class Node:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def awake(self) -> bool:
+        return self.alive and not self._suspended
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -71,9 +76,11 @@ class Node:
             self.proxy.__exit__(None, None, None)
 
     def suspend(self) -> None:
+        self._suspended = True
         os.kill(self._process.pid, signal.SIGSTOP)
 
     def wake(self) -> None:
+        self._suspended = False
         os.kill(self._process.pid, signal.SIGCONT)
 
 
@@ -253,8 +260,8 @@ class ClusterFleet(_Fleet):
     def primary(self, key: str) -> Node:
         """The primary that has the slot of `key`."""
         for node in self.nodes:
-            if node.alive and node.client().role()[0] == b"master":
-                with contextlib.suppress(redis.exceptions.MovedError, redis.exceptions.ClusterDownError):
+            if node.awake and is_primary(node):
+                with contextlib.suppress(redis.RedisError):
                     node.client().type(key)
                     return node
         raise LookupError(key)
@@ -266,14 +273,19 @@ class ClusterFleet(_Fleet):
             how(old)
         else:
             [replica] = [node for node in self.nodes if self._follows(node, old)]
-            replica.client().execute_command("CLUSTER", "FAILOVER")
+            # On a busy machine the replica may give up.
+            for _ in range(5):
+                replica.client().execute_command("CLUSTER", "FAILOVER")
+                with contextlib.suppress(AssertionError):
+                    wait_until(lambda: self._other_primary(key, old) is not None, 6)
+                    break
         wait_until(lambda: self._other_primary(key, old) is not None, 30)
         return self.primary(key)
 
     def reshard(self, key: str) -> Node:
         """Move the slot of `key` to another primary, a few keys at a time; returns that one."""
         slot, source = key_slot(key.encode()), self.primary(key)
-        primaries = [node for node in self.nodes if node.alive and node.client().role()[0] == b"master"]
+        primaries = [node for node in self.nodes if node.awake and is_primary(node)]
         target = next(node for node in primaries if node is not source)
         ids = {node: node.client().execute_command("CLUSTER", "MYID") for node in (source, target)}
         target.client().execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
@@ -292,7 +304,7 @@ class ClusterFleet(_Fleet):
 
     @staticmethod
     def _follows(node: Node, primary: Node) -> bool:
-        return node.alive and node.client().info("replication").get("master_port") == primary.port
+        return node.awake and node.client().info("replication").get("master_port") == primary.port
 
 
 def _cluster_info(node: Node) -> dict[str, str]:

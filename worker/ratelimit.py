@@ -163,13 +163,25 @@ class RateLimiter:
     """Permits to send, shared through Redis by every process that uses the same keys. Thread-safe."""
 
     def __init__(
-        self, redis: Redis, keys: Keys, *, quota: int, patience: float, clock: Clock, needs_replica: bool = False
+        self,
+        redis: Redis,
+        keys: Keys,
+        *,
+        quota: int,
+        patience: float,
+        clock: Clock,
+        needs_replica: bool = False,
     ) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait for a permit.
 
         If the primary `needs_replica`, nobody gets a slot while none is in step with it.
         """
-        self._redis, self._clock, self._patience, self._needs_replica = redis, clock, patience, int(needs_replica)
+        self._redis, self._clock, self._patience, self._needs_replica = (
+            redis,
+            clock,
+            patience,
+            int(needs_replica),
+        )
         self._rate = keys.rate
         self._keys = [keys.rate, keys.quotas, keys.server, keys.tickets, keys.ledger]
         self._reserve = scripts.load(redis, "reserve")
@@ -240,7 +252,16 @@ class RateLimiter:
         spread = self._answers.spread
         seen = "" if spread is None else _us(spread)
         now = "" if now_us is None else now_us
-        args = (now, self._quota, _us(patience), isolating, _us(DWELL), seen, self._server, self._needs_replica)
+        args = (
+            now,
+            self._quota,
+            _us(patience),
+            isolating,
+            _us(DWELL),
+            seen,
+            self._server,
+            self._needs_replica,
+        )
         granted, wait_us, answered_us, server, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
         with self._lock:

@@ -39,8 +39,9 @@ def keep(rule: str, raw: object) -> None:
     runtime.refused().keep("celery", [(InvalidUpdate("?", rule), text)])
 
 
-#: Does a command on a server without room: that refuses a script's first write if it may need memory, and none after it.
-_DESPITE_FULL_MEMORY = "redis.call('PERSIST', KEYS[1]) return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))"
+#: What lets a script write on a server without room: that refuses the first write if it may need memory, and none after it.
+#: Whatever is there, this changes nothing.
+_DESPITE_FULL_MEMORY = "redis.pcall('SREM', KEYS[1], '')\n"
 
 
 def _sturdy(client: Any) -> Any:
@@ -48,11 +49,15 @@ def _sturdy(client: Any) -> Any:
 
     And without MULTI, which clusters of TencentDB refuse. What kombu does together is safe to be found half done.
     """
-    execute, pipeline = client.execute_command, client.pipeline
+    execute, pipeline, register = client.execute_command, client.pipeline, client.register_script
 
     def once_more(args: Any) -> Any:
         name, key, *rest = args
-        return Redis.execute_command(client, "EVAL", _DESPITE_FULL_MEMORY, 1, key, name, *rest)  # type: ignore[no-untyped-call]
+        script = f"{_DESPITE_FULL_MEMORY}return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))"
+        return Redis.execute_command(client, "EVAL", script, 1, key, name, *rest)  # type: ignore[no-untyped-call]
+
+    def register_script(script: str) -> Any:
+        return register(f"{_DESPITE_FULL_MEMORY}{script}")
 
     def execute_command(*args: Any, **options: Any) -> Any:
         try:
@@ -76,6 +81,7 @@ def _sturdy(client: Any) -> Any:
         return pipe
 
     client.execute_command, client.pipeline = execute_command, without_multi
+    client.register_script = register_script
     return client
 
 
