@@ -99,6 +99,8 @@ def settings() -> str:
         "([document 1047/34620](https://www.tencentcloud.com/document/product/1047/34620)): until then a call without an answer",
         "may still be applied.",
         "",
+        "What `REDIS_URL` and `BROKER_URL` may be, what `REPLICAS` promises, and what `ALLOW_EVICTION` allows is in [Redis](redis.md).",
+        "",
     ]
     return "\n".join(lines)
 

@@ -212,19 +212,23 @@ class Settings:
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
     api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
     api: str = _setting(_choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr")
-    redis_url: Secret = _setting(_redis, NO_SECRET, "where the state is kept; see docs/redis.md")
+    redis_url: Secret = _setting(
+        _redis, NO_SECRET, "where the state is kept: one server, Sentinel or a cluster"
+    )
     redis_password_file: str = _setting(
-        _readable_file, "", "file that holds the password of REDIS_URL, read for each connection"
+        _readable_file, "", "file that holds the password of REDIS_URL; read again for each connection"
     )
     replicas: int = _setting(
-        _whole(0, 9), 0, "replicas that must have an update before it counts as accepted"
+        _whole(0, 9), 0, "how many replicas must confirm an update before it counts as accepted; 0 = none"
     )
-    replicas_fsync: bool = _setting(_flag, False, "and have it on disk (Redis 7.2 and newer)")
-    allow_eviction: bool = _setting(_flag, False, "start although a full Redis deletes accepted updates")
-    broker_prefix: str = _setting(_text, "", "put before Celery's keys in Redis; clients must use the same")
+    replicas_fsync: bool = _setting(_flag, False, "1 = they must have it on disk, too (Redis 7.2 and newer)")
+    allow_eviction: bool = _setting(_flag, False, "1 = start although maxmemory-policy is not noeviction")
+    broker_prefix: str = _setting(
+        _text, "", "put before the names of Celery's keys in Redis; your Celery clients must use the same"
+    )
     broker_url: Secret = _setting(_broker, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
     broker_password_file: str = _setting(
-        _readable_file, "", "file that holds the password of a BROKER_URL of Redis"
+        _readable_file, "", "file that holds the password of BROKER_URL, if that is a Redis"
     )
     quota: int = _setting(_whole(1, 1000), 100, "calls a second that the API allows the app")
     batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
