@@ -48,9 +48,10 @@ class AsyncProducer:
         replicas: int = 0,
         replicas_fsync: bool = False,
     ) -> None:
-        """The same as of `Producer`, except `timeout`: the longest that `set`, or one chunk of `set_many`, may take in all, in seconds.
+        """The arguments are those of `Producer`, except `timeout`.
 
-        A Redis that has frozen ends the call then with `redis.TimeoutError`.
+        In seconds, it is the longest that `set`, or one chunk of `set_many`, may take in all. A Redis that has frozen ends
+        the call then with `redis.TimeoutError`.
         """
         self._keys, self._max_pending, self._timeout = Keys(sdkappid), max_pending, timeout
         key = self._keys.pending

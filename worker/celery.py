@@ -101,7 +101,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 
 def _broker_url(settings: Settings) -> str:
-    """Where the broker is, as Celery and Flower write it; `worker.transport` reaches a Redis by the settings themselves."""
+    """The broker's URL in Celery's and Flower's notation; `worker.transport` reaches a Redis by the settings themselves."""
     place = settings.broker
     if place is None:
         return settings.broker_url.reveal()

@@ -278,7 +278,7 @@ class Settings:
 
     @property
     def celery_prefix(self) -> str:
-        """What begins the names of Celery's keys in Redis: on a cluster, all of them must be in one slot, which is the app's."""
+        """What the names of Celery's keys in Redis begin with. On a cluster, it puts all of them into the app's slot."""
         if self.broker is None or self.broker.kind != "cluster" or "{" in self.broker_prefix:
             return self.broker_prefix
         return f"{{imattr:{self.sdkappid}}}.{self.broker_prefix}"

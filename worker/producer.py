@@ -38,7 +38,7 @@ Lane = Literal["live", "backfill"]
 #: Seconds that a call waits for Redis, unless the caller says otherwise.
 TIMEOUT = 1.0
 
-#: Users that may be pending, while memory is short, for what comes out of a queue in the same Redis.
+#: How many users may be pending, while memory is short, for what comes out of a queue in the same Redis to be let in.
 DRAINED = 5000
 
 #: The share of Redis' memory limit beyond which new users are refused, and seconds between two readings of it.
@@ -125,7 +125,7 @@ class Bulk:
 
 
 def confirmation(replicas: int, timeout: float, *, fsync: bool) -> Confirmation | None:
-    """What to wait for after adding, if anything; the wait must end before the connection's own timeout."""
+    """What to wait for after adding, if anything. The wait must end before the connection's own timeout."""
     return Confirmation(replicas, 0.8 * timeout, fsync) if replicas else None
 
 
@@ -174,13 +174,13 @@ class Producer:
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that
-        connecting, or any answer of Redis, may take. A Redis that has frozen ends a call after that time with
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest
+        that connecting, or any answer of Redis, may take. A Redis that has frozen ends a call after that time with
         `redis.TimeoutError`; one that cannot be reached, at once with `redis.ConnectionError`.
 
-        With `replicas`, an update counts as accepted only once so many replicas of Redis have it, too (with
-        `replicas_fsync`, on disk); if they do not within four fifths of `timeout`, `NotConfirmed` says so. Raises `ValueError` for a
-        URL that cannot be read.
+        With `replicas`, an update counts as accepted only once that many replicas of Redis have it, too (with
+        `replicas_fsync`, on disk). If they do not say so within four fifths of `timeout`, `NotConfirmed` is raised. Raises
+        `ValueError` for a URL that cannot be read.
         """
         self._redis_url, self._keys, self._timeout = redis_url, Keys(sdkappid), timeout
         self._confirmation = confirmation(replicas, timeout, fsync=replicas_fsync)
@@ -210,8 +210,9 @@ class Producer:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
-        """Read IMATTR_REDIS_URL, _REDIS_PASSWORD_FILE, _SDKAPPID, _MAX_PENDING, _MAX_AHEAD, _REPLICAS and _REPLICAS_FSYNC;
-        raises `ConfigError`.
+        """Read the environment; raises `ConfigError`.
+
+        IMATTR_REDIS_URL, _REDIS_PASSWORD_FILE, _SDKAPPID, _MAX_PENDING, _MAX_AHEAD, _REPLICAS and _REPLICAS_FSYNC count.
         """
         return cls.of(
             Settings.from_env(os.environ if environ is None else environ, "producer"), timeout=timeout
@@ -257,8 +258,8 @@ class Producer:
         `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold: see `Guard`. Raises
         `LostLead`.
 
-        What a consumer adds leaves its queue in Redis for it: so while memory is short, a few users are let in for it all the same,
-        or a queue that has filled the server could never empty.
+        What a consumer adds leaves its queue in Redis. So while memory is short, a few users are let in for it all the
+        same; otherwise a queue that has filled the server could never empty.
         """
         guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None)
         limit = self._most(makes_room=guard.makes_room)
@@ -275,7 +276,7 @@ class Producer:
     def has_room(self, share: float = 0.0, *, makes_room: bool = False) -> bool:
         """Whether new users are accepted now; with a `share`, whether that part of the room is free.
 
-        `makes_room` if accepting them makes room elsewhere; see `add`.
+        `makes_room`: whether accepting them frees memory elsewhere; see `add`.
         """
         most = self._most(makes_room=makes_room)
         return most != NOBODY_NEW and self._buffer.has_room(most, share)

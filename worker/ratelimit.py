@@ -1,7 +1,7 @@
 """One rate limit for the whole fleet: slots on Redis' clock, reserved first come, first served.
 
-Why reservations: one script call tells a caller *when* it may send, and it sleeps until then. Nobody polls, nobody races, and
-the cost stays at one call per permit however many wait.
+Why reservations: one script call tells a caller *when* it may send, and it sleeps until then. Nobody polls, nobody races,
+and the cost stays at one call per permit however many wait.
 
 Why slots are at least 2 % further apart than the quota needs: the API counts arrivals, and a call arrives a little later
 than its slot. With 100 calls a second and a slot every 10.2 ms, a rolling second has 98 or 99 slots; a 101st arrival needs
@@ -49,8 +49,8 @@ from .state.scripts import number, text
 
 #: Slots are at least this many times further apart than 1 / quota; the script has the same number.
 SPACING = 1.02
-#: Seconds, or two slots if those are longer: no slot further ahead is given to anybody. Less than the usual patience, so that
-#: one who asks now and then has its chance beside many who always wait. The script has the same number.
+#: Seconds, or two slots if those are longer: nobody is given a slot further ahead. Less than the usual patience, so that a
+#: caller who asks now and then has a chance beside many who always wait. The script has the same number.
 HORIZON = 1.0
 #: Seconds before its slot at which a permit is checked once more by `acquire`.
 CHECK_BEFORE = 0.05
@@ -191,7 +191,7 @@ class RateLimiter:
         self._quota = quota
         #: The newest epoch heard of; permits of older ones are void.
         self._epoch = 0
-        #: The number of the last server heard of: a lower one means that the data went back.
+        #: The number of the server that answered last.
         self._server = 0
         self._sync, self._unsure, self._answers = ClockSync(), 0, AnswerTimes()
         #: Late calls for which no slot has been left empty yet.
@@ -266,7 +266,7 @@ class RateLimiter:
         heard = self._clock.monotonic()
         with self._lock:
             if server != self._server:
-                # Another server has another clock; no slot of the last one is good here.
+                # Another server has another clock, and none of the last one's slots is good here.
                 self._server, self._sync = server, ClockSync()
             steady = self._sync.observe(asked, answered_us / 1e6, heard)
             due = self._sync.local((answered_us + wait_us) / 1e6)

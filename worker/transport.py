@@ -45,9 +45,9 @@ _DESPITE_FULL_MEMORY = "redis.pcall('SREM', KEYS[1], '')\n"
 
 
 def _sturdy(client: Any) -> Any:
-    """A client of kombu's whose writes a full server takes: they are tickets, without which nothing would make room.
+    """A client of kombu's whose writes a full server takes: they are tickets, and without those nothing would make room.
 
-    And without MULTI, which clusters of TencentDB refuse. What kombu does together is safe to be found half done.
+    It also does without MULTI, which clusters of TencentDB refuse. What kombu sends together may safely be found half done.
     """
     execute, pipeline, register = client.execute_command, client.pipeline, client.register_script
 
@@ -112,7 +112,7 @@ class SturdyChannel(redis_transport.Channel):
             "connect_timeout": self.socket_connect_timeout,
         }
         ours = client_options(self.place, self.global_keyprefix, **times)
-        # kombu derives a class from it, which tells the channel of a lost connection.
+        # kombu derives a class from it that tells the channel when the connection is lost.
         self.connection_class = self.connection_class_ssl = ours.pop("connection_class")
         found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
         kept = ("connection_class", "health_check_interval", "max_connections", "client_name")

@@ -48,7 +48,8 @@ from worker.state.keys import Keys
 @click.option(
     "--as-of",
     metavar="TIME",
-    help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. [default: when the import began]",
+    help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
+    "[default: when the import began]",
 )
 @click.option("--lane", type=click.Choice(["backfill", "live"]), default="backfill", show_default=True)
 @click.option(

@@ -23,12 +23,12 @@ TURN = 0.02
 TERM = 2.0
 #: Age at which an unclaimed ticket counts as lost, seconds. Longer than it should ever wait.
 TICKET_TTL = 10.0
-#: Seconds of slots that tickets are issued for. Enough threads then wait for their slots to fill every one; more tickets would
+#: Seconds of slots that tickets are issued for. That keeps enough threads waiting to fill every slot; more tickets would
 #: grow old in the queue, since a worker that goes on with the next batch needs none.
 HORIZON = 0.5
 #: Seconds between two searches for expired leases, and between two times of forgetting what was delivered long ago.
 RECLAIM_EVERY, FORGET_EVERY = 1.0, 0.1
-#: Seconds between two looks at whether the ledger and the lanes agree with the records: keys may have been deleted or evicted.
+#: Seconds between two checks that ledger and lanes agree with the records: keys may have been deleted or evicted.
 REPAIR_EVERY = 10.0
 
 
@@ -51,7 +51,8 @@ class Dispatcher(LeaderLoop):
     ) -> None:
         """`publish` sends one ticket on its way; `linger` in seconds, `quota` in calls a second.
 
-        While Redis `is_short_of_memory`, what was delivered is forgotten early. `on_turn` is called before every turn, also while Redis is away.
+        While Redis `is_short_of_memory`, what was delivered is forgotten early. `on_turn` is called before every turn, even
+        while Redis is away.
         """
         super().__init__(leader)
         self._buffer, self._publish, self._on_turn = buffer, publish, on_turn

@@ -386,9 +386,9 @@ class Delivery:
         return True
 
     def _end_claim(self, claim: _Claim, outcomes: Mapping[UserId, Outcome], **how: Any) -> Settled | None:
-        """Settle users, however often Redis has to be asked: while it fails over, what is known about a batch is only here.
+        """Settle users, however often it takes: while Redis fails over, only this worker knows what became of them.
 
-        None if the batch is no longer ours. Asking again is safe: what was settled the first time is not held any more.
+        None if the batch is no longer ours. Trying again is safe: what was settled the first time is no longer held.
         """
         number = claim.batch.number
         asked_again = False

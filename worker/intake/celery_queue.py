@@ -4,9 +4,9 @@
 
 No task runs for them: a Celery task per update costs fifty times as much, and what is in a message could end the worker
 that runs it. Every worker has a consumer in a process of its own (`worker/queue_process.py`); a short term in Redis elects
-which of them acts, so messages are taken in the order of the queue. A message is acknowledged once its updates are accepted, or kept among the
-refused ones. It may be taken twice, by a successor of a consumer that was killed; its event time is then the same, so it
-changes nothing.
+which of them acts, so messages are taken in the order of the queue. A message is acknowledged once its updates are accepted,
+or kept among the refused ones. It may be taken twice, by a successor of a consumer that was killed; its event time is then
+the same, so it changes nothing.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class LostLead(Exception):
 
 
 class Known(NamedTuple):
-    """What a client knows of the server that it added to last: its number, and how many updates had been accepted there."""
+    """What a client knows of the server it last added to: its number, and how many updates it had accepted by then."""
 
     server: int = 0
     accepted: int = 0
@@ -114,7 +114,8 @@ class Guard(NamedTuple):
     """Under what conditions updates are added.
 
     `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
-    is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding makes room elsewhere, so that a full server takes it.
+    is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding frees memory elsewhere, so that even a
+    full server must take it.
     """
 
     max_ahead: float = MAX_AHEAD
@@ -162,7 +163,10 @@ class Snapshot:
 
     @property
     def balanced(self) -> bool:
-        """accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + lost + pending + in flight."""
+        """Whether the ledger accounts for everybody.
+
+        accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + lost + pending + in flight
+        """
         accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
         return accepted + redriven == sum(settled) + self.pending + self.in_flight
 
@@ -249,7 +253,8 @@ class Buffer:
     ) -> None:
         """`redis` must return bytes (`decode_responses=False`); times in seconds.
 
-        `longest_call` is how long a call may take effect after it was sent. With a `confirmation`, `redis` must have one connection.
+        `longest_call` is for how long after it was sent a call may still take effect. With a `confirmation`, `redis` must
+        have a single connection.
         """
         self._redis = redis
         self._keys = keys
@@ -342,8 +347,8 @@ class Buffer:
 
         Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. `successor` is a
         ticket to issue if another batch of `size` users is ready for it. Returns None if the batch is no longer held (its
-        lease was reclaimed): then nothing has changed. `number` is the claim's: if a failover has lost it, nobody sends until its
-        call can no longer take effect.
+        lease was reclaimed): then nothing has changed. `number` is the claim's. If a failover has lost that claim, nobody
+        sends until its call can no longer take effect.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
@@ -458,8 +463,8 @@ class Buffer:
     def repair(self) -> tuple[int, int]:
         """Bring lanes and ledger back into agreement with the records, after keys were deleted or evicted.
 
-        Returns how many updates are lost (less than 0 if more were found), and how many users had been in no lane. Costs nothing
-        while all is well.
+        Returns how many updates are lost (negative if more were found than the ledger knew of), and how many users had been
+        in no lane. While all is well, this costs one snapshot.
         """
         seen = self.snapshot()
         k = self._keys

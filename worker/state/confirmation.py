@@ -1,4 +1,4 @@
-"""Confirmation: an update counts as accepted only once replicas have it, too."""
+"""Confirmation: an update counts as accepted only once enough replicas have it, too."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _add() -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """How many replicas must have an update, and how long to wait for them, in seconds.
+    """How many replicas must have an update, and how many seconds to wait for them.
 
-    With `fsync` they must have it on disk (WAITAOF, Redis 7.2 and newer).
+    With `fsync`, they must have it on disk (WAITAOF, Redis 7.2 and newer).
     """
 
     replicas: int
@@ -31,7 +31,7 @@ class Confirmation:
     fsync: bool = False
 
     def _fill(self, pipe: Any, keys: Sequence[str], args: Sequence[scripts.Argument]) -> Any:
-        """Both commands go in one round trip, on one connection: replicas are waited for up to its own last write."""
+        """Put both commands into one round trip on one connection, because WAIT covers only its own connection's writes."""
         pipe.evalsha(_add()[1], len(keys), *keys, *args)
         wait = max(1, round(self.seconds * 1000))
         if self.fsync:
@@ -41,7 +41,7 @@ class Confirmation:
         return pipe
 
     def add(self, redis: Redis, keys: Sequence[str], args: Sequence[scripts.Argument]) -> tuple[Any, int]:
-        """Run the script `add` and wait; returns what it answered, and how many replicas have that."""
+        """Run the script `add` and wait; returns its reply, and how many replicas have what it wrote."""
         with redis.pipeline(transaction=False) as pipe:
             try:
                 return _read(self._fill(pipe, keys, args).execute())
@@ -61,7 +61,7 @@ class Confirmation:
                 return _read(await self._fill(pipe, keys, args).execute())
 
     def check(self, have: int) -> None:
-        """Raise `NotConfirmed` if that is too few."""
+        """Raise `NotConfirmed` if `have` replicas are too few."""
         if have < self.replicas:
             raise NotConfirmed(have, self.replicas, self.seconds)
 

@@ -2,9 +2,9 @@
 
 Everything outside `state/` takes `Redis` and the errors from here, so only this room knows the library.
 
-An app's keys are all on one server: a single one, the primary that sentinels name, or the node of a cluster that has the
-app's slot. So every client here is a plain one, whose connections look up where that server is whenever they connect, and
-leave one that is no longer it.
+All keys of an app are on one server: the only one, the primary that sentinels name, or the cluster node that has the app's
+slot. So every client here is a plain one. Its connections look up that server whenever they connect, and leave it once it
+is no longer the right one.
 """
 
 from __future__ import annotations
@@ -68,26 +68,26 @@ __all__ = [
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
 #: Seconds that a sentinel, or a node asked where a slot is, may take.
 LOOKUP_TIMEOUT = 0.5
-#: Seconds after which the sentinels are asked again whether the primary is still the same: an old one that is cut off from
-#: them goes on answering.
+#: Seconds after which the sentinels are asked again who the primary is: an old one that is cut off from them goes on
+#: answering.
 LOOK_AGAIN = 1.0
 
 
 class NotPrimary(ConnectionError):
-    """Raised when the server answers that it cannot take this command now, since another is the primary, or soon will be.
+    """Raised when a server refuses a command because another one is the primary, or soon will be.
 
     The connection is closed, so the next attempt looks for the primary again.
     """
 
 
 class Locator(Protocol):
-    """Knows where the primary is."""
+    """Finds the primary."""
 
     def locate(self) -> tuple[str, int]:
-        """Look for it; raises `ConnectionError` if nobody knows."""
+        """Look it up, now; raises `ConnectionError` if nobody knows."""
 
     def current(self) -> tuple[str, int] | None:
-        """Where it was when last looked for, looking again now and then; None if that is not needed, or not known."""
+        """Where it was last found, looking again now and then; None if not known, or if it need not be watched."""
 
 
 class SentinelLocator:
@@ -205,8 +205,8 @@ class ClusterLocator:
         return None
 
 
-#: What a server answers that is no longer the primary, or cannot write: from within a script of Redis 6.2, as the end of a
-#: longer message.
+#: What a server answers when it is no longer the primary, or cannot write. Within a script, Redis 6.2 puts that at the end of
+#: a longer message.
 _LEAVE = (ReadOnlyError, AskError, TryAgainError, ClusterDownError)
 _LEAVE_WORDS = ("-READONLY ", "UNBLOCKED ", "NOREPLICAS ")
 
@@ -216,7 +216,7 @@ def _must_leave(error: ResponseError) -> bool:
 
 
 class _Following:
-    """What connections add to those of the library: they look up where to connect, and leave a server that moved on."""
+    """What our connections add to the library's: they look up where to connect, and leave a server that was demoted."""
 
     locator: Locator | None
     host: str
@@ -389,7 +389,7 @@ _FOR_ASYNCIO: dict[Any, Any] = {
 
 
 def connect_async(url: str | RedisUrl, *, key: str = "", timeout: float, connections: int) -> AsyncRedis:
-    """Build a client for asyncio with at most so many connections; who needs one more waits for `timeout` seconds."""
+    """Build a client for asyncio with at most `connections`; a caller that needs one more waits up to `timeout` seconds."""
     place = read_redis_url(url) if isinstance(url, str) else url
     found = client_options(place, key, timeout=timeout, connect_timeout=timeout)
     found["connection_class"] = _FOR_ASYNCIO[found["connection_class"]]

@@ -29,7 +29,7 @@ LEDGER = (
     "delivered",
     "dead_lettered",
     "quarantined",
-    # What a repair could not find any more, or less than nothing if it found more: keys were deleted or evicted.
+    # What a repair no longer found, after keys were deleted or evicted; negative if it found more than the ledger knew of.
     "lost",
 )
 
@@ -127,19 +127,19 @@ class Keys:
     def rate(self) -> str:
         """hash: "next" free slot us and "next_isolating"; "paused_at", "paused_until" us with "reason" and
         "code"; "epoch", raised by each pause; while below the quota also the "limit" in calls a second
-        and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us; how far slots are "apart" us, because of
-        the "jitter" us, corrected by the "stretch" us, which falls at "stretch_at" us and not sooner again than after
-        "stretch_hold" us; "refusals" in the second that began at "refused_at" us; "busy", the slots granted so far, end to
-        end, us."""
+        and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us; how far slots are "apart" us,
+        because of the "jitter" us, corrected by the "stretch" us, which falls at "stretch_at" us and not sooner again
+        than after "stretch_hold" us; "refusals" in the second that began at "refused_at" us; "busy" us, the slots granted
+        so far, end to end."""
         return self._key("rate")
 
     @property
     def server(self) -> str:
-        """hash, on which server, and which state of the data, scripts run: its replication "id"; its "number", and the "first" one
-        that belongs to this data; how many "servers" there were; since "at" ms, when so many updates were "accepted"; "claims" so
-        far, and those that can only have been made on the server before, "gap_from" to "gap_to"; 1 if one of them was found to be
-        missing here, "behind", or if the data was "emptied"; updates known to be "lost" with the last one, and with all before
-        it, "lost_before"."""
+        """hash, which server this is, and what is known of those before: its replication "id"; its "number", and the
+        "first" one of this data; how many "servers" there were; since "at" ms, when so many updates were "accepted";
+        "claims" made so far, and the numbers "gap_from" to "gap_to" of claims that only the server before can have made;
+        "behind" = 1 once one of those was found missing here, "emptied" = 1 if the data had gone; updates known to be
+        "lost" with the last server, and "lost_before" with all others."""
         return self._key("server")
 
     @property
@@ -156,8 +156,8 @@ class Keys:
 
     @property
     def health(self) -> str:
-        """hash, what the line is decided by: "ok_at" ms at which the last successful call was claimed, "failures" of the service
-        in a row, "calm_at" ms at which the last outage ended; "signed_at" s, before which no signature is good; "dead_code",
+        """hash, what the line is decided by: "ok_at" ms at which the last successful call was claimed, "failures" of the
+        service in a row, "calm_at" ms at which the last outage ended; "signed_at" s, before which no signature is good; "dead_code",
         "dead_row", "dead_seen", "dead_since" ms, "dead_count", "dead_base" of recent dead letters; "let_code" and
         "let_until" ms, the code that a person has allowed."""
         return self._key("health")

@@ -81,8 +81,8 @@ class Line:
     ) -> float | None:
         """Stop sending because of what `batch` met; returns the seconds until the next probe.
 
-        `first_wait` seconds if the reason needs more than usual; `code` 0 = none; an empty `reason` keeps the one that the line
-        was stopped for. Returns 0.0 if the line was stopped or paused already, and None if a person has allowed the code.
+        `first_wait` seconds if the reason needs more than usual; `code` 0 = none; an empty `reason` keeps the one that the
+        line was stopped for. Returns 0.0 if the line was stopped or paused already, and None if a person has allowed the code.
         """
         first, longest = WAITS[kind]
         waits = (round(max(first, first_wait) * 1000), round(longest * 1000))
@@ -120,7 +120,8 @@ class Line:
     ) -> bool:
         """Open the line because its probe `batch` has passed; False if it is no longer the probe.
 
-        The rate climbs to `quota` again, each step tried for `dwell` seconds. Signatures made before the probe's, at `signed_at`, may be bad.
+        The rate climbs to `quota` again, each step tried for `dwell` seconds. Signatures made before the probe's, at
+        `signed_at`, may be bad.
         """
         args = ("" if now_us is None else now_us, batch, quota, round(dwell * 1e6), signed_at)
         return bool(self._reopen([self._keys.line, self._keys.health, self._keys.rate], args))

@@ -80,7 +80,7 @@ class Refused:
         refused: Sequence[tuple[InvalidUpdate, object]],
         scheduled: Mapping[str, int] = NOTHING,
     ) -> None:
-        """Keep updates, whatever they are, each with the reason; and what is scheduled, with the ms before which it must wait."""
+        """Keep updates, whatever they are, each with its reason; and scheduled ones, each with the ms until which it waits."""
         updates = [
             # A lone surrogate may be what it was refused for.
             [part.encode(errors="replace").decode() for part in (source, error.user, error.rule, text)]

@@ -1,8 +1,8 @@
 """Loads the Lua scripts beside this file: one file is one atomic step of the state machine.
 
 `SHARED` are the files with functions that several scripts share; those that a script uses go before it. A script names its
-keys first; what is sent has ``KEYS[1]`` and so on in their place, because some services run only scripts in which every key can
-be seen.
+keys first. What is sent has ``KEYS[1]`` and so on in place of the names, because some services run only scripts in which
+every key is visible.
 """
 
 import re

@@ -38,8 +38,8 @@ ARGV[7]  who must lead, empty = nobody
 ARGV[8]  the number of the server that the caller added to last, 0 = none
 ARGV[9]  how many updates had been accepted there by then
 ARGV[10] 1 if what is added makes room elsewhere, so that a full server takes it, else 0
-Returns  {number of this server, updates accepted so far, accepted, coalesced, unchanged, stale, for each refused update: its
-         index from 0, and "full", "ahead" or "forgotten", ...}, or {} if the leader is another
+Returns  {number of this server, updates accepted so far, accepted, coalesced, unchanged, stale, for each refused update:
+         its index from 0, and "full", "ahead" or "forgotten", ...}, or {} if another worker leads
 ]]
 local pending, live, backfill, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local shadow, shadow_at, ledger, dead, dead_at = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
@@ -57,7 +57,7 @@ if makes_room then
 end
 local number = arrive(now * 1000, seen)
 if seen > 0 and seen == number - 1 then
-  -- What the caller knows to have been accepted before, and this server does not.
+  -- What the caller knows was accepted there, and this server does not.
   local accepted, lost, emptied = numbers(redis.call('HMGET', server, 'accepted', 'lost', 'emptied'))
   if emptied == 0 and seen_accepted - accepted > lost then
     redis.call('HSET', server, 'lost', whole(seen_accepted - accepted))

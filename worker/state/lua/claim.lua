@@ -30,8 +30,8 @@ ARGV[3]  most users to take, at most 1000
 ARGV[4]  lease in ms
 ARGV[5]  epoch of the permit, empty = any
 Returns  {now in ms, kind of the stop if this is its probe else "", signing time that the fleet shares in s, ms of the
-         last success, ms of the end of the last outage, number of the claim, user, record, user, record, ...}, or {} if the ticket is spent
-         or unknown, the line is stopped, or the permit has lapsed
+         last success, ms of the end of the last outage, number of the claim, user, record, user, record, ...}, or {} if
+         the ticket is spent or unknown, the line is stopped, or the permit has lapsed
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, tickets, line, rate, health = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]

@@ -3,7 +3,7 @@ What several scripts share to notice that Redis failed over. The loader puts wha
 what that uses of the prelude.
 ]]
 
--- What the server says about replication: its id, which changes with every promotion and restart, and all of it. Some
+-- What the server says about replication: its id, which changes with every promotion and restart, and the whole text. Some
 -- services show neither.
 local function replication()
   local about = redis.pcall('INFO', 'replication')
@@ -22,10 +22,10 @@ end
 -- Notice when this is another server, or other data, than scripts ran on before, and return its number. `seen` is the
 -- number that the caller knows, 0 = none; `now` in us.
 --
--- A promoted replica, and a server that was restarted, may be in the past: claims and slots of the last moments are
--- unknown to it. So permits and tickets are void, and nothing is sent until whatever was under way has landed: the API gives
--- up after 3 s (1047/34620). Epochs and the numbers of claims go on far above those that may have been lost; a claim with a
--- number in between was. Numbers begin with the time in seconds, so a caller who knows one from before the first has seen
+-- A promoted replica, and a server that was restarted, may be in the past: it does not know the claims and slots of the
+-- last moments. So permits and tickets are void, and nothing is sent until whatever was under way has landed: the API
+-- gives up after 3 s (1047/34620). Epochs and claim numbers go on far above any that may have been lost, so a claim with a
+-- number in between was. Numbers begin with the time in seconds: a caller who knows one from before the first has seen
 -- data that is gone.
 local function arrive(now, seen)
   local QUIET, FAR = 3e6, 1e6
@@ -52,8 +52,8 @@ local function arrive(now, seen)
   return number
 end
 
--- Notice a claim that was made on another server and is unknown to this one: its users may be sent again while its call is
--- still under way. `length` in us is how long that may be.
+-- Notice a claim that was made on the server before and is unknown to this one: its users may be sent again while its call
+-- is still under way. `length` in us is how long that may be.
 local function miss_claim(now, claim, length)
   local from, upto = numbers(redis.call('HMGET', server, 'gap_from', 'gap_to'))
   if claim > from and claim <= upto then
@@ -62,14 +62,14 @@ local function miss_claim(now, claim, length)
   end
 end
 
--- Since when (ms) what was delivered is known here; 0 = ever since. On a server before this one, newer values may have been
--- delivered, of which this one has not heard.
+-- Since when (ms) everything delivered is known here; 0 = since ever. The server before may have delivered newer values of
+-- which this one has not heard.
 local function trusted_since()
   local servers, at = numbers(redis.call('HMGET', server, 'servers', 'at'))
   return servers > 1 and at or 0
 end
 
--- Whether the API still has the values in a user's memory, as far as anybody can know.
+-- Whether the API still has the values in a user's memory, as far as can be known.
 local function is_trusted(user, since)
   return since == 0 or (tonumber(redis.call('ZSCORE', shadow_at, user) or 0) or 0) >= since
 end

@@ -2,9 +2,10 @@
 Let nobody reserve a slot for a while; slots reserved before lapse. The longer of two pauses wins.
 
 If the API refused a call for its frequency, it depends on how many it refused within a second. A few are the network's
-doing, or a stall's, unless the API names a longer pause: slots move one percent apart, two stay empty, and everything goes on. More, or any below a known
-ceiling, mean that less is granted: everyone pauses, and the limit drops to the last one that was good, or by a quarter.
-Then only the first refusal counts: the others were sent before anybody knew, in an older epoch.
+doing, or a stall's, unless the API names a longer pause: slots move one percent apart, two stay empty, and everything
+goes on. More, or any below a known ceiling, mean that less is granted: everyone pauses, and the limit drops to the last
+one that was good, or by a quarter. Then only the first refusal counts: the others were sent before anybody knew, in an
+older epoch.
 
 KEYS[1]  hash, rate: "next", "epoch"; "paused_at" us, "paused_until" us, "reason", "code"; and, below the quota,
          "limit", "good", "bad", "step", "granted", "climb_at" us, "hold" us; "apart", "jitter", "stretch",

@@ -120,8 +120,8 @@ local function has_lapsed(epoch)
   return epoch ~= '' and epoch ~= (redis.call('HGET', rate, 'epoch') or '0')
 end
 
--- A server without room refuses a script's first write if it may need memory, and none that follows it. For scripts that make
--- room, or without which nothing would.
+-- A full server refuses a script's first write if that may need memory, but none that follow. This one needs none. For
+-- scripts that make room, or without which nothing would.
 local function despite_full_memory()
   redis.call('HDEL', server, '')
 end

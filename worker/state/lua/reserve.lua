@@ -17,8 +17,8 @@ now, and it climbs whenever a full second's calls at it have passed: by doubling
 then by halving the way to the ceiling ("bad", the lowest limit refused), and once there only after a long hold, which
 doubles each time the next step is refused again.
 
-Where updates count as accepted only once replicas have them, nobody sends either while none is in step: a primary that is cut
-off from all of them may have a successor already.
+Where updates count as accepted only once replicas have them, nobody sends while none is in step: a primary that is cut
+off from all of them may already have a successor. A server that does not list them is believed.
 
 Calls that isolate bad users get at most every tenth slot while others wait for slots, too.
 
@@ -38,8 +38,8 @@ ARGV[5]  how long a limit is tried before the next one, us
 ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
 ARGV[7]  the number of the server that the caller knows, 0 = none
 ARGV[8]  1 if a replica must be in step, else 0
-Returns  {1, us until the slot, now in us, number of this server, epoch, limit} or {0, us until asking again is worthwhile, now in us,
-         number of this server}
+Returns  {1, us until the slot, now in us, number of this server, epoch, limit}, or {0, us until asking again is
+         worthwhile, now in us, number of this server}
 ]]
 local rate, quotas, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -58,11 +58,11 @@ despite_full_memory()
 local number = arrive(now, server_seen)
 if needs_replica then
   local _, about = replication()
-  local in_step = false
+  local in_step = not string.find(about, 'connected_slaves')
   for state, lag in string.gmatch(about, 'state=(%w+),offset=%d+,lag=(%d+)') do
     in_step = in_step or state == 'online' and tonumber(lag) <= 1
   end
-  if about ~= '' and not in_step then
+  if not in_step then
     hold_all(now, SECOND, 'no replica of Redis is in step')
     return { 0, SECOND, now, number }
   end

@@ -11,9 +11,9 @@ KEYS[7]  hash, quarantine
 KEYS[8]  hash, ledger
 KEYS[9]  hash, server
 ARGV[1]  now in ms, empty = the server's clock
-Returns  {now in ms; users in pending, live, backfill, delayed, flight, dead and quarantine; ms of the oldest first update in live
-         and in backfill, or false; the fields of the ledger; how many servers there were,
-         updates lost with the last one before this, and with those before}
+Returns  {now in ms; users in pending, live, backfill, delayed, flight, dead and quarantine; ms of the oldest first update
+         in live and in backfill, or false; the fields of the ledger; how many servers there were, updates lost with the
+         last one before this, and with all before that}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local dead, quarantine, ledger, server = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
