@@ -189,7 +189,7 @@ def test_the_locks_agree() -> None:
 
 
 def test_fast_tests_do_not_sleep() -> None:
-    slow = {"test_end_to_end.py", "test_celery_border.py", "test_processes.py"}
+    slow = {"test_end_to_end.py", "test_celery_border.py", "test_failover.py", "test_processes.py"}
     for file in (ROOT / "tests").rglob("test_*.py"):
         if file.name not in slow:
             assert not re.search(r"\btime\.sleep\(", file.read_text()), file.name

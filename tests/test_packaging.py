@@ -105,9 +105,9 @@ def test_the_client_has_its_modules_all_scripts_and_nothing_else(wheels: dict[st
     assert found - modules == scripts | {"imattr/py.typed"}
     assert modules == {
         *(f"imattr/{name}.py" for name in ("__init__", "async_producer", "clock", "config", "errors")),
-        *(f"imattr/{name}.py" for name in ("models", "producer", "ratelimit", "version")),
+        *(f"imattr/{name}.py" for name in ("models", "producer", "ratelimit", "redis_url", "version")),
         *(f"imattr/state/{name}.py" for name in ("__init__", "attribute_names", "buffer", "connection")),
-        *(f"imattr/state/{name}.py" for name in ("keys", "scripts")),
+        *(f"imattr/state/{name}.py" for name in ("confirmation", "keys", "scripts")),
     }
 
 

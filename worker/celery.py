@@ -194,8 +194,9 @@ def _refuse_eviction(**_: Any) -> None:
         # Away for now, or a service that lets nobody see it.
         return
     if policy != "noeviction" and not settings.allow_eviction:
+        what = "accepted updates" if policy.startswith("allkeys") else "keys that expire, such as elections"
         print(
-            f"imattr cannot start:\n  Redis' maxmemory-policy is {policy}: once full, it would delete accepted updates.\n"
+            f"imattr cannot start:\n  Redis' maxmemory-policy is {policy}: once full, it would delete {what}.\n"
             "  Set maxmemory-policy noeviction there, or IMATTR_ALLOW_EVICTION=1 to accept that.",
             file=sys.stderr,
         )

@@ -277,6 +277,11 @@ class Settings:
         return dataclasses.replace(url, password_file=self.broker_password_file)
 
     @property
+    def needs_replica(self) -> bool:
+        """Whether a primary must have a replica in step for anybody to send. In a cluster, one that is cut off stops by itself."""
+        return self.replicas > 0 and self.redis.kind != "cluster"
+
+    @property
     def celery_prefix(self) -> str:
         """What the names of Celery's keys in Redis begin with. On a cluster, it puts all of them into the app's slot."""
         if self.broker is None or self.broker.kind != "cluster" or "{" in self.broker_prefix:

@@ -200,16 +200,25 @@ class RateLimiter:
 
     @classmethod
     def connect(
-        cls, redis_url: str | RedisUrl, sdkappid: int, *, quota: int = 100, patience: float = 2.0
+        cls,
+        redis_url: str | RedisUrl,
+        sdkappid: int,
+        *,
+        quota: int = 100,
+        patience: float = 2.0,
+        needs_replica: bool = False,
     ) -> Self:
         """Return the limiter that an app's workers share, for another program that calls the API.
 
-        `quota` in calls a second, the same as the workers'; `patience` in seconds, the longest that `acquire` waits. Nothing is
-        sent to Redis before the first permit; its errors pass through.
+        `quota` in calls a second, the same as the workers'; `patience` in seconds, the longest that `acquire` waits;
+        `needs_replica` if the workers have IMATTR_REPLICAS. Nothing is sent to Redis before the first permit; its errors pass
+        through.
         """
         keys = Keys(sdkappid)
         redis = connect(redis_url, key=keys.rate)
-        return cls(redis, keys, quota=quota, patience=patience, clock=SystemClock())
+        return cls(
+            redis, keys, quota=quota, patience=patience, clock=SystemClock(), needs_replica=needs_replica
+        )
 
     def acquire(self) -> bool:
         """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""

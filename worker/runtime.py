@@ -106,8 +106,7 @@ def build_limiter(settings: Settings, redis: Redis) -> RateLimiter:
         quota=settings.quota,
         patience=settings.patience,
         clock=SystemClock(),
-        # In a cluster, a primary that is cut off from most others stops by itself.
-        needs_replica=settings.replicas > 0 and settings.redis.kind != "cluster",
+        needs_replica=settings.needs_replica,
     )
 
 

@@ -26,7 +26,7 @@ from worker.cli.console import (
     until_stopped,
 )
 from worker.config import Settings
-from worker.errors import CannotImport, InvalidUpdate
+from worker.errors import CannotImport, InvalidUpdate, NotConfirmed
 from worker.intake import importer
 from worker.intake.import_progress import ImportOptions
 from worker.intake.import_source import event_time
@@ -169,7 +169,7 @@ def _import_shown(settings: Settings, options: ImportOptions, console: Console) 
         screen = _ImportScreen(settings, console, line)
         try:
             yield screen
-        except (RedisError, CannotImport):
+        except (RedisError, NotConfirmed, CannotImport):
             if screen.last:
                 err.print(_how_far(screen.last, options))
             raise

@@ -51,7 +51,13 @@ def permit(wait: float, command: tuple[str, ...]) -> None:
     7 if no slot is free in time.
     """
     settings = Settings.from_env(environment(), "producer")
-    limiter = RateLimiter.connect(settings.redis, settings.sdkappid, quota=settings.quota, patience=wait)
+    limiter = RateLimiter.connect(
+        settings.redis,
+        settings.sdkappid,
+        quota=settings.quota,
+        patience=wait,
+        needs_replica=settings.needs_replica,
+    )
     if not limiter.acquire():
         fail(NO_PERMIT, f"no slot was free within {wait:g} s")
     if command:

@@ -468,7 +468,7 @@ class Buffer:
         """
         seen = self.snapshot()
         k = self._keys
-        keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.ledger]
+        keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.ledger, k.server]
         lost = joined = 0
         # Only users in flight may wait outside the lanes.
         if not 0 <= seen.waiting <= seen.in_flight:

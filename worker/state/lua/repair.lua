@@ -9,12 +9,15 @@ KEYS[3]  zset, lane `backfill`
 KEYS[4]  zset, lane `delayed`
 KEYS[5]  hash, flight: user -> record
 KEYS[6]  hash, ledger
+KEYS[7]  hash, server
 ARGV[1]  JSON array of users to look at, at most 500
 Returns  {by how much the ledger was off, how many users joined a lane}
 ]]
-local pending, live, backfill, delayed, flight, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local ledger, server = KEYS[6], KEYS[7]
 local users = cjson.decode(ARGV[1])
 
+despite_full_memory()
 local joined = 0
 for _, user in ipairs(users) do
   local packed = redis.call('HGET', pending, user)

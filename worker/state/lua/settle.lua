@@ -57,6 +57,7 @@ local claim, under_way = tonumber(ARGV[9]), tonumber(ARGV[10])
 despite_full_memory()
 local holds = users_of(redis.call('HGET', batches, batch))
 if not holds then
+  arrive(now * 1000, 0)
   miss_claim(now * 1000, claim, under_way * 1000)
   return { -1, 0 }
 end
