@@ -58,7 +58,7 @@ def reserve(client: redis.Redis, keys: Keys) -> Reserve:
     script = scripts.load(client, "reserve")
 
     def call(now: int) -> tuple[bool, int]:
-        granted, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0))
+        granted, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
         return bool(granted), wait
 
     return call
@@ -80,6 +80,31 @@ def test_an_idle_limiter_saves_nothing_up(reserve: Reserve) -> None:
     assert [reserve(later) for _ in range(2)] == [(True, 0), (True, INTERVAL)]
 
 
+@pytest.mark.parametrize("notice", [0, 200_000])
+def test_a_slot_leaves_its_caller_the_time_that_it_needs(
+    client: redis.Redis, keys: Keys, notice: int
+) -> None:
+    script = scripts.load(client, "reserve")
+
+    def reserve(now: int) -> int:
+        _, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, notice))
+        return now + int(wait)
+
+    # Those who ask one after another wait no longer than one alone: nobody's slot is lost.
+    times = [START + number * INTERVAL for number in range(50)]
+    assert [reserve(now) for now in times] == [now + notice for now in times]
+
+
+@pytest.mark.parametrize(("round_trip", "notice"), [(0.003, 0.0), (0.08, 0.2), (3.0, 0.5)])
+def test_the_farther_away_redis_is_the_more_notice_it_takes(
+    client: redis.Redis, keys: Keys, clock: ManualClock, round_trip: float, notice: float
+) -> None:
+    far = limiter(client, keys, clock)
+    far.round_trip = round_trip
+
+    assert far._notice() == pytest.approx(notice)
+
+
 def test_a_slot_beyond_patience_is_not_reserved(reserve: Reserve) -> None:
     granted = 0
     while reserve(START)[0]:
@@ -95,7 +120,7 @@ def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, ga
     with client.pipeline(transaction=False) as pipe:
         for gap in gaps:
             now += gap
-            reserve(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0), client=pipe)
+            reserve(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0), client=pipe)
         for granted, wait, now, *_ in pipe.execute():
             if granted:
                 slots.append(now + wait)
@@ -249,7 +274,7 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
 
     def take() -> None:
         for _ in range(10):
-            granted, wait, now, *_ = script(limiter_keys(keys), ("", 100, PATIENCE, 0, DWELL_US, "", 0, 0))
+            granted, wait, now, *_ = script(limiter_keys(keys), ("", 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
             assert granted
             slots.append(now + wait)
 
@@ -324,7 +349,7 @@ class Service:
                 answered, refused = answers.pop(0)
                 self.limiter.pause(1.0, "too many", 60007, refused=refused, now_us=answered)
             seen = "" if self.times.spread is None else round(self.times.spread * 1e6)
-            args = (self.now, *self.slots, 0, DWELL_US, seen, 0, 0)
+            args = (self.now, *self.slots, 0, DWELL_US, seen, 0, 0, 0)
             granted, wait, _, _, *made_for = self.reserve(limiter_keys(self.keys), args)
             if not granted:
                 self.now += max(wait, 1000)
@@ -436,7 +461,7 @@ def test_a_limit_that_nobody_uses_up_does_not_climb(client: redis.Redis, keys: K
 
     for _ in range(15):
         now += 1_000_000
-        script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0))
+        script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
 
     assert client.hget(keys.rate, "limit") == b"20", "a call a second proves nothing about thirty"
 
@@ -491,11 +516,11 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
     while now < START + 10_000_000:
         # Others keep half a second of slots reserved.
         while True:
-            granted = script(limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0))[0]
+            granted = script(limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0, 0))[0]
             if not granted:
                 break
             others += 1
-        granted, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0))
+        granted, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0, 0))
         isolating += granted
         now += 5000
 
@@ -505,7 +530,7 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
 def test_calls_that_isolate_get_every_slot_while_nobody_waits(client: redis.Redis, keys: Keys) -> None:
     script, now, granted = scripts.load(client, "reserve"), START, 0
     for _ in range(50):
-        granted += script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0))[0]
+        granted += script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0, 0))[0]
         now += 2 * INTERVAL
 
     assert granted == 50
@@ -566,7 +591,7 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
     script = scripts.load(client, "reserve")
 
     def ask(patience: int) -> Any:
-        return script(limiter_keys(keys), (START, 100, patience, 0, DWELL_US, "", 0, 0))
+        return script(limiter_keys(keys), (START, 100, patience, 0, DWELL_US, "", 0, 0, 0))
 
     while ask(PATIENCE)[0]:
         pass
@@ -579,7 +604,7 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
 def test_nobody_reserves_beyond_the_horizon_however_patient(client: redis.Redis, keys: Keys) -> None:
     script = scripts.load(client, "reserve")
     waits = []
-    while (answer := script(limiter_keys(keys), (START, 100, 10**8, 0, DWELL_US, "", 0, 0)))[0]:
+    while (answer := script(limiter_keys(keys), (START, 100, 10**8, 0, DWELL_US, "", 0, 0, 0)))[0]:
         waits.append(answer[1])
 
     assert max(waits) <= HORIZON * 1e6
@@ -591,7 +616,7 @@ def test_the_lowest_quota_named_lately_is_everybodys(client: redis.Redis, keys: 
     script = scripts.load(client, "reserve")
 
     def limit(quota: int, at: float) -> Any:
-        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "", 0, 0)
+        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "", 0, 0, 0)
         return script(limiter_keys(keys), args)[5]
 
     assert limit(first, 0) == first

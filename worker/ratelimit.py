@@ -52,8 +52,11 @@ SPACING = 1.02
 #: Seconds, or two slots if those are longer: nobody is given a slot further ahead. Less than the usual patience, so that a
 #: caller who asks now and then has a chance beside many who always wait. The script has the same number.
 HORIZON = 1.0
-#: Seconds before its slot at which a permit is checked once more by `acquire`.
+#: Seconds before its slot at which a permit is checked once more by `acquire`, and has been checked by then.
 CHECK_BEFORE = 0.05
+#: Round trips to Redis that a caller needs from asking for a slot to using it: the way back, a claim, and one to spare. Where
+#: they take less than the second number, in seconds, a slot that is free now can be used now; at most the third is asked for.
+TRIPS_NEEDED, SHORT_TRIPS, LONGEST_NOTICE = 2.5, 0.01, 0.5
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.010
 #: A call is late if it left more than so many seconds after its slot.
@@ -191,6 +194,8 @@ class RateLimiter:
         self._quota = quota
         #: The newest epoch heard of; permits of older ones are void.
         self._epoch = 0
+        #: Seconds that asking Redis takes, smoothed.
+        self.round_trip = 0.0
         #: The number of the server that answered last.
         self._server = 0
         self._sync, self._unsure, self._answers = ClockSync(), 0, AnswerTimes()
@@ -270,10 +275,12 @@ class RateLimiter:
             seen,
             self._server,
             self._needs_replica,
+            _us(self._notice()),
         )
         granted, wait_us, answered_us, server, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
         with self._lock:
+            self.round_trip += (heard - asked - self.round_trip) / 8
             if server != self._server:
                 # Another server has another clock, and none of the last one's slots is good here.
                 self._server, self._sync = server, ClockSync()
@@ -294,9 +301,14 @@ class RateLimiter:
         self._limit, self._epoch = permit.limit, max(self._epoch, permit.epoch)
         return permit
 
+    def _notice(self) -> float:
+        """Seconds before a slot at which its caller must hear of it."""
+        needed = TRIPS_NEEDED * self.round_trip
+        return min(needed, LONGEST_NOTICE) if needed > SHORT_TRIPS else 0.0
+
     def _confirm(self, permit: Permit) -> bool:
         """Wait until shortly before the slot, and ask whether the permit still stands."""
-        wait = permit.due - CHECK_BEFORE - self._clock.monotonic()
+        wait = permit.due - CHECK_BEFORE - self.round_trip - self._clock.monotonic()
         if wait <= 0:
             return True
         self._clock.sleep(wait)

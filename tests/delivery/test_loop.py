@@ -84,7 +84,7 @@ class ScriptedLimiter(RateLimiter):
     """A slot every 10 ms for ever, or as many as a test grants."""
 
     def __init__(self, clock: ManualClock) -> None:
-        self._clock = clock
+        self._clock, self.round_trip = clock, 0.0
         self.slots: list[float] | None = None
         self.pauses: list[tuple[float, int | None]] = []
 

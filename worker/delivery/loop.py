@@ -59,7 +59,7 @@ log = structlog.get_logger()
 #: Batches, and seconds, after which a worker returns to Celery for its next ticket. Flower shows a task once it has ended, and
 #: a shutdown waits for it.
 MOST_BATCHES, LONGEST_CARRY = 20, 10.0
-#: Seconds before the slot at which the batch is claimed and prepared: about 3 ms of work, the rest is for a busy machine.
+#: Seconds before the slot by which the batch is claimed: preparing it takes about 3 ms, the rest is for a busy machine.
 LEAD = 0.1
 #: Seconds between two attempts to settle while Redis is away.
 SETTLE_AGAIN = 0.2
@@ -159,7 +159,7 @@ class Delivery:
             self._buffer.release_tickets([ticket])
             summary.outcome = "no_permit"
             return summary, False
-        self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
+        self._sleep_until_shortly_before(permit)
         claimed_at = self._clock.monotonic()
         batch = self._buffer.claim(ticket, self._batch_size, epoch=permit.epoch)
         if batch is None or not batch.users:
@@ -280,7 +280,7 @@ class Delivery:
         """Take another permit and, shortly before its slot, check that the batch may still be sent."""
         if permit is None:
             return HandBack("handed_back", delay)
-        self._clock.sleep(permit.due - LEAD - self._clock.monotonic())
+        self._sleep_until_shortly_before(permit)
         match self._extend(claim, permit):
             case "lost":
                 return "fenced"
@@ -289,6 +289,9 @@ class Delivery:
             case "held":
                 claim.permit, claim.permit_used = permit, False
                 return None
+
+    def _sleep_until_shortly_before(self, permit: Permit) -> None:
+        self._clock.sleep(permit.due - LEAD - self._limiter.round_trip - self._clock.monotonic())
 
     def _extend(self, claim: _Claim, permit: Permit | None = None) -> Literal["held", "must wait", "lost"]:
         """Renew the lease, if the batch is still held."""

@@ -38,13 +38,14 @@ ARGV[5]  how long a limit is tried before the next one, us
 ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
 ARGV[7]  the number of the server that the caller knows, 0 = none
 ARGV[8]  1 if a replica must be in step, else 0
+ARGV[9]  the least time, us, that the caller needs from now to its slot
 Returns  {1, us until the slot, now in us, number of this server, epoch, limit}, or {0, us until asking again is
          worthwhile, now in us, number of this server}
 ]]
 local rate, quotas, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local isolating, dwell, seen = ARGV[4] == '1', tonumber(ARGV[5]), tonumber(ARGV[6])
-local server_seen, needs_replica = tonumber(ARGV[7]), ARGV[8] == '1'
+local server_seen, needs_replica, notice = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9])
 
 -- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
 -- like a network that does.
@@ -139,8 +140,8 @@ if slot > math.max(paused, horizon + 2 * SECOND / limit) then
   slot = horizon
   redis.call('HSET', rate, 'next', whole(slot))
 end
-slot = math.max(slot, now, paused)
 patience = math.min(patience, horizon - now)
+slot = math.max(slot, now + math.min(notice, patience), paused)
 if slot - now > patience then
   return { 0, slot - now - patience, now, number }
 end
