@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import complaint
+from worker import transport
 from worker.state import scripts
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +145,44 @@ def test_a_script_builds_no_keys_searches_none_and_can_be_read(file: Path) -> No
 
     assert not re.search(r"redis\.call\('(KEYS|SCAN)'", code)
     assert len(code.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", [file.stem for file in SCRIPTS])
+def test_the_keys_of_a_script_can_be_read_in_what_is_sent(name: str) -> None:
+    assert complaint(scripts.source(name)) is None
+
+
+def test_the_keys_of_a_script_for_full_memory_can_be_read() -> None:
+    assert complaint(transport._despite_full_memory("LPUSH")) is None
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "return redis.call('GET', key)",
+        "local key = KEYS[1]",
+        "return redis.call('GET', a and KEYS[1] or KEYS[2])",
+        "return redis.call('GET', KEYS[i])",
+        "return redis.call('GET', KEYS[1] .. 'x')",
+        "return redis.pcall(ARGV[1], KEYS[1])",
+        "return redis.call(unpack(ARGV))",
+    ],
+)
+def test_a_script_whose_keys_cannot_be_read_is_noticed(script: str) -> None:
+    assert complaint(script)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_asks_for_a_transaction(module: str) -> None:
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Constant):
+            assert node.value != "MULTI"
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        assert node.func.attr not in ("transaction", "multi"), f"{module}, line {node.lineno}"
+        if node.func.attr == "pipeline":
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert given.get("transaction") == "False", f"{module}, line {node.lineno}"
 
 
 @pytest.mark.parametrize("shared", SHARED, ids=lambda file: file.stem)

@@ -44,6 +44,11 @@ def keep(rule: str, raw: object) -> None:
 _DESPITE_FULL_MEMORY = "redis.pcall('SREM', KEYS[1], '')\n"
 
 
+def _despite_full_memory(command: str) -> str:
+    """A script that does a command. The command is part of the text: some services refuse what they cannot read."""
+    return f"{_DESPITE_FULL_MEMORY}return redis.call('{command}', KEYS[1], unpack(ARGV))"
+
+
 def _sturdy(client: Any) -> Any:
     """A client of kombu's whose writes a full server takes: they are tickets, and without those nothing would make room.
 
@@ -53,8 +58,7 @@ def _sturdy(client: Any) -> Any:
 
     def once_more(args: Any) -> Any:
         name, key, *rest = args
-        script = f"{_DESPITE_FULL_MEMORY}return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))"
-        return Redis.execute_command(client, "EVAL", script, 1, key, name, *rest)  # type: ignore[no-untyped-call]
+        return Redis.execute_command(client, "EVAL", _despite_full_memory(name), 1, key, *rest)  # type: ignore[no-untyped-call]
 
     def register_script(script: str) -> Any:
         return register(f"{_DESPITE_FULL_MEMORY}{script}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import threading
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from redis.asyncio import SSLConnection as AsyncSSLConnection
 from redis.asyncio import UnixDomainSocketConnection as AsyncSocketConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
+from redis.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 from redis.crc import key_slot
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
@@ -68,6 +69,13 @@ __all__ = [
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
 #: Seconds that a sentinel, or a node asked where a slot is, may take.
 LOOKUP_TIMEOUT = 0.5
+#: Makes a connection say nothing about the client (CLIENT SETINFO): some services refuse that, and each connection would
+#: begin with two more round trips. Newer libraries take the one, older ones the other.
+_SILENT: dict[str, Any] = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
 #: Seconds after which the sentinels are asked again who the primary is: an old one that is cut off from them goes on
 #: answering.
 LOOK_AGAIN = 1.0
@@ -101,6 +109,7 @@ class SentinelLocator:
             "socket_connect_timeout": LOOKUP_TIMEOUT,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
+            **_SILENT,
         }
         kind = SSLConnection if url.tls else Connection
         self._sentinels = [
@@ -169,6 +178,7 @@ class ClusterLocator:
             "socket_connect_timeout": LOOKUP_TIMEOUT,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
+            **_SILENT,
         }
         self._lock = threading.Lock()
 
@@ -334,6 +344,7 @@ def client_options(url: RedisUrl, key: str, *, timeout: float, connect_timeout: 
         "db": url.database,
         "protocol": 2,
         "socket_timeout": timeout,
+        **_SILENT,
     }
     if url.kind == "socket":
         return found | {"connection_class": _SocketConnection, "path": url.path}
