@@ -69,9 +69,7 @@ SERVICES = [
     # "Currently only supports the RESP2 protocol", from 6.2 to Valkey 8.
     Profile("TencentDB, standard", _words("HELLO 3")),
     # "Transactions must begin with WATCH"; no MEMORY and SLOWLOG in clusters.
-    Profile(
-        "TencentDB, cluster", _words("HELLO 3", "MEMORY", "SLOWLOG"), watch_first=True, is_cluster=True
-    ),
+    Profile("TencentDB, cluster", _words("HELLO 3", "MEMORY", "SLOWLOG"), watch_first=True, is_cluster=True),
     # The proxy of clusters, with script_check_enable at 1.
     Profile(
         "Alibaba Cloud Tair, cluster",
@@ -81,7 +79,14 @@ SERVICES = [
     ),
     Profile("Aiven", _words("CONFIG", "ROLE", "CLUSTER", "ACL")),
     Profile("Amazon ElastiCache", _words("CONFIG")),
-    Profile("Amazon ElastiCache Serverless", _words("CONFIG"), most_arguments=3999, is_cluster=True),
+    # Refuses keys that were not declared, which a script with literal keys cannot have. So does Dragonfly.
+    Profile(
+        "Amazon ElastiCache Serverless",
+        _words("CONFIG"),
+        reads_scripts=True,
+        most_arguments=3999,
+        is_cluster=True,
+    ),
     Profile("Amazon MemoryDB", _words("CONFIG"), is_cluster=True),
     # What is not listed is not permitted, such as CLIENT SETINFO.
     Profile(
@@ -90,6 +95,7 @@ SERVICES = [
         "NOPERM this user has no permissions to run the '{}' command",
     ),
     Profile("Azure Managed Redis", _words("CONFIG")),
+    Profile("Dragonfly", reads_scripts=True, says="dragonfly_version:df-v1.40.1\r\n"),
     # "A section name that is not supported produces only its heading."
     Profile("Upstash", hidden=_words("persistence", "replication"), says="upstash_version:1.10.5\r\n"),
 ]

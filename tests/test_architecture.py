@@ -152,8 +152,9 @@ def test_the_keys_of_a_script_can_be_read_in_what_is_sent(name: str) -> None:
     assert complaint(scripts.source(name)) is None
 
 
-def test_the_keys_of_a_script_for_full_memory_can_be_read() -> None:
-    assert complaint(transport._despite_full_memory("LPUSH")) is None
+@pytest.mark.parametrize("script", [transport._despite_full_memory("LPUSH"), transport._SWEEP])
+def test_the_keys_of_a_script_for_the_broker_can_be_read(script: str) -> None:
+    assert complaint(script) is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from worker.intake.celery_message import UPDATE, UPDATE_MANY, Envelope, decompre
 from worker.redis_url import RedisUrl
 from worker.state.connection import ConnectionError as RedisConnectionError
 from worker.state.connection import DataError, OutOfMemoryError, Redis, RedisError, client_options
+from worker.state.scripts import text
 
 log = structlog.get_logger()
 
@@ -47,6 +48,19 @@ _DESPITE_FULL_MEMORY = "redis.pcall('SREM', KEYS[1], '')\n"
 def _despite_full_memory(command: str) -> str:
     """A script that does a command. The command is part of the text: some services refuse what they cannot read."""
     return f"{_DESPITE_FULL_MEMORY}return redis.call('{command}', KEYS[1], unpack(ARGV))"
+
+
+#: Deletes a binding table that nobody has refreshed in time. KEYS: the deadlines, the table, and the set of those who bind for
+#: ever, without whom the table goes. ARGV: the exchange, now in ms.
+_SWEEP = """
+local deadline = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or nil)
+if deadline and deadline <= tonumber(ARGV[2]) then
+  if redis.call('EXISTS', KEYS[3]) == 0 then
+    redis.call('DEL', KEYS[2])
+  end
+  redis.call('ZREM', KEYS[1], ARGV[1])
+end
+"""
 
 
 def _sturdy(client: Any) -> Any:
@@ -129,6 +143,26 @@ class SturdyChannel(redis_transport.Channel):
         if self._client_of_pool is None or self._client_of_pool.connection_pool is not self.pool:
             self._client_of_pool = _sturdy(super()._create_client())  # type: ignore[no-untyped-call]
         return self._client_of_pool
+
+    def sweep_bindings(self, limit: int = 100) -> int:
+        """Delete binding tables that nobody has refreshed in time; returns how many were overdue.
+
+        In place of kombu's script, which makes the names of its keys itself: services that check scripts refuse it, once a
+        second and worker.
+        """
+        prefix = self.global_keyprefix
+        deadlines = prefix + self.keyprefix_binding_deadlines
+        with self.conn_or_acquire() as client:
+            # Around kombu's client, which would put the prefix before the first key only.
+            run = partial(Redis.execute_command, client)
+            seconds, micros = run("TIME")
+            now = seconds * 1000 + micros // 1000
+            overdue = run("ZRANGEBYSCORE", deadlines, "-inf", now, "LIMIT", 0, limit)
+            for exchange in map(text, overdue):
+                table = prefix + self.keyprefix_queue % (exchange,)
+                permanent = prefix + self.keyprefix_binding_permanent % (exchange,)
+                run("EVAL", _SWEEP, 3, deadlines, table, permanent, exchange, now)
+        return len(overdue)
 
     def _watched(self, client: Any) -> Any:
         """The client that pops messages, made to note each until it is delivered."""
