@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Self
+from typing import Any, Self
 
 import hiredis
 
@@ -187,7 +187,7 @@ def _shut(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
 
 
-Command = Sequence[bytes | str]
+Command = Sequence[Any]
 
 
 class _Session:

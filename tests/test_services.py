@@ -22,6 +22,7 @@ from tests.test_end_to_end import updates, wait_until
 from worker import transport
 from worker.async_producer import AsyncProducer
 from worker.cli.main import main
+from worker.clock import SystemClock
 from worker.errors import InvalidUpdate, NotConfirmed
 from worker.intake.brokers import RedisQueue
 from worker.intake.celery_queue import QueueConsumer
@@ -219,7 +220,7 @@ def test_everything_that_people_look_after(
 ) -> None:
     buffer, letters, line = Buffer(client, keys), DeadLetters(client, keys), Line(client, keys)
     buffer.add([Update(f"u{number}", {"city": "Paris"}) for number in range(200)])
-    limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=clock)
+    limiter = RateLimiter(client, keys, quota=100, patience=2.0, clock=SystemClock())
     assert isinstance(limiter.reserve(), Permit)
     assert isinstance(limiter.reserve_isolating(), Permit)
     [first, second] = buffer.tick(size=100, linger=0, ticket_ttl=10, quota=10, horizon=1.0).tickets
@@ -294,6 +295,22 @@ def test_status_and_doctor_have_no_trouble(service: Service, keys: Keys, sim: Si
     findings = json.loads(doctor.output)
     assert not [finding for finding in findings if finding["level"] == "error"]
     assert doctor.exit_code == 0
+    named = [finding["found"] for finding in findings if finding["check"] == "redis service"]
+    # The others are known by their host names.
+    assert named[:1] == ([service.profile.name] if service.profile.says else [])
+
+
+def test_what_a_cluster_asks_for_is_told(
+    keys: Keys, sim: Simulation, single: EmbeddedServer, cluster: EmbeddedServer
+) -> None:
+    with behind(STRICTEST, single, cluster) as service:
+        needs = {"IMATTR_BROKER_PREFIX": "", "IMATTR_REPLICAS": "1"}
+        doctor = imattr(service, keys, sim, "doctor", "--json", **needs)
+
+        errors = {f["check"]: f["fix"] for f in json.loads(doctor.output) if f["level"] == "error"}
+        assert errors.keys() == {"broker slots", "redis replicas"}
+        assert "IMATTR_BROKER_PREFIX={imattr}" in errors["broker slots"]
+        assert doctor.exit_code == 1
 
 
 def test_without_scripts_it_is_said_what_is_wrong(

@@ -21,6 +21,7 @@ from worker.errors import CallFailed
 from worker.models import BatchId
 from worker.operate import doctor
 from worker.operate.doctor import Finding
+from worker.operate.redis_services import Service
 from worker.ratelimit import Permit, RateLimiter, read_rate
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.sandbox.simulator import Fault, Refused
@@ -271,6 +272,59 @@ def test_a_server_that_does_not_let_us_look_is_a_warning(
         assert found[check].level == "warning"
         assert "could not be checked" in found[check].found
     assert found["api"].level == "ok"
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_server_that_cannot_wait_is_an_error_if_that_is_needed(
+    environ: Environ, own: EmbeddedServer, own_client: redis.Redis, fsync: bool
+) -> None:
+    url = as_user(own.url, own_client, "-wait", *(["-waitaof"] if _has_waitaof(own_client) else []))
+    needs = {"IMATTR_REDIS_URL": url, "IMATTR_REPLICAS": "1", "IMATTR_REPLICAS_FSYNC": f"{fsync:d}"}
+
+    finding = examine(environ | needs)["redis replicas"]
+
+    assert (finding.level, "refuses WAIT" in finding.found) == ("error", True)
+    assert ("IMATTR_REPLICAS_FSYNC=0" if fsync else "IMATTR_REPLICAS=0") in finding.fix
+
+
+def _has_waitaof(client: redis.Redis) -> bool:
+    return b"waitaof" in client.acl_cat("blocking") or "waitaof" in client.acl_cat("blocking")
+
+
+def test_a_server_with_one_database_is_told_by_its_refusal(
+    environ: Environ, own: EmbeddedServer, own_client: redis.Redis
+) -> None:
+    url = as_user(own.url, own_client, "-select").removesuffix("/0") + "/1"
+
+    found = examine(environ | {"IMATTR_REDIS_URL": url, "IMATTR_BROKER_URL": url})
+
+    assert "use database 0 in IMATTR_REDIS_URL" in found["redis"].fix
+    assert "use database 0 in IMATTR_BROKER_URL" in found["broker"].fix
+
+
+SERVICE = Service(
+    "Some Redis", noeviction="set it in the console", scripts="allow scripts there", notes=["it is far away"]
+)
+
+
+def test_a_service_is_named_with_what_is_different_there(client: redis.Redis) -> None:
+    found = list(doctor.server(client, SERVICE))
+
+    assert [finding.found for finding in found if finding.check == "redis service"] == [
+        "Some Redis",
+        "it is far away",
+    ]
+    assert doctor.eviction("eviction", {"maxmemory_policy": "allkeys-lru"}, SERVICE).fix == SERVICE.noeviction
+
+
+def test_a_service_that_refuses_scripts_says_how_to_allow_them(
+    environ: Environ, own: EmbeddedServer, own_client: redis.Redis
+) -> None:
+    settings = Settings.from_env(environ | {"IMATTR_REDIS_URL": as_user(own.url, own_client, "-@scripting")})
+    with runtime.connect(settings) as refusing:
+        *_, finding = doctor.app(refusing, settings, SERVICE)
+
+    assert (finding.level, finding.fix) == ("error", "allow scripts there")
 
 
 def test_what_info_does_not_say_is_a_warning() -> None:

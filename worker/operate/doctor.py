@@ -24,10 +24,11 @@ from worker.delivery.answers import NoReply, Reply
 from worker.delivery.attribute_catalog import AttributeCatalog, NoPermit
 from worker.delivery.policy import Verdict, rule_for
 from worker.errors import CallFailed, ConfigError
+from worker.operate.redis_services import Service, identify
 from worker.ratelimit import RateState, read_rate
 from worker.redis_url import RedisUrl
 from worker.state.buffer import Buffer
-from worker.state.connection import Redis, RedisError, connect
+from worker.state.connection import Redis, RedisError, ResponseError, connect
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
 from worker.state.line import Kind, Line, LineState
@@ -55,6 +56,9 @@ DEFAULT_QUEUE = "celery"
 ANSWERS_IN = 3.0
 
 _MAY_LOOK = "check it yourself, or allow the user of this URL the commands INFO and CONFIG GET"
+
+#: A server without any sign.
+_UNKNOWN = Service("Redis")
 
 #: What opens a line again, by the kind of its stop.
 _OPENED_BY: dict[Kind, str] = {
@@ -92,9 +96,10 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
             found = "not asked: the rate limit is in Redis"
             yield Finding("api", "warning", found, "fix Redis first")
             return
-        yield from server(redis)
+        service = known_service(redis, settings.redis)
+        yield from server(redis, service)
         yield from broker(settings)
-        yield from app(redis, settings)
+        yield from app(redis, settings, service)
 
 
 # The servers.
@@ -105,15 +110,38 @@ def reach(redis: Redis, place: RedisUrl) -> Finding:
     try:
         redis.ping()
     except RedisError as error:
-        found = _words("does not answer", error)
-        return Finding("redis", "error", found, "start it, or check IMATTR_REDIS_URL")
+        return _unreachable("redis", place, error, "IMATTR_REDIS_URL")
     return Finding("redis", "ok", f"answers at {place}")
 
 
-def server(redis: Redis) -> Iterator[Finding]:
+def _unreachable(check: str, place: RedisUrl, error: RedisError, variable: str) -> Finding:
+    fix = f"start it, or check {variable}"
+    if place.database and isinstance(error, ResponseError) and "SELECT" in str(error).upper():
+        fix = f"use database 0 in {variable}: clusters, and some services, have no other"
+    return Finding(check, "error", _words("does not answer", error), fix)
+
+
+def known_service(redis: Redis, place: RedisUrl) -> Service | None:
+    """Which service this is, if that is certain."""
+    try:
+        info: Mapping[str, Any] = redis.info()
+    except RedisError:
+        info = {}
+    return identify([host for host, _ in place.hosts], info)
+
+
+def service_notes(service: Service) -> Iterator[Finding]:
+    """Which service this is, and what is different there."""
+    for words in (service.name, *service.notes):
+        yield Finding("redis service", "ok", words)
+
+
+def server(redis: Redis, service: Service | None = None) -> Iterator[Finding]:
     """Whether the state's Redis is set up as it must be."""
+    if service:
+        yield from service_notes(service)
     yield _looked("redis version", lambda: version(redis.info("server")))
-    yield _looked("redis eviction", lambda: eviction("redis eviction", redis.info("memory")))
+    yield _looked("redis eviction", lambda: eviction("redis eviction", redis.info("memory"), service))
     yield _looked("redis memory", lambda: memory(redis.info("memory")))
     yield _looked("redis persistence", lambda: persistence(redis))
     yield _looked("redis latency", lambda: latency(redis, SystemClock()))
@@ -140,13 +168,13 @@ def version(info: Mapping[str, Any]) -> Finding:
     return Finding("redis version", "error", f"{found} is too old", "use Redis 6.2 or newer, or Valkey")
 
 
-def eviction(check: str, info: Mapping[str, Any]) -> Finding:
+def eviction(check: str, info: Mapping[str, Any], service: Service | None = None) -> Finding:
     """Whether a full server refuses new data instead of deleting old data."""
     policy = info["maxmemory_policy"]
     if policy == "noeviction":
         return Finding(check, "ok", "noeviction: a full server deletes nothing")
     found = f"maxmemory-policy is {policy}: a full server deletes accepted updates"
-    return Finding(check, "error", found, "set maxmemory-policy noeviction")
+    return Finding(check, "error", found, (service or _UNKNOWN).noeviction)
 
 
 def memory(info: Mapping[str, Any]) -> Finding:
@@ -181,7 +209,10 @@ def persistence(redis: Redis) -> Finding:
 def failover(redis: Redis, settings: Settings) -> Iterator[Finding]:
     """What a failover would cost, and what those so far have cost."""
     if settings.replicas:
-        yield _looked("redis replicas", lambda: replicas(redis.info("replication"), settings.replicas))
+        refusal = refuses_to_wait(redis, fsync=settings.replicas_fsync)
+        yield refusal or _looked(
+            "redis replicas", lambda: replicas(redis.info("replication"), settings.replicas)
+        )
     seen = Buffer(redis, Keys(settings.sdkappid)).snapshot()
     if lost := seen.lost_with_servers:
         found = f"{lost:,} accepted updates were lost when Redis failed over or was restarted"
@@ -191,6 +222,18 @@ def failover(redis: Redis, settings: Settings) -> Iterator[Finding]:
     if lost := seen.ledger["lost"]:
         found = f"the ledger was repaired by {lost:,} updates: keys were deleted or evicted"
         yield Finding("redis keys", "warning", found, "find out by whom; maxmemory-policy must be noeviction")
+
+
+def refuses_to_wait(redis: Redis, *, fsync: bool) -> Finding | None:
+    """What is wrong if the server cannot say how many replicas have an update."""
+    command, variable = ("WAITAOF", "IMATTR_REPLICAS_FSYNC") if fsync else ("WAIT", "IMATTR_REPLICAS")
+    try:
+        # For none, so nobody waits.
+        redis.execute_command(command, *([0, 0, 1] if fsync else [0, 1]))  # type: ignore[no-untyped-call]
+    except ResponseError as error:
+        found = _words(f"refuses {command}, so nothing is accepted with {variable}", error)
+        return Finding("redis replicas", "error", found, f"set {variable}=0, or use a server with {command}")
+    return None
 
 
 def replicas(info: Mapping[str, Any], wanted: int) -> Finding:
@@ -247,18 +290,27 @@ def _redis_broker(settings: Settings, place: RedisUrl) -> list[Finding]:
     try:
         with connect(place, key=key, timeout=ANSWERS_IN, connect_timeout=ANSWERS_IN) as redis:
             stray = redis.llen(key)
+            slots = list(_in_slots(redis, settings.celery_prefix))
             if place == settings.redis:
                 found = [Finding(check, "ok", "answers (the same Redis)")]
             else:
                 found = [Finding(check, "ok", f"answers at {place}")]
-                found.append(
-                    _looked(f"{check} eviction", lambda: eviction(f"{check} eviction", redis.info("memory")))
-                )
+                service, name = known_service(redis, place), f"{check} eviction"
+                found.append(_looked(name, lambda: eviction(name, redis.info("memory"), service)))
     except RedisError as error:
-        return [
-            Finding(check, "error", _words("does not answer", error), "start it, or check IMATTR_BROKER_URL")
-        ]
-    return [*found, *_stray(int(stray))]
+        return [_unreachable(check, place, error, "IMATTR_BROKER_URL")]
+    return [*found, *slots, *_stray(int(stray))]
+
+
+def _in_slots(redis: Redis, prefix: str) -> Iterator[Finding]:
+    """Whether Celery's keys, several of which it gives in one command, may be used together."""
+    try:
+        redis.sinter([f"{prefix}_kombu.binding.updates", f"{prefix}_kombu.binding.deliveries"])
+    except ResponseError as error:
+        if "slot" in str(error).lower():
+            found = "this is a cluster, and Celery's keys are in different slots: no worker can take from its queues"
+            fix = "set IMATTR_BROKER_PREFIX={imattr}, and the same global_keyprefix in Celery's clients"
+            yield Finding("broker slots", "error", found, fix)
 
 
 def _other_broker(settings: Settings) -> list[Finding]:
@@ -295,7 +347,7 @@ def _stray(messages: int) -> Iterator[Finding]:
 # The fleet and the app.
 
 
-def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
+def app(redis: Redis, settings: Settings, service: Service | None = None) -> Iterator[Finding]:
     """Whether updates of this app are delivered."""
     keys = Keys(settings.sdkappid)
     try:
@@ -310,6 +362,8 @@ def app(redis: Redis, settings: Settings) -> Iterator[Finding]:
         yield from api(catalog, _host(settings.base_url), time.time, delivered=delivered)
     except RedisError as error:
         fix = f"use a server that accepts writes, and allow the user of IMATTR_REDIS_URL all keys like {keys.pattern}"
+        if service and service.scripts and isinstance(error, ResponseError):
+            fix = service.scripts
         yield Finding("redis", "error", _words("refuses what a worker needs", error), fix)
 
 
