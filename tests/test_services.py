@@ -197,7 +197,7 @@ async def _set_async(url: str, keys: Keys) -> tuple[str, int]:
 
 
 def test_replicas_confirm_where_there_are_any(service: Service, keys: Keys) -> None:
-    producer = Producer(service.url, keys.sdkappid, replicas=1, timeout=0.5)
+    producer = Producer(service.url, keys.sdkappid, replicas=1, timeout=1.5)
 
     if "WAIT" in service.profile.refused:
         with pytest.raises(redis.ResponseError, match="WAIT"):
