@@ -94,6 +94,13 @@ def _seconds(most: float, least: float = 0.0, *, above: bool = False) -> Callabl
     return parse
 
 
+def _prefix(value: str) -> str:
+    """Return a prefix of keys and channels. Celery subscribes to patterns that begin with it, and no ACL rule may have a space."""
+    if re.search(r"[\s*?\[\]\\]", value):
+        raise ValueError("must not have spaces, or any of * ? [ ] \\ in it")
+    return value
+
+
 def _choice(*allowed: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value.lower() not in allowed:
@@ -224,7 +231,7 @@ class Settings:
     replicas_fsync: bool = _setting(_flag, False, "1 = they must have it on disk, too (Redis 7.2 and newer)")
     allow_eviction: bool = _setting(_flag, False, "1 = start although maxmemory-policy is not noeviction")
     broker_prefix: str = _setting(
-        _text, "", "put before the names of Celery's keys in Redis; your Celery clients must use the same"
+        _prefix, "", "put before the names of Celery's keys in Redis; your Celery clients must use the same"
     )
     broker_url: Secret = _setting(_broker, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
     broker_password_file: str = _setting(

@@ -293,6 +293,21 @@ def test_the_doctor_shows_no_secret(imattr: Terminal, sim: Simulation) -> None:
         assert not any(secret in output for secret in ("hunter22", SECRET_KEY, "usersig"))
 
 
+def test_the_doctor_names_the_users_of_redis_without_asking_any_server(imattr: Terminal) -> None:
+    away = f"redis://app:hunter22@127.0.0.1:{free_port()}/0"
+    environ = {"IMATTR_REDIS_URL": away, "IMATTR_BROKER_URL": away.replace("app", "celery")}
+
+    result = imattr("doctor", "--acl", **environ)
+    read = json.loads(imattr("doctor", "--acl", "--json", **environ).output)
+
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines == [f"ACL SETUSER {each['user']} {each['rules']}" for each in read]
+    assert [each["user"] for each in read] == ["app", "celery"]
+    assert "for Celery's broker, 127.0.0.1" in result.stderr
+    assert "hunter22" not in result.output
+
+
 def test_names_are_listed_and_set(imattr: Terminal, sim: Simulation, client: redis.Redis, keys: Keys) -> None:
     assert imattr("names", "list").output == "city\nlevel\n"
     assert imattr("names", "set", "vip", "city", "age").output == "added: vip, age\nalready there: city\n"

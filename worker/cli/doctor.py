@@ -10,22 +10,32 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import FAILED, echo_json, environment, explained, out
-from worker.operate import doctor
+from worker.cli.console import FAILED, echo_json, environment, err, explained, out
+from worker.config import Settings
+from worker.operate import access, doctor
 from worker.operate.doctor import Finding
 
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of {check, level, found, fix}.")
+@click.option(
+    "--acl", is_flag=True, help="Print the Redis users that the fleet needs instead. Asks no server."
+)
 @explained
-def show_findings(as_json: bool) -> None:
+def show_findings(as_json: bool, acl: bool) -> None:
     """Check everything a worker needs.
 
     Settings, Redis, broker, workers, line and API: what is wrong, and how to fix it. Makes one call of the API, which
     changes nothing there, in a slot of the shared rate.
 
     Exits with 0 if there are no errors (warnings are fine), else with 1.
+
+    With --acl, prints the command that makes the Redis user for workers, producers and this command line, one for each server;
+    "user" in place of "ACL SETUSER" makes a line for an ACL file of it. With --json, an array of {server, user, rules}.
     """
+    if acl:
+        _show_access(as_json)
+        return
     findings = []
     for finding in doctor.examine(environment()):
         findings.append(finding)
@@ -37,6 +47,17 @@ def show_findings(as_json: bool) -> None:
     else:
         out.print(f"\ngood: {count['ok']}, warnings: {count['warning']}, errors: {count['error']}")
     sys.exit(FAILED if count["error"] else 0)
+
+
+def _show_access(as_json: bool) -> None:
+    found = access.accesses(Settings.from_env(environment(), "producer"))
+    if as_json:
+        echo_json([asdict(each) for each in found])
+        return
+    for each in found:
+        # Only the lines themselves go where a file or a pipe takes them.
+        err.print(f"for {each.server}:", style="dim")
+        click.echo(each.line)
 
 
 _MARKS = {"ok": Text("✓", "green"), "warning": Text("!", "bold yellow"), "error": Text("✗", "bold red")}

@@ -15,6 +15,9 @@ from redis import Redis
 
 T = TypeVar("T")
 
+#: The file of what scripts share.
+PRELUDE = "prelude.lua"
+
 #: What a script takes as an argument.
 Argument = str | int | float | bytes
 
@@ -29,6 +32,16 @@ class Script(Protocol):
     """A script registered on a connection pool. It is sent again by itself after SCRIPT FLUSH."""
 
     def __call__(self, keys: Sequence[str], args: Sequence[Argument]) -> Any: ...
+
+
+def names() -> list[str]:
+    """Return the names of all scripts."""
+    files = resources.files(__package__).joinpath("lua").iterdir()
+    return sorted(
+        file.name.removesuffix(".lua")
+        for file in files
+        if file.name.endswith(".lua") and file.name != PRELUDE
+    )
 
 
 def source(name: str) -> str:
