@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
 import requests
+from celery import Celery
 from click.testing import CliRunner
 
 from tests.conftest import SECRET_KEY
 from tests.intake.messages import encoded, envelope
+from tests.redis_fleet import Node
 from tests.test_end_to_end import updates, wait_until
+from worker import celery as product
 from worker.async_producer import AsyncProducer
 from worker.cli.main import main
 from worker.config import Settings
+from worker.errors import SandboxError
 from worker.operate import access
 from worker.producer import Producer
+from worker.ratelimit import RateLimiter
 from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
-from worker.sandbox.redis_server import EmbeddedServer
+from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.state.keys import Keys
 
 #: Real servers, workers and connections.
@@ -37,19 +47,23 @@ KEYS = Keys(int(SDKAPPID))
 ROOT = Path(__file__).parent.parent
 
 
+def administrator(port: int, database: int = 0) -> Any:
+    return redis.Redis(port=port, db=database, username="admin", password="admin", protocol=2)
+
+
 @contextmanager
-def guarded(directory: Path, *options: str) -> Iterator[tuple[EmbeddedServer, redis.Redis]]:
+def guarded(directory: Path, *options: str) -> Iterator[tuple[EmbeddedServer, Any]]:
     """A server that lets nobody in without a name, and its administrator's client."""
     with EmbeddedServer(directory / "server", persistent=False, options=options) as server:
-        first = redis.Redis(port=server.port)
+        first: Any = redis.Redis(port=server.port)
         first.execute_command("ACL SETUSER admin on >admin ~* &* +@all")
         first.close()
-        with redis.Redis(port=server.port, username="admin", password="admin", protocol=2) as admin:
+        with administrator(server.port) as admin:
             admin.execute_command("ACL SETUSER default off")
             yield server, admin
 
 
-def admit(admin: redis.Redis, given: access.Access, password: str) -> None:
+def admit(admin: Any, given: access.Access, password: str) -> None:
     """Make the user as `imattr doctor --acl` says."""
     command = given.line.replace(">PASSWORD", f">{password}").split(" ")
     assert admin.execute_command(*command) == b"OK"
@@ -67,12 +81,11 @@ class Tap:
 
     def __init__(self, port: int) -> None:
         self.seen: dict[tuple[str, ...], list[str]] = {}
-        self._client = redis.Redis(port=port, username="admin", password="admin", protocol=2)
-        self._connection: Any = self._client.connection_pool.get_connection()
+        self._client = administrator(port)
+        self._connection = self._client.connection_pool.get_connection()
         self._connection.send_command("MONITOR")
         self._connection.read_response()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         with suppress(redis.ConnectionError, OSError, ValueError, AttributeError):
@@ -99,7 +112,7 @@ class Tap:
         ]
 
 
-def refuses(admin: redis.Redis, user: str, words: list[str]) -> bool:
+def refuses(admin: Any, user: str, words: list[str]) -> bool:
     answer = admin.execute_command("ACL", "DRYRUN", user, *(word.encode("latin-1") for word in words))
     return bool(answer != b"OK")
 
@@ -120,7 +133,7 @@ with app.connection_for_read() as connection:
 """
 
 
-def everything(sandbox: Sandbox, state: redis.Redis, broker: redis.Redis, tmp_path: Path) -> None:
+def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> None:
     """Use every way in, and every command, as the sandbox' user. `state` and `broker` are an administrator's clients."""
     environ = sandbox.environ
     state_url = environ["IMATTR_REDIS_URL"]
@@ -256,13 +269,15 @@ HASTY = {
 }
 
 
-def denied(admin: redis.Redis) -> list[tuple[str, str]]:
-    """What the server has refused, but for what shows passwords: the doctor does without CONFIG GET."""
-    log = [(entry["object"], entry["username"]) for entry in admin.acl_log()]
-    return [entry for entry in log if entry != ("config|get", "app")]
+def denied(admin: Any) -> list[Any]:
+    """What the server has refused, but for CONFIG GET, which shows passwords: the doctor does without it; and for the library's
+    name, which clients of others tell.
+    """
+    log: list[Any] = [(entry["object"], entry["username"]) for entry in admin.acl_log()]
+    return [entry for entry in log if entry not in (("config|get", "app"), ("client|setinfo", "app"))]
 
 
-def spare_rules(admin: redis.Redis, given: access.Access, tap: Tap) -> list[str]:
+def spare_rules(admin: Any, given: access.Access, tap: Tap) -> list[str]:
     """Rules without which everything that was seen would be allowed all the same."""
     rules = given.rules.split(" ")
     keys, spare = [rule for rule in rules if rule[0] in "~&+"], []
@@ -292,7 +307,7 @@ def test_the_user_that_the_doctor_names_can_do_everything_and_no_more(
         admit(admin, given, "secret")
         tap = Tap(server.port)
         with (
-            redis.Redis(port=server.port, username="admin", password="admin", db=1) as in_database,
+            administrator(server.port, 1) as in_database,
             Sandbox(tmp_path / "sandbox", environ, Plan(workers=2, concurrency=4)) as sandbox,
         ):
             everything(sandbox, in_database, in_database, tmp_path)
@@ -318,3 +333,247 @@ def test_each_server_has_a_user_who_can_do_only_what_is_done_there(tmp_path: Pat
 
         assert denied(state) == []
         assert denied(broker) == []
+
+
+# Passwords.
+
+#: Everything that means something in a URL, a shell, a configuration file or an ACL, and what is not ASCII.
+PASSWORD = "p@ss:/?#[]%20 ü\"'\\&=+{}|;,$字"
+QUOTED = quote(PASSWORD, "")
+
+
+def use(redis_url: str = "", **environ: str) -> None:
+    """Put an update in and take a round trip to the broker, as every process of ours does; raises what they raise."""
+    environ = {"REDIS_URL": redis_url} | environ
+    environ = HASTY | {f"IMATTR_{name}": value for name, value in environ.items()}
+    settings = Settings.from_env(environ | {"IMATTR_API_URL": "http://127.0.0.1:9"})
+    Producer.of(settings).set("ann", {"city": "Paris"})
+    asyncio.run(_use_async(environ))
+    app = Celery(set_as_current=False)
+    app.conf.update(product._configuration(settings))
+    with app.connection_for_write() as connection:
+        channel: Any = connection.channel()
+        channel.client.ping()
+
+
+async def _use_async(environ: dict[str, str]) -> None:
+    async with AsyncProducer.from_env(environ) as sender:
+        await sender.set("ann", {"city": "Paris"})
+
+
+def test_a_password_may_have_any_characters(tmp_path: Path) -> None:
+    with guarded(tmp_path) as (server, admin):
+        admin.execute_command("ACL", "SETUSER", "ä@b", "on", f">{PASSWORD}", "~*", "&*", "+@all")
+        user, place = quote("ä@b", ""), f"127.0.0.1:{server.port}/0"
+        (tmp_path / "password").write_text(f"{PASSWORD}\n")
+        in_file = str(tmp_path / "password")
+
+        use(f"redis://{user}:{QUOTED}@{place}")
+        use(f"redis://{user}:{QUOTED}@{place}", BROKER_URL=f"redis://{user}:{QUOTED}@{place}")
+        use(f"redis://{user}@{place}", REDIS_PASSWORD_FILE=in_file)
+        use(
+            f"redis://{user}:{QUOTED}@{place}",
+            BROKER_URL=f"redis://{user}@{place}",
+            BROKER_PASSWORD_FILE=in_file,
+        )
+        Producer(f"redis://{user}@{place}", 14, password_file=tmp_path / "password").set(
+            "ann", {"city": "Rome"}
+        )
+        assert RateLimiter.connect(f"redis://{user}@{place}", 14, password_file=in_file).acquire()
+
+        with pytest.raises(redis.AuthenticationError):
+            use(f"redis://{user}:{QUOTED}x@{place}")
+        with pytest.raises(redis.AuthenticationError):
+            use(f"redis://{user}:{QUOTED}@{place}", BROKER_URL=f"redis://{user}:{QUOTED}x@{place}")
+
+
+def test_the_password_of_sentinels_may_have_any_characters_and_is_another(tmp_path: Path) -> None:
+    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    with guarded(tmp_path) as (server, admin):
+        admin.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all")
+        port = free_port()
+        (tmp_path / "sentinel.conf").write_text(
+            f"port {port}\nbind 127.0.0.1\nsentinel monitor mine 127.0.0.1 {server.port} 1\n"
+            "sentinel auth-user mine admin\nsentinel auth-pass mine admin\n"
+            # As `imattr doctor --acl` says.
+            f"user asks reset on #{digest} resetchannels -@all +sentinel|master\n"
+        )
+        sentinel = Node(tmp_path, port, str(tmp_path / "sentinel.conf"), "--sentinel")
+        try:
+            url = (
+                f"redis+sentinel://app:secret@127.0.0.1:{port}/mine?sentinel_username=asks&sentinel_password="
+            )
+            use(f"{url}{QUOTED}")
+            with pytest.raises(redis.ConnectionError):
+                use(f"{url}{QUOTED}x")
+            assert {entry["reason"] for entry in sentinel.client().acl_log()} == {"auth"}
+        finally:
+            sentinel.kill()
+
+
+# Sockets.
+
+
+def test_a_unix_socket_serves_for_everything(tmp_path: Path) -> None:
+    path = Path(tempfile.mkdtemp()) / "re dis%20.sock"
+    with guarded(tmp_path, "--unixsocket", str(path)) as (_server, admin):
+        admin.execute_command("ACL", "SETUSER", "app", "on", f">{PASSWORD}", "~*", "&*", "+@all")
+        url = f"unix://app:{QUOTED}@{quote(str(path))}?db=1"
+        use(url)
+        with pytest.raises(redis.AuthenticationError):
+            use(url.replace("app:", "app:x"))
+
+        environ = HASTY | {"IMATTR_REDIS_URL": url}
+        with Sandbox(tmp_path / "sandbox", environ, Plan(workers=1, concurrency=4, flower=False)) as sandbox:
+            deliver(sandbox, Producer(url, int(SDKAPPID)), "Rome")
+    shutil.rmtree(path.parent)
+
+
+def deliver(sandbox: Sandbox, producer: Producer, city: str) -> None:
+    """Send updates by a producer and by Celery's queue, as its own app does, and wait until the API has them."""
+    producer.set("ann", {"city": city})
+    settings = Settings.from_env(sandbox.environ)
+    app = Celery(set_as_current=False)
+    app.conf.update(product._configuration(settings))
+    app.send_task("attributes.update", ["bob", {"city": city}], queue="updates")
+    app.close()
+    url = f"{sandbox.api_url}/simulator/users"
+    expected = {"ann": {"city": city}, "bob": {"city": city}}
+    wait_until(lambda: expected.items() <= requests.get(url, timeout=30).json().items())
+
+
+# TLS.
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate authority, with a certificate for the server and one for its clients; and another authority."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    place = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=place, check=True, capture_output=True, timeout=60)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "other"):
+        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}")
+    for name, also in (
+        ("server", "IP:127.0.0.1"),
+        ("elsewhere", "DNS:elsewhere.example"),
+        ("client", "DNS:client"),
+    ):
+        (place / "extensions").write_text(f"subjectAltName={also}\n")
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signed_by = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "extensions")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signed_by, "-out", f"{name}.crt")
+    return place
+
+
+@contextmanager
+def encrypted(directory: Path, certificates: Path, name: str = "server") -> Iterator[int]:
+    """A server that speaks TLS, only to those who have a certificate, too; its port."""
+    port = free_port()
+    options = ["--tls-port", str(port), "--tls-auth-clients", "yes"]
+    options += ["--tls-cert-file", str(certificates / f"{name}.crt")]
+    options += ["--tls-key-file", str(certificates / f"{name}.key")]
+    options += ["--tls-ca-cert-file", str(certificates / "ca.crt")]
+    try:
+        server = EmbeddedServer(directory / name, persistent=False, options=options)
+    except SandboxError:
+        pytest.skip("the server here has been built without TLS")
+    with server:
+        yield port
+
+
+def test_tls_lets_in_whoever_has_a_certificate_and_is_verified_by_default(
+    tmp_path: Path, certificates: Path
+) -> None:
+    def url(port: int, ca: str = "ca", client: str = "client") -> str:
+        options = {"ssl_ca_certs": ca, "ssl_certfile": client, "ssl_keyfile": client}
+        given = [f"{name}={certificates / value}" for name, value in options.items() if value]
+        ends = {"ssl_ca_certs": ".crt", "ssl_certfile": ".crt", "ssl_keyfile": ".key"}
+        return f"rediss://127.0.0.1:{port}/0?" + "&".join(
+            text + ends[text.partition("=")[0]] for text in given
+        )
+
+    with encrypted(tmp_path, certificates) as port, encrypted(tmp_path, certificates, "elsewhere") as other:
+        good = url(port)
+        refused = {
+            "another authority": url(port, ca="other"),
+            "the authorities of this machine": url(port, ca=""),
+            "no certificate of its own": url(port, client=""),
+            "another host": url(other),
+        }
+        use(good)
+        use(f"{url(other)}&ssl_check_hostname=false")
+        use(f"{url(port, ca='')}&ssl_cert_reqs=none")
+        for bad in refused.values():
+            for environ in ({"REDIS_URL": bad}, {"BROKER_URL": bad}):
+                with pytest.raises(redis.ConnectionError):
+                    use(**{"REDIS_URL": good} | environ)
+
+        environ = HASTY | {"IMATTR_REDIS_URL": good}
+        with Sandbox(tmp_path / "sandbox", environ, Plan(workers=1, concurrency=4)) as sandbox:
+            deliver(sandbox, Producer(good, int(SDKAPPID)), "Rome")
+            assert requests.get(f"{sandbox.flower_url}/broker", timeout=30).ok
+
+
+# Passwords that change.
+
+
+def test_a_fleet_goes_on_with_a_new_password(tmp_path: Path) -> None:
+    with guarded(tmp_path) as (server, admin):
+        url = f"redis://app@127.0.0.1:{server.port}/0"
+        files = {name: tmp_path / name for name in ("state", "broker")}
+        environ = HASTY | {
+            "IMATTR_REDIS_URL": url,
+            "IMATTR_REDIS_PASSWORD_FILE": str(files["state"]),
+            "IMATTR_BROKER_URL": url.replace("/0", "/1"),
+            "IMATTR_BROKER_PASSWORD_FILE": str(files["broker"]),
+        }
+        [given] = access.accesses(Settings.from_env(environ | given_files(files, "old"), "producer"))
+        admit(admin, given, "old")
+        with Sandbox(tmp_path / "sandbox", environ, Plan(workers=1, concurrency=4, flower=False)) as sandbox:
+            producer = Producer(url, int(SDKAPPID), password_file=files["state"])
+            deliver(sandbox, producer, "Rome")
+
+            # Both passwords are good until everybody has the new one: nobody notices anything.
+            admin.execute_command("ACL", "SETUSER", "app", ">new")
+            given_files(files, "new")
+            admin.execute_command("ACL", "SETUSER", "app", "<old")
+            disconnect(admin)
+            deliver(sandbox, producer, "Oslo")
+            assert "AuthenticationError" not in logged(sandbox)
+
+            # In the wrong order: nobody gets in for a while.
+            admin.execute_command("ACL", "SETUSER", "app", "resetpass", ">newest")
+            disconnect(admin)
+            with pytest.raises(redis.AuthenticationError):
+                producer.set("ann", {"city": "Bern"})
+            time.sleep(5)
+            sandbox.check()
+            given_files(files, "newest")
+            deliver(sandbox, producer, "Cork")
+            sandbox.check()
+
+        told = logged(sandbox)
+        for event in ("dispatcher_interrupted", "stream_interrupted", "queue_interrupted"):
+            assert told.count(f'"event": "{event}", "reason": "AuthenticationError"') == 1
+        assert not re.search(r"\bnewest\b", told)
+
+
+def given_files(files: dict[str, Path], password: str) -> dict[str, str]:
+    """Replace the files as secrets are mounted: all at once, never half."""
+    for file in files.values():
+        file.with_suffix(".next").write_text(password)
+        file.with_suffix(".next").replace(file)
+    return {}
+
+
+def disconnect(admin: Any) -> None:
+    admin.execute_command("CLIENT", "KILL", "USER", "app")
+
+
+def logged(sandbox: Sandbox) -> str:
+    return (sandbox.directory / "worker-1.log").read_text()

@@ -23,7 +23,7 @@ from .config import Settings
 from .errors import BufferFull
 from .models import MAX_AHEAD, Attributes, BulkResult, Update, UserId, check_update
 from .producer import TIMEOUT, Accepted, Bulk, Lane, MemoryWatch, confirmation, fate_of, options_of
-from .redis_url import RedisUrl
+from .redis_url import RedisUrl, with_password_file
 from .state import scripts
 from .state.attribute_names import NamesCache
 from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, Guard, Known, add_arguments, add_keys, read_added
@@ -47,12 +47,15 @@ class AsyncProducer:
         timeout: float = TIMEOUT,
         replicas: int = 0,
         replicas_fsync: bool = False,
+        password_file: str | os.PathLike[str] = "",
     ) -> None:
         """The arguments are those of `Producer`, except `timeout`.
 
         In seconds, it is the longest that `set`, or one chunk of `set_many`, may take in all. A Redis that has frozen ends
         the call then with `redis.TimeoutError`.
         """
+        if password_file:
+            redis_url = with_password_file(redis_url, os.fspath(password_file))
         self._keys, self._max_pending, self._timeout = Keys(sdkappid), max_pending, timeout
         key = self._keys.pending
         self._redis: AsyncRedis = connect_async(redis_url, key=key, timeout=timeout, connections=CONNECTIONS)

@@ -368,6 +368,10 @@ class Settings:
             )
         if self.redis_url and self.redis_password_file and self.redis.password:
             found.append("IMATTR_REDIS_URL has a password and IMATTR_REDIS_PASSWORD_FILE is set, choose one")
+        if self.broker_password_file and self.broker and self.broker.password:
+            found.append(
+                "IMATTR_BROKER_URL has a password and IMATTR_BROKER_PASSWORD_FILE is set, choose one"
+            )
         if self.broker_password_file and (not self.broker_url or self.broker is None):
             found.append("IMATTR_BROKER_PASSWORD_FILE is for an IMATTR_BROKER_URL that is a Redis")
         if self.replicas_fsync and not self.replicas:

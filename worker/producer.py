@@ -22,7 +22,7 @@ from .clock import Clock, SystemClock
 from .config import Settings
 from .errors import BufferFull, InvalidUpdate
 from .models import MAX_AHEAD, Attributes, BulkResult, Refusal, Update, UserId, check_update
-from .redis_url import RedisUrl
+from .redis_url import RedisUrl, with_password_file
 from .state.attribute_names import AttributeNames
 from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer, Guard, Lead
 from .state.confirmation import Confirmation
@@ -171,6 +171,7 @@ class Producer:
         timeout: float = TIMEOUT,
         replicas: int = 0,
         replicas_fsync: bool = False,
+        password_file: str | os.PathLike[str] = "",
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
@@ -179,9 +180,14 @@ class Producer:
         `redis.TimeoutError`; one that cannot be reached, at once with `redis.ConnectionError`.
 
         With `replicas`, an update counts as accepted only once that many replicas of Redis have it, too (with
-        `replicas_fsync`, on disk). If they do not say so within four fifths of `timeout`, `NotConfirmed` is raised. Raises
-        `ValueError` for a URL that cannot be read.
+        `replicas_fsync`, on disk). If they do not say so within four fifths of `timeout`, `NotConfirmed` is raised.
+
+        `password_file` holds the password in place of the URL, as it is, but for the end of its line. It is read for every
+        connection: after a change, this goes on with the new password as soon as Redis wants it. Raises `ValueError` for a
+        URL that cannot be read, or that has a password beside the file.
         """
+        if password_file:
+            redis_url = with_password_file(redis_url, os.fspath(password_file))
         self._redis_url, self._keys, self._timeout = redis_url, Keys(sdkappid), timeout
         self._confirmation = confirmation(replicas, timeout, fsync=replicas_fsync)
         self._redis = self._connect()

@@ -34,6 +34,7 @@ Weakness: a process whose next slot comes more than a second after a late call m
 from __future__ import annotations
 
 import math
+import os
 import random
 import threading
 from collections import deque
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .clock import Clock, SystemClock
-from .redis_url import RedisUrl
+from .redis_url import RedisUrl, with_password_file
 from .state import scripts
 from .state.connection import Redis, connect
 from .state.keys import Keys
@@ -212,13 +213,16 @@ class RateLimiter:
         quota: int = 100,
         patience: float = 2.0,
         needs_replica: bool = False,
+        password_file: str | os.PathLike[str] = "",
     ) -> Self:
         """Return the limiter that an app's workers share, for another program that calls the API.
 
         `quota` in calls a second, the same as the workers'; `patience` in seconds, the longest that `acquire` waits;
-        `needs_replica` if the workers have IMATTR_REPLICAS. Nothing is sent to Redis before the first permit; its errors pass
-        through.
+        `needs_replica` if the workers have IMATTR_REPLICAS; `password_file` as in `Producer`. Nothing is sent to Redis before
+        the first permit; its errors pass through.
         """
+        if password_file:
+            redis_url = with_password_file(redis_url, os.fspath(password_file))
         keys = Keys(sdkappid)
         redis = connect(redis_url, key=keys.rate)
         return cls(

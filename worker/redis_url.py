@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote
 
@@ -113,6 +113,17 @@ def read_redis_url(url: str) -> RedisUrl:
         raise ValueError("names a database: a cluster has only database 0")
     found["hosts"] = _hosts(hosts, SENTINEL_PORT if kind == "sentinel" else PORT, many=kind != "server")
     return RedisUrl(tls=scheme.startswith("rediss"), **found)
+
+
+def with_password_file(url: str | RedisUrl, path: str) -> RedisUrl:
+    """The same place, with the password in a file, which is read for every connection: a new password needs no restart.
+
+    Raises `ValueError` for a URL that cannot be read, or that has a password itself.
+    """
+    place = read_redis_url(url) if isinstance(url, str) else url
+    if place.password:
+        raise ValueError("has a password, and there is a file with a password, too: choose one")
+    return replace(place, password_file=path)
 
 
 def _hosts(text: str, port: int, *, many: bool) -> tuple[tuple[str, int], ...]:

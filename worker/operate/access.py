@@ -77,12 +77,12 @@ class Access:
 def accesses(settings: Settings) -> list[Access]:
     """The user of each server: of one, if the broker is with the state; nothing for a broker that is no Redis."""
     state, broker = settings.redis, settings.broker
-    keys, channels = _state_keys(settings), []
+    keys = _state_keys(settings)
     commands = _state_commands(settings) | _way_to(state)
     if broker is None:
         commands |= _TAKEN
     if broker is None or not _same(state, broker):
-        found = [_access("the state", state, keys, channels, commands)]
+        found = [_access("the state", state, keys, [], commands)]
         if broker:
             found.append(
                 _access(

@@ -36,6 +36,7 @@ from redis.crc import key_slot
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
     ConnectionError,
@@ -117,7 +118,7 @@ class SentinelLocator:
             "protocol": 2,
             **_SILENT,
         }
-        kind = SSLConnection if url.tls else Connection
+        kind = _SSLConnection if url.tls else _Connection
         self._sentinels = [
             Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options, **url.tls_options))
             for host, port in url.hosts
@@ -176,7 +177,7 @@ class ClusterLocator:
     def __init__(self, url: RedisUrl, key: str, credentials: CredentialProvider | None) -> None:
         """`key` is any key in the slot."""
         self._nodes, self._slot = list(url.hosts), key_slot(key.encode())
-        self._kind = SSLConnection if url.tls else Connection
+        self._kind = _SSLConnection if url.tls else _Connection
         self._options: dict[str, Any] = {
             **_account(url, credentials),
             **url.tls_options,
@@ -237,10 +238,18 @@ class _Following:
     locator: Locator | None
     host: str
     port: int
+    username: str | None
+    password: str | None
+    credential_provider: CredentialProvider | None
 
     def __init__(self, *, locator: Locator | None = None, **options: Any) -> None:
         self.locator = locator
         super().__init__(**options)
+        if self.credential_provider or self.username or self.password:
+            # What makes the library introduce itself with CLIENT SETINFO (the last two in older versions). A user with few rights
+            # may not do that: every connection would leave a refusal in the server's ACL LOG.
+            for name in ("driver_info", "lib_name", "lib_version"):
+                setattr(self, name, None)
 
     def _has_moved(self) -> bool:
         now = self.locator.current() if self.locator else None
@@ -324,8 +333,13 @@ class _PasswordFile(CredentialProvider):
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         # Whoever replaces the file may be in the middle of it: then the last one may still do.
-        with contextlib.suppress(OSError, ValueError):
-            self._password = self._path.read_text(encoding="utf-8").strip() or self._password
+        problem = "is empty"
+        try:
+            self._password = self._path.read_text(encoding="utf-8-sig").rstrip("\r\n") or self._password
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({type(error).__name__})"
+        if not self._password:
+            raise AuthenticationError(f"the file of the password, {self._path}, {problem}")
         return (self._username, self._password) if self._username else (self._password,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:

@@ -81,7 +81,8 @@ class LeaderLoop:
     def __init__(self, leader: Leader) -> None:
         self.leader = leader
         self._stopped = threading.Event()
-        self._failing = False
+        #: Why turns have failed since the last one that did not: each reason is told once.
+        self._told: set[str] = set()
 
     def run(self) -> None:
         """Take turns until `stop`; outlives any outage of Redis and the broker."""
@@ -101,13 +102,14 @@ class LeaderLoop:
             pause = self.turn()
         # Whatever it is, the thread must survive it: nobody takes its place while it is elected.
         except Exception as error:
-            if not self._failing:
-                log.warning(self.interrupted, reason=type(error).__name__)
-            self._failing = True
+            reason = type(error).__name__
+            if reason not in self._told:
+                log.warning(self.interrupted, reason=reason)
+            self._told.add(reason)
             self.leader.forget()
             self.follow()
             return RETRY_AFTER
-        self._failing = False
+        self._told.clear()
         return pause
 
     def turn(self) -> float:
