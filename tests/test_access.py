@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -521,6 +520,9 @@ def test_tls_lets_in_whoever_has_a_certificate_and_is_verified_by_default(
 
 # Passwords that change.
 
+#: What a worker does beside its tasks, as its log calls it.
+LOOPS = ("dispatcher", "stream", "queue")
+
 
 def test_a_fleet_goes_on_with_a_new_password(tmp_path: Path) -> None:
     with guarded(tmp_path) as (server, admin):
@@ -551,15 +553,16 @@ def test_a_fleet_goes_on_with_a_new_password(tmp_path: Path) -> None:
             disconnect(admin)
             with pytest.raises(redis.AuthenticationError):
                 producer.set("ann", {"city": "Bern"})
-            time.sleep(5)
+            refused = [f'"event": "{name}_interrupted", "reason": "AuthenticationError"' for name in LOOPS]
+            wait_until(lambda: all(line in logged(sandbox) for line in refused))
+            wait_until(lambda: "consumer: Cannot connect" in logged(sandbox))
             sandbox.check()
             given_files(files, "newest")
             deliver(sandbox, producer, "Cork")
             sandbox.check()
 
         told = logged(sandbox)
-        for event in ("dispatcher_interrupted", "stream_interrupted", "queue_interrupted"):
-            assert told.count(f'"event": "{event}", "reason": "AuthenticationError"') == 1
+        assert [told.count(line) for line in refused] == [1, 1, 1]
         assert not re.search(r"\bnewest\b", told)
 
 

@@ -79,6 +79,17 @@ def test_what_is_missing_is_told() -> None:
     )
 
 
+def test_a_password_is_in_the_url_or_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter22")
+    for name in ("REDIS", "BROKER"):
+        given = {f"{name}_URL": "redis://:hunter33@h", f"{name}_PASSWORD_FILE": str(file)}
+
+        assert mistakes(changed(**given)) == (
+            f"IMATTR_{name}_URL has a password and IMATTR_{name}_PASSWORD_FILE is set, choose one",
+        )
+
+
 def test_a_producer_needs_the_app_and_redis_only() -> None:
     assert Settings.from_env(without("SECRET_KEY", "API_URL"), "producer").sdkappid == 1400000000
     assert len(mistakes({}, "producer")) == 2

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 
-from worker.redis_url import RedisUrl, read_redis_url
+from worker.redis_url import RedisUrl, read_redis_url, with_password_file
+from worker.state.connection import ConnectionError, client_options
 
 TLS = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
 
@@ -100,3 +104,74 @@ def test_no_way_to_show_a_url_shows_a_secret(scheme: str) -> None:
 
     assert "hunter22" not in f"{url} {url!r}"
     assert "h:1" in str(url)
+
+
+@pytest.mark.parametrize(
+    "place", ["redis://{}@h", "redis+sentinel://{}@h/mine", "unix://{}@/s", "redis+cluster://{}@h"]
+)
+def test_account_and_password_may_have_any_characters(place: str) -> None:
+    account = "ä@b:/?#", "p@ss:/?#[]%20 ü\"'\\&=+"
+
+    url = read_redis_url(place.format(":".join(quote(text, "") for text in account)))
+
+    assert (url.username, url.password) == account
+
+
+def test_the_password_of_sentinels_may_have_any_characters() -> None:
+    password = "p@ss:/?#[]%20 ü\"'\\&=+"
+
+    url = read_redis_url(
+        f"redis+sentinel://h/mine?sentinel_username=%26&sentinel_password={quote(password, '')}"
+    )
+
+    assert (url.sentinel_username, url.sentinel_password) == ("&", password)
+
+
+def credentials(url: RedisUrl) -> Any:
+    options = client_options(url, "key", timeout=1, connect_timeout=1)
+    assert (options.get("username"), options.get("password")) == (None, None)
+    return options["credential_provider"]
+
+
+def test_a_password_in_a_file_is_taken_as_it_is_and_read_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    known = credentials(with_password_file("redis://me@h", str(file)))
+    unnamed = credentials(with_password_file("redis://h", str(file)))
+
+    for raw, password in ((" p@s%20 \r\n", " p@s%20 "), ("ü\n", "ü"), ("\ufeffbom", "bom")):
+        file.write_text(raw, encoding="utf-8", newline="")
+        assert known.get_credentials() == ("me", password)
+        assert unnamed.get_credentials() == (password,)
+
+
+@pytest.mark.parametrize("half_done", ["removed", "empty", "garbled"])
+def test_while_the_file_is_being_replaced_the_last_password_is_used(tmp_path: Path, half_done: str) -> None:
+    file = tmp_path / "password"
+    provider = credentials(with_password_file("redis://h", str(file)))
+    file.write_text("first")
+    assert provider.get_credentials() == ("first",)
+
+    if half_done == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if half_done == "empty" else b"\xff\xfe\xff")
+
+    assert provider.get_credentials() == ("first",)
+
+
+def test_a_password_file_that_never_had_a_password_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    provider = credentials(with_password_file("redis://h", str(file)))
+
+    with pytest.raises(ConnectionError, match=r"password, cannot be read \(FileNotFoundError\)"):
+        provider.get_credentials()
+    file.write_text("\n")
+    with pytest.raises(ConnectionError, match="password, is empty"):
+        provider.get_credentials()
+
+
+def test_a_password_both_in_the_url_and_in_a_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one") as caught:
+        with_password_file("redis://:hunter22@h", "/file")
+
+    assert "hunter22" not in str(caught.value)

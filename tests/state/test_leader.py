@@ -93,7 +93,7 @@ class Turns(LeaderLoop):
         return 0.0
 
 
-def test_turns_outlive_any_failure_and_the_log_has_it_once(
+def test_turns_outlive_any_failure_and_the_log_has_each_reason_once(
     client: redis.Redis,
     keys: Keys,
     clock: ManualClock,
@@ -102,17 +102,19 @@ def test_turns_outlive_any_failure_and_the_log_has_it_once(
 ) -> None:
     waits: list[float] = []
     turns = Turns(
-        candidate(client, keys, clock, "w1"), [OSError(), ValueError(), None, OSError("secret"), None]
+        candidate(client, keys, clock, "w1"),
+        [OSError(), ValueError(), OSError(), None, OSError("secret"), None],
     )
     monkeypatch.setattr(turns._stopped, "wait", waits.append)
 
     turns.run()
 
     said = capsys.readouterr().out
-    assert waits == [RETRY_AFTER, RETRY_AFTER, 0.0, RETRY_AFTER, 0.0]
-    assert said.count("counting_interrupted") == 2
+    assert waits == [*[RETRY_AFTER] * 3, 0.0, RETRY_AFTER, 0.0]
+    assert (said.count("OSError"), said.count("ValueError")) == (2, 1)
+    assert said.count("counting_interrupted") == 3
     assert "secret" not in said
-    assert (turns.signs, turns.followed) == (5, 3)
+    assert (turns.signs, turns.followed) == (6, 4)
     assert client.get(keys.dispatcher) is None, "one that ends steps down"
 
 
