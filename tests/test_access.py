@@ -51,9 +51,9 @@ def administrator(port: int, database: int = 0) -> Any:
 
 
 @contextmanager
-def guarded(directory: Path, *options: str) -> Iterator[tuple[EmbeddedServer, Any]]:
+def guarded(directory: Path, *options: str, port: int | None = None) -> Iterator[tuple[EmbeddedServer, Any]]:
     """A server that lets nobody in without a name, and its administrator's client."""
-    with EmbeddedServer(directory / "server", persistent=False, options=options) as server:
+    with EmbeddedServer(directory / "server", persistent=False, port=port, options=options) as server:
         first: Any = redis.Redis(port=server.port)
         first.execute_command("ACL SETUSER admin on >admin ~* &* +@all")
         first.close()
@@ -332,6 +332,24 @@ def test_each_server_has_a_user_who_can_do_only_what_is_done_there(tmp_path: Pat
 
         assert denied(state) == []
         assert denied(broker) == []
+
+
+def test_on_a_cluster_the_user_has_what_finding_the_slot_takes(tmp_path: Path) -> None:
+    # The cluster's bus listens 10,000 above.
+    while (port := free_port()) > 55_000:
+        pass
+    with guarded(tmp_path, "--cluster-enabled", "yes", port=port) as (server, admin):
+        admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+        wait_until(lambda: "cluster_state:ok" in str(admin.execute_command("CLUSTER", "INFO")))
+        url = f"redis+cluster://app:secret@127.0.0.1:{server.port}"
+        environ = HASTY | {"IMATTR_REDIS_URL": url}
+        [given] = access.accesses(Settings.from_env(environ, "producer"))
+        admit(admin, given, "secret")
+        with Sandbox(tmp_path / "sandbox", environ, Plan(workers=1, concurrency=4, flower=False)) as sandbox:
+            deliver(sandbox, Producer(url, int(SDKAPPID)), "Rome")
+            cli(sandbox.environ, "doctor")
+
+        assert denied(admin) == []
 
 
 # Passwords.
