@@ -76,8 +76,8 @@ __all__ = [
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
 #: Seconds that a sentinel, or a node asked where a slot is, may take.
 LOOKUP_TIMEOUT = 0.5
-#: Makes a connection say nothing about the client (CLIENT SETINFO): some services refuse that, and each connection would
-#: begin with two more round trips. Newer libraries take the one, older ones the other.
+#: Makes a connection say nothing about the client (CLIENT SETINFO): some services refuse that, a user with few rights leaves
+#: a refusal in the server's ACL LOG, and it costs two round trips. Newer libraries take the one, older ones the other.
 _SILENT: dict[str, Any] = (
     {"driver_info": None}
     if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
@@ -116,7 +116,7 @@ class SentinelLocator:
             "socket_connect_timeout": LOOKUP_TIMEOUT,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
-            **_SILENT,
+            **_introduction(tls=url.tls, logs_in=bool(url.sentinel_password)),
         }
         kind = _SSLConnection if url.tls else _Connection
         self._sentinels = [
@@ -185,7 +185,7 @@ class ClusterLocator:
             "socket_connect_timeout": LOOKUP_TIMEOUT,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
-            **_SILENT,
+            **_introduction(tls=url.tls, logs_in=bool(credentials or url.password)),
         }
         self._lock = threading.Lock()
 
@@ -238,18 +238,10 @@ class _Following:
     locator: Locator | None
     host: str
     port: int
-    username: str | None
-    password: str | None
-    credential_provider: CredentialProvider | None
 
     def __init__(self, *, locator: Locator | None = None, **options: Any) -> None:
         self.locator = locator
         super().__init__(**options)
-        if self.credential_provider or self.username or self.password:
-            # What makes the library introduce itself with CLIENT SETINFO (the last two in older versions). A user with few rights
-            # may not do that: every connection would leave a refusal in the server's ACL LOG.
-            for name in ("driver_info", "lib_name", "lib_version"):
-                setattr(self, name, None)
 
     def _has_moved(self) -> bool:
         now = self.locator.current() if self.locator else None
@@ -346,6 +338,11 @@ class _PasswordFile(CredentialProvider):
         return self.get_credentials()
 
 
+def _introduction(*, tls: bool, logs_in: bool) -> dict[str, Any]:
+    # With TLS 1.3, a pool refuses a connection that has not read anything yet: the server's session tickets wait there.
+    return {} if tls and not logs_in else _SILENT
+
+
 def _account(url: RedisUrl, credentials: CredentialProvider | None) -> dict[str, Any]:
     if credentials:
         return {"credential_provider": credentials}
@@ -364,7 +361,7 @@ def client_options(url: RedisUrl, key: str, *, timeout: float, connect_timeout: 
         "db": url.database,
         "protocol": 2,
         "socket_timeout": timeout,
-        **_SILENT,
+        **_introduction(tls=url.tls, logs_in=bool(credentials or url.password)),
     }
     if url.kind == "socket":
         return found | {"connection_class": _SocketConnection, "path": url.path}
