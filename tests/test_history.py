@@ -209,7 +209,7 @@ def test_a_call_has_a_most_of_users_and_each_once() -> None:
 @pytest.mark.parametrize("name", [*history.LEDGER_IN, *history.LEDGER_OUT])
 def test_every_counter_takes_part_in_the_balance(name: str) -> None:
     balanced = {"accepted": 8, "redriven": 1, "coalesced": 2, "unchanged": 1, "stale": 1, "delivered": 2}
-    balanced |= {"dead_lettered": 1, "quarantined": 0, "pending": 1, "in_flight": 1}
+    balanced |= {"dead_lettered": 1, "quarantined": 0, "lost": 0, "pending": 1, "in_flight": 1}
 
     assert check(History(ledgers=[balanced])) == []
     (violation,) = check(History(ledgers=[balanced, balanced | {name: balanced[name] + 1}]))

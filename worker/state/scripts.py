@@ -16,7 +16,6 @@ from redis import Redis
 T = TypeVar("T")
 
 #: The file of what scripts share.
-PRELUDE = "prelude.lua"
 
 #: What a script takes as an argument.
 Argument = str | int | float | bytes
@@ -37,11 +36,8 @@ class Script(Protocol):
 def names() -> list[str]:
     """Return the names of all scripts."""
     files = resources.files(__package__).joinpath("lua").iterdir()
-    return sorted(
-        file.name.removesuffix(".lua")
-        for file in files
-        if file.name.endswith(".lua") and file.name != PRELUDE
-    )
+    found = (file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua"))
+    return sorted(name for name in found if name not in SHARED)
 
 
 def source(name: str) -> str:
