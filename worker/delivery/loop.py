@@ -59,6 +59,9 @@ log = structlog.get_logger()
 #: Batches, and seconds, after which a worker returns to Celery for its next ticket. Flower shows a task once it has ended, and
 #: a shutdown waits for it.
 MOST_BATCHES, LONGEST_CARRY = 20, 10.0
+#: Seconds a round trip to Redis above which both grow with it, and how many times at most: Celery takes half a dozen round
+#: trips for a task, one after the other, and each worker's main process does one task at a time.
+NEAR, MOST_TIMES_LONGER = 0.02, 5.0
 #: Seconds before the slot by which the batch is claimed: preparing it takes about 3 ms, the rest is for a busy machine.
 LEAD = 0.1
 #: Seconds between two attempts to settle while Redis is away.
@@ -141,9 +144,10 @@ class Delivery:
     def carry(self, ticket: BatchId) -> list[Summary]:
         """Deliver the ticket's batch, and others while full ones are waiting. Raises only what Redis raises."""
         summaries: list[Summary] = []
-        ends_at = self._clock.monotonic() + LONGEST_CARRY
+        times = min(max(self._limiter.round_trip / NEAR, 1.0), MOST_TIMES_LONGER)
+        ends_at = self._clock.monotonic() + times * LONGEST_CARRY
         while True:
-            last = len(summaries) + 1 == MOST_BATCHES or self._clock.monotonic() > ends_at
+            last = len(summaries) + 1 >= times * MOST_BATCHES or self._clock.monotonic() > ends_at
             successor = None if last else new_batch_id()
             summary, goes_on = self._attempt(ticket, successor)
             summaries.append(summary)

@@ -33,8 +33,8 @@ _STATE = _EVERYWHERE | {
 #: When the state remembers what RabbitMQ has delivered.
 _TAKEN = {"zmscore", "zremrangebyscore"}
 
-#: Commands for the broker's keys: those of kombu, and of its scripts; `blmove` is how the intake waits, `eval` and `persist` is
-#: how a ticket is sent to a server without room.
+#: Commands for the broker's keys: those of kombu, and of its scripts; `blmove` is how the intake waits, `eval` is how
+#: a ticket is sent to a server without room.
 _BROKER = _EVERYWHERE | {
     *("del", "exists", "get", "set", "time", "info"),
     *("brpop", "lpush", "llen", "rpop", "rpush", "blmove"),
@@ -43,7 +43,7 @@ _BROKER = _EVERYWHERE | {
     *("zadd", "zrange", "zrangebyscore", "zrem"),
     *("watch", "unwatch", "multi", "exec"),
     *("publish", "psubscribe", "punsubscribe"),
-    *("eval", "persist", "script|exists"),
+    *("eval", "script|exists"),
 }  # fmt: skip
 #: The scripts whose keys are the broker's.
 _BROKER_SCRIPTS = ("take", "finish")

@@ -15,12 +15,10 @@ from redis import Redis
 
 T = TypeVar("T")
 
-#: The file of what scripts share.
-
 #: What a script takes as an argument.
 Argument = str | int | float | bytes
 
-#: Each may use what those before it define.
+#: Files with functions that several scripts share; each may use what those before it define.
 SHARED = ("prelude", "failover")
 
 #: The lines with which a script names its keys.
