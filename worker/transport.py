@@ -50,8 +50,8 @@ def _despite_full_memory(command: str) -> str:
     return f"{_DESPITE_FULL_MEMORY}return redis.call('{command}', KEYS[1], unpack(ARGV))"
 
 
-#: Deletes a binding table that nobody has refreshed in time. KEYS: the deadlines, the table, and the set of those who bind for
-#: ever, without whom the table goes. ARGV: the exchange, now in ms.
+#: Deletes a binding table that nobody has refreshed in time. KEYS: the deadlines, the table, and the set of permanent bindings,
+#: which keep the table. ARGV: the exchange, now in ms.
 _SWEEP = """
 local deadline = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or nil)
 if deadline and deadline <= tonumber(ARGV[2]) then
