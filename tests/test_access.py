@@ -363,7 +363,8 @@ def use(redis_url: str = "", **environ: str) -> None:
     """Put an update in and take a round trip to the broker, as every process of ours does; raises what they raise."""
     environ = {"REDIS_URL": redis_url} | environ
     environ = HASTY | {f"IMATTR_{name}": value for name, value in environ.items()}
-    settings = Settings.from_env(environ | {"IMATTR_API_URL": "http://127.0.0.1:9"})
+    environ |= {"IMATTR_API_URL": "http://127.0.0.1:9"}
+    settings = Settings.from_env(environ)
     Producer.of(settings).set("ann", {"city": "Paris"})
     asyncio.run(_use_async(environ))
     app = Celery(set_as_current=False)

@@ -256,6 +256,9 @@ def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
         assert "updates" in broker
         assert "deliveries" in broker
         assert "has no attribute" not in broker
+        # What a worker says of itself has no secret in it, and can be said.
+        stats = system.sandbox.directory / "worker-1.log"
+        assert "Control command error" not in stats.read_text()
 
 
 def test_doctor_finds_messages_that_were_sent_without_a_queue(tmp_path: Path) -> None:

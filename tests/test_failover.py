@@ -75,7 +75,7 @@ def snapshot(fleet: Fleet, keys: Keys) -> Any:
 @pytest.mark.parametrize("how", [None, Node.kill, Node.suspend], ids=["by hand", "killed", "suspended"])
 def test_whoever_is_connected_goes_on(fleet: Fleet, keys: Keys, how: Callable[[Node], None] | None) -> None:
     producer = Producer(fleet.url, keys.sdkappid)
-    producer.set("ann", {"city": "Paris"})
+    Producer(fleet.url, keys.sdkappid, replicas=1, timeout=10).set("ann", {"city": "Paris"})
 
     async def asynchronously() -> None:
         async with AsyncProducer(fleet.url, keys.sdkappid, timeout=1) as other:
@@ -192,6 +192,7 @@ def test_a_stream_keeps_what_is_not_confirmed(sentinels: SentinelFleet, keys: Ke
 
         with silent_replicas(sentinels), pytest.raises(NotConfirmed):
             consumer.turn()
+        consumer.follow()
         assert client.xlen(keys.updates) == 1
 
         consumer.turn()

@@ -19,7 +19,7 @@ from celery.concurrency import get_implementation
 from celery.worker.request import Request
 from kombu.entity import Exchange, Queue
 
-from worker import logs, runtime, transport  # noqa: F401  # the transport patches Celery's
+from worker import logs, runtime, transport
 from worker.config import Settings
 from worker.delivery.loop import LONGEST_CARRY
 from worker.errors import ConfigError
@@ -124,7 +124,7 @@ def _transport(settings: Settings) -> dict[str, Any]:
         return {"confirm_publish": True, "connect_timeout": 3, "read_timeout": 10, "write_timeout": 10}
     return {
         "global_keyprefix": settings.celery_prefix,
-        "place": settings.broker,
+        "place": transport.name_of(settings.broker),
         # For Flower, which looks for the queues itself.
         "master_name": settings.broker.service,
         # One message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other share starves

@@ -63,6 +63,17 @@ end
 """
 
 
+#: Where our brokers are, by name: options of a transport have names only, since `celery inspect` prints them.
+_PLACES: dict[str, RedisUrl] = {}
+
+
+def name_of(place: RedisUrl) -> str:
+    """Return a name for the place, as the transport option `place`."""
+    name = f"broker {len(_PLACES)}"
+    _PLACES[name] = place
+    return name
+
+
 def _sturdy(client: Any) -> Any:
     """A client of kombu's whose writes a full server takes: they are tickets, and without those nothing would make room.
 
@@ -111,8 +122,8 @@ class SturdyChannel(redis_transport.Channel):
     """
 
     from_transport_options: tuple[str, ...] = (*redis_transport.Channel.from_transport_options, "place")  # type: ignore[assignment]
-    #: Where the broker is, if it is ours; else kombu reads its own URL.
-    place: RedisUrl | None = None
+    #: The name of the place where the broker is, if our settings say that; else kombu reads its own URL.
+    place = ""
     _client_of_pool: Any = None
     #: What was popped from a queue last, until it is delivered.
     _popped: Any = None
@@ -122,14 +133,15 @@ class SturdyChannel(redis_transport.Channel):
         if transport is None or getattr(transport, "client", None) is None:
             # A channel of a connection that is gone: the same as a lost connection.
             raise RedisConnectionError("the connection is closed")
-        if self.place is None:
+        place = _PLACES.get(self.place)
+        if place is None:
             options: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]
             return options | {"protocol": 2}
         times: dict[str, Any] = {
             "timeout": self.socket_timeout,
             "connect_timeout": self.socket_connect_timeout,
         }
-        ours = client_options(self.place, self.global_keyprefix, **times)
+        ours = client_options(place, self.global_keyprefix, **times)
         # kombu derives a class from it that tells the channel when the connection is lost.
         self.connection_class = self.connection_class_ssl = ours.pop("connection_class")
         found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)  # type: ignore[no-untyped-call]

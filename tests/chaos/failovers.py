@@ -28,7 +28,7 @@ from worker.state.connection import connect
 from worker.state.scripts import number
 
 #: Seconds of undisturbed work before each failover, and that mending one may take.
-WORK, PATIENCE = 4.0, 60.0
+WORK, PATIENCE = 2.0, 60.0
 
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 

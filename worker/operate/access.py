@@ -39,7 +39,7 @@ _BROKER = _EVERYWHERE | {
     *("del", "exists", "get", "set", "time", "info"),
     *("brpop", "lpush", "llen", "rpop", "rpush", "blmove"),
     *("hdel", "hget", "hset"),
-    *("sadd", "smembers", "srem"),
+    *("sadd", "sinter", "smembers", "srem"),
     *("zadd", "zrange", "zrangebyscore", "zrem"),
     *("watch", "unwatch", "multi", "exec"),
     *("publish", "psubscribe", "punsubscribe"),
