@@ -226,7 +226,10 @@ def lagging_replica_promoted(system: System) -> Struck:
         node.kill()
         node.proxy.tell("pass")
 
-    return _promote(system, kill, since)
+    try:
+        return _promote(system, kill, since)
+    finally:
+        primary.proxy.tell("pass")
 
 
 def split_brain(system: System) -> Struck:

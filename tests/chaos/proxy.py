@@ -47,7 +47,8 @@ class _Proxy(TCPServer):
         super().__init__()
         self._target = target
         self._open: set[IOStream] = set()
-        #: Connections of replicas and sentinels.
+        #: Connections of replicas, and of replicas and sentinels.
+        self._replicas: set[IOStream] = set()
         self._peers: set[IOStream] = set()
         self._delay = self._lag = 0.0
         self._refuse = self._swallow = self._isolate = False
@@ -97,6 +98,7 @@ class _Proxy(TCPServer):
         await asyncio.wait(pumps)
         self._open -= both
         self._peers -= both
+        self._replicas -= both
 
     async def _requests_of(self, asking: TimedStream, answering: IOStream) -> None:
         with contextlib.suppress(StreamClosedError):
@@ -106,6 +108,8 @@ class _Proxy(TCPServer):
                     self._requests.append(asking.arrived or time.monotonic())
                 if any(word in data for word in _PEERS):
                     self._peers.add(asking)
+                    if b"PSYNC" in data:
+                        self._replicas.add(asking)
                     if self._isolate:
                         _reset(asking)
                 if not self._swallow:
@@ -115,7 +119,7 @@ class _Proxy(TCPServer):
         with contextlib.suppress(StreamClosedError):
             while True:
                 data = await answering.read_bytes(1_000_000, partial=True)
-                if seconds := self._lag if asking in self._peers else self._delay:
+                if seconds := self._lag if asking in self._replicas else self._delay:
                     await asyncio.sleep(seconds)
                 if not self._swallow:
                     await asking.write(data)
