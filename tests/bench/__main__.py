@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import Results, celery_messages, console, growth, network, ways_in, ways_out
+from tests.bench import Results, celery_messages, console, distance, growth, network, ways_in, ways_out
 from tests.bench.rivals.page import rivals
 
 _CELERY = (
@@ -16,7 +16,7 @@ _CELERY = (
 )
 _IN = (ways_in.enqueue, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.shadow)
 _OUT = (ways_out.permits, ways_out.delivery, ways_in.backfill, ways_out.instrument, network.network)
-_GROWTH = (growth.growth, growth.workers, growth.latency)
+_GROWTH = (growth.growth, growth.workers, growth.latency, distance.distance)
 PARTS = {part.__name__: part for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, rivals)}
 
 
