@@ -220,14 +220,16 @@ def test_a_ticket_carries_a_worker_through_every_full_batch(
     assert loop.redis.zcard(loop.keys.tickets) == 0
 
 
+@pytest.mark.parametrize(("round_trip", "batches"), [(0.003, 2), (0.04, 4), (3.0, 10)])
 def test_a_worker_returns_to_celery_now_and_then(
-    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, round_trip: float, batches: int
 ) -> None:
     loop = Loop(client, lambda users: OK)
+    loop.limiter.round_trip = round_trip
     monkeypatch.setattr("worker.delivery.loop.MOST_BATCHES", 2)
-    loop.add(some(500))
+    loop.add(some(1200))
 
-    assert len(loop.delivery.carry(loop.ticket())) == 2
+    assert len(loop.delivery.carry(loop.ticket())) == batches
     assert loop.redis.zcard(loop.keys.tickets) == 0, "no ticket is left that nobody uses"
 
 
