@@ -41,9 +41,10 @@ def fail_over(system: System, times: int, faults: list[Fault]) -> dict[tuple[str
     """
     seconds: dict[tuple[str, bool], list[float]] = collections.defaultdict(list)
     done = 0
-    for fault in itertools.cycle(faults):
+    # Some faults do not strike everywhere.
+    for fault in itertools.islice(itertools.cycle(faults), times * len(faults)):
         if done == times:
-            return seconds
+            break
         _work(system, WORK)
         watch, before = _Watch(system), len(system.promotions)
         struck = fault(system)
@@ -57,7 +58,8 @@ def fail_over(system: System, times: int, faults: list[Fault]) -> dict[tuple[str
         console.print(f"{done:3}  {fault.__name__:28} deliveries go on after {waited:4.1f} s{words}")
         _work(system, struck.seconds)
         _mend(struck)
-    raise AssertionError
+    assert done == times, "none of these faults strikes there"
+    return seconds
 
 
 def _work(system: System, seconds: float) -> None:

@@ -112,15 +112,11 @@ class SentinelLocator:
         options: dict[str, Any] = {
             "username": url.sentinel_username or None,
             "password": url.sentinel_password or None,
-            "socket_timeout": LOOKUP_TIMEOUT,
-            "socket_connect_timeout": LOOKUP_TIMEOUT,
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-            **_introduction(tls=url.tls, logs_in=bool(url.sentinel_password)),
+            **_lookup_options(url, logs_in=bool(url.sentinel_password)),
         }
         kind = _SSLConnection if url.tls else _Connection
         self._sentinels = [
-            Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options, **url.tls_options))
+            Redis(connection_pool=ConnectionPool(kind, host=host, port=port, **options))
             for host, port in url.hosts
         ]
         self._service = url.service
@@ -180,12 +176,7 @@ class ClusterLocator:
         self._kind = _SSLConnection if url.tls else _Connection
         self._options: dict[str, Any] = {
             **_account(url, credentials),
-            **url.tls_options,
-            "socket_timeout": LOOKUP_TIMEOUT,
-            "socket_connect_timeout": LOOKUP_TIMEOUT,
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-            **_introduction(tls=url.tls, logs_in=bool(credentials or url.password)),
+            **_lookup_options(url, logs_in=bool(credentials or url.password)),
         }
         self._lock = threading.Lock()
 
@@ -341,6 +332,18 @@ class _PasswordFile(CredentialProvider):
 def _introduction(*, tls: bool, logs_in: bool) -> dict[str, Any]:
     # With TLS 1.3, a pool refuses a connection that has not read anything yet: the server's session tickets wait there.
     return {} if tls and not logs_in else _SILENT
+
+
+def _lookup_options(url: RedisUrl, *, logs_in: bool) -> dict[str, Any]:
+    """For connections that only ask where to connect: each gives up soon, and another one is asked."""
+    return {
+        "socket_timeout": LOOKUP_TIMEOUT,
+        "socket_connect_timeout": LOOKUP_TIMEOUT,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        **url.tls_options,
+        **_introduction(tls=url.tls, logs_in=logs_in),
+    }
 
 
 def _account(url: RedisUrl, credentials: CredentialProvider | None) -> dict[str, Any]:
