@@ -20,7 +20,7 @@ from celery.exceptions import Reject
 
 from worker import runtime
 from worker.celery import app
-from worker.delivery.loop import Summary
+from worker.delivery.meter import Summary
 from worker.errors import BufferFull, InvalidUpdate, NotConfirmed
 from worker.models import BatchId
 from worker.producer import NoRoom

@@ -23,12 +23,14 @@ from worker.delivery.answers import Answer, Failure, NoReply, Reply, read_reply
 from worker.delivery.api import ChatApi
 from worker.delivery.connection import RawAnswer
 from worker.delivery.dispatcher import TERM, TURN, Dispatcher
-from worker.delivery.loop import Delivery, Summary
+from worker.delivery.loop import Delivery
+from worker.delivery.meter import Summary
 from worker.delivery.policy import Policy
 from worker.delivery.usersig import Signer
 from worker.models import Attributes, BatchId, Update
 from worker.ratelimit import RateLimiter
 from worker.sandbox.simulator import Api, Quirks
+from worker.state import fleet as workers
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
 from worker.state.dead_letters import DeadLetters
@@ -251,6 +253,7 @@ class Fleet:
         return Dispatcher(
             leader,
             self.buffer,
+            workers.Fleet(self.redis, self.buffer._keys),
             self._publish,
             batch_size=limits.batch_size,
             linger=limits.linger,

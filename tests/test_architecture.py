@@ -46,6 +46,7 @@ BORDERS = {
     "click": {"worker.cli"},
     "rich": {"worker.cli"},
     "babel": {"worker.sandbox.demo_events"},
+    "prometheus_client": {"worker.operate"},
 }
 
 

@@ -28,7 +28,8 @@ from tests.intake.messages import MALFORMED, encoded, envelope
 from tests.test_end_to_end import HASTY, System, running, updates, wait_until
 from worker import transport
 from worker.celery import PrivateTask
-from worker.delivery.loop import MOST_BATCHES, Summary
+from worker.delivery.loop import MOST_BATCHES
+from worker.delivery.meter import Summary
 from worker.intake.brokers import RabbitQueue, Taken
 from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
@@ -244,7 +245,7 @@ def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
             system.redis.lpush("updates", encoded(envelope(user, attrs)))
         system.redis.lpush("updates", b"Xanadu")
         wait_until(lambda: len(system.simulator("users")) == 500)
-        wait_until(lambda: read_intake(system.redis, system.keys)["taken"] == 501)
+        wait_until(lambda: read_intake(system.redis, system.keys).queue["taken"] == 501)
 
         metrics = system.sandbox.flower_url + "/metrics"
         wait_until(lambda: 'task="attributes.intake"' in requests.get(metrics, timeout=20).text)

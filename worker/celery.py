@@ -7,9 +7,13 @@ without them.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
+import os
+import shutil
 import sys
+import tempfile
 from typing import Any
 from urllib.parse import quote
 
@@ -201,6 +205,29 @@ def _refuse_eviction(**_: Any) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+
+
+@signals.worker_init.connect
+def _count(sender: Any, **_: Any) -> None:
+    """Count what this worker does, if there is a page that shows it."""
+    settings = runtime.settings()
+    if not settings.health_port:
+        return
+    directory = None
+    if get_implementation(sender.pool_cls) is get_implementation("prefork"):
+        directory = tempfile.mkdtemp(prefix="imattr-metrics-")
+        atexit.register(_remove, directory, os.getpid())
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    # Only now: the library behind it looks at the environment once, when it is imported.
+    from worker.operate.metrics import WorkerPage
+
+    sender.metrics = WorkerPage(settings.sdkappid, directory)
+    runtime.report_to(sender.metrics.meter)
+
+
+def _remove(directory: str, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @signals.worker_init.connect

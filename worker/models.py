@@ -54,6 +54,8 @@ class ClaimedUser(NamedTuple):
     since_ms: int
     #: Whether it may spoil the call it is in, and so must not share one with users who are not suspects.
     suspect: bool = False
+    #: Whether only a backfill asked for it.
+    backfill: bool = False
 
 
 @dataclass(frozen=True, slots=True)

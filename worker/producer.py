@@ -24,7 +24,7 @@ from .errors import BufferFull, InvalidUpdate
 from .models import MAX_AHEAD, Attributes, BulkResult, Refusal, Update, UserId, check_update
 from .redis_url import RedisUrl, with_password_file
 from .state.attribute_names import AttributeNames
-from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer, Guard, Lead
+from .state.buffer import MAX_UPDATES_PER_ADD, NOBODY_NEW, Added, Buffer, Guard, Lead, Way
 from .state.confirmation import Confirmation
 from .state.connection import Redis, ResponseError, connect, retry_once
 from .state.keys import Keys
@@ -195,6 +195,7 @@ class Producer:
         self._memory = Memory(self._redis, SystemClock())
         self._max_pending, self._max_ahead = max_pending, max_ahead
         self._local = threading.local()
+        self._way: Way = "producer"
 
     @property
     def _buffer(self) -> Buffer:
@@ -225,9 +226,11 @@ class Producer:
         )
 
     @classmethod
-    def of(cls, settings: Settings, *, timeout: float = TIMEOUT) -> Self:
-        """The producer that these settings describe."""
-        return cls(settings.redis, settings.sdkappid, timeout=timeout, **options_of(settings))
+    def of(cls, settings: Settings, *, timeout: float = TIMEOUT, way: Way = "producer") -> Self:
+        """The producer that these settings describe; `way` is how its updates come, for who counts them."""
+        made = cls(settings.redis, settings.sdkappid, timeout=timeout, **options_of(settings))
+        made._way = way
+        return made
 
     def set(self, user_id: UserId, attrs: Attributes, occurred_at: object = None) -> Accepted:
         """Accept one update; a value of None removes the attribute.
@@ -257,23 +260,33 @@ class Producer:
         return bulk.result
 
     def add(
-        self, updates: Sequence[Update], *, lane: Lane = "live", as_of_ms: int = 0, lead: Lead | None = None
+        self,
+        updates: Sequence[Update],
+        *,
+        lane: Lane = "live",
+        as_of_ms: int = 0,
+        lead: Lead | None = None,
+        way: Way | None = None,
     ) -> Added:
         """Accept up to `MAX_UPDATES_PER_ADD` updates that are valid.
 
-        `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold: see `Guard`. Raises
-        `LostLead`.
+        `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold, `way` how they came, if not as
+        usual: see `Guard`. Raises `LostLead`.
 
         What a consumer adds leaves its queue in Redis. So while memory is short, a few users are let in for it all the
         same; otherwise a queue that has filled the server could never empty.
         """
-        guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None)
+        guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None, way=way or self._way)
         limit = self._most(makes_room=guard.makes_room)
         return self._buffer.add(updates, lane=lane, max_pending=limit, guard=guard)
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
         """Forget nothing that is delivered from `as_of_ms` on until `end_import`."""
         self._buffer.begin_import(name, as_of_ms)
+
+    def show_import(self, name: str, about: Mapping[str, object]) -> None:
+        """Show how far an import has come, for people to look at."""
+        self._buffer.show_import(name, about)
 
     def end_import(self, name: str) -> None:
         """The import is finished, or will never be."""

@@ -16,6 +16,7 @@ from worker.delivery import dispatcher
 from worker.delivery.api import ChatApi
 from worker.delivery.attribute_catalog import AttributeCatalog
 from worker.delivery.loop import Delivery
+from worker.delivery.meter import Meter
 from worker.delivery.policy import Policy
 from worker.delivery.usersig import Signer
 from worker.intake.brokers import Queue, RabbitQueue
@@ -27,6 +28,7 @@ from worker.state import connection
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
+from worker.state.fleet import Fleet
 from worker.state.keys import Keys
 from worker.state.leader import Leader
 from worker.state.line import Line
@@ -51,6 +53,16 @@ class Flag:
 
 #: Set when this worker shuts down: batches in flight are finished, and no new ones begin.
 stopping = Flag()
+
+#: What this worker's processes report their work to. A worker that serves metrics puts another one in its place before it
+#: forks.
+meter = Meter()
+
+
+def report_to(other: Meter) -> None:
+    """Report to another meter from now on."""
+    global meter
+    meter = other
 
 
 @functools.cache
@@ -136,14 +148,15 @@ def build_delivery(settings: Settings, redis: Redis) -> Delivery:
         quota=settings.quota,
         rng=random.Random(),
         stopping=stopping.is_set,
+        meter=meter,
     )
 
 
-def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer, Memory]:
+def build_dispatch(settings: Settings, worker: str) -> tuple[Leader, Buffer, Fleet, Memory]:
     """What the dispatcher of `worker` needs to know about the fleet."""
     redis, keys = connect(settings), Keys(settings.sdkappid)
     leader = Leader(redis, keys.dispatcher, worker, SystemClock(), term=dispatcher.TERM)
-    return leader, build_buffer(settings, redis), Memory(redis, SystemClock())
+    return leader, build_buffer(settings, redis), Fleet(redis, keys), Memory(redis, SystemClock())
 
 
 def build_stream_consumer(settings: Settings, worker: str) -> StreamConsumer:
@@ -184,7 +197,7 @@ def _delivery(_pid: int) -> Delivery:
 def _producer(_pid: int) -> Producer:
     found = settings()
     # A worker has nothing better to do than to wait.
-    return Producer.of(found, timeout=connection.ANSWER_TIMEOUT)
+    return Producer.of(found, timeout=connection.ANSWER_TIMEOUT, way="celery")
 
 
 @functools.cache

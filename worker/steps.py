@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import structlog
 from celery import bootsteps
 from celery.worker.control import inspect_command
+from celery.worker.state import active_requests
 
 from worker import runtime
 from worker.clock import SystemClock
@@ -28,6 +30,11 @@ from worker.delivery.dispatcher import Dispatcher
 from worker.intake.backpressure import Backpressure
 from worker.models import BatchId
 from worker.operate import health
+from worker.state import fleet
+from worker.state.connection import RedisError
+from worker.state.fleet import Fleet
+from worker.state.leader import Leader
+from worker.version import VERSION
 
 log = structlog.get_logger()
 
@@ -85,8 +92,11 @@ class DispatcherStep(_ThreadStep):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._page: ThreadingHTTPServer | None = None
-        self._last_turn = time.monotonic()
+        self._last_turn = self._last_answer = time.monotonic()
         self._intake: Backpressure | None = None
+        self._fleet: Fleet | None = None
+        self._report: Callable[[], None] = lambda: None
+        self._report_at = 0.0
 
     def loop(self, worker: Any) -> _Loop:
         settings = runtime.settings()
@@ -95,31 +105,66 @@ class DispatcherStep(_ThreadStep):
             self._intake = Backpressure(
                 runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
             )
+        leader, buffer, self._fleet, memory = runtime.build_dispatch(settings, _name(worker))
+        self._report = partial(_report, self._fleet, worker)
         if settings.health_port:
-            self._page = health.serve(settings.health_port, lambda: time.monotonic() - self._last_turn)
-        leader, buffer, memory = runtime.build_dispatch(settings, _name(worker))
+            self._page = health.serve(settings.health_port, self._pages(worker, leader))
         return Dispatcher(
             leader,
             buffer,
+            self._fleet,
             partial(_publish, worker.app),
             batch_size=settings.batch_size,
             linger=settings.linger,
             quota=settings.quota,
             is_short_of_memory=memory.is_short,
             on_turn=self._note_turn,
+            on_answer=self._note_answer,
+            meter=runtime.meter,
         )
 
     def stop(self, worker: Any) -> None:
         super().stop(worker)
         if self._page:
             self._page.shutdown()
+        if self._fleet:
+            with contextlib.suppress(RedisError):
+                self._fleet.leave(_name(worker))
 
     terminate = stop
+
+    def _pages(self, worker: Any, leader: Leader) -> health.Pages:
+        def metrics(accept: str) -> health.Answer:
+            last_turn = time.time() - (time.monotonic() - self._last_turn)
+            return health.Answer(200, *worker.metrics.render(accept, leads=leader.leads, last_turn=last_turn))
+
+        live = health.live(lambda: time.monotonic() - self._last_turn)
+        ready = health.ready(lambda: time.monotonic() - self._last_answer, partial(_is_registered, worker))
+        return {**dict.fromkeys(health.LIVE_PATHS, live), "/readyz": ready, "/metrics": metrics}
+
+    def _note_answer(self) -> None:
+        self._last_answer = time.monotonic()
+        if self._last_answer >= self._report_at:
+            self._report_at = self._last_answer + fleet.EVERY
+            # It is for people to look at.
+            with contextlib.suppress(RedisError):
+                self._report()
 
     def _note_turn(self) -> None:
         self._last_turn = time.monotonic()
         if self._intake:
             self._intake.look()
+
+
+def _is_registered(worker: Any) -> bool:
+    """Whether the broker sends this worker messages."""
+    # There is no consumer at the start, and no `task_consumer` during a reconnect.
+    return bool(getattr(getattr(worker, "consumer", None), "task_consumer", None))
+
+
+def _report(to: Fleet, worker: Any) -> None:
+    """Say that this worker is alive, and how busy its pool is."""
+    to.report(_name(worker), threads=worker.concurrency, busy=len(active_requests), version=VERSION)
 
 
 def _publish(app: Any, ticket: BatchId) -> None:

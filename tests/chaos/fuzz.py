@@ -49,14 +49,14 @@ def fuzz(directory: Path, seed: int, messages: int = MESSAGES) -> list[str]:
         deadline = time.monotonic() + PATIENCE
         buffer = Buffer(client, keys)
         # What was taken last is counted half a second later.
-        while _queued(client) or buffer.snapshot().live or read_intake(client, keys)["taken"] < sent:
+        while _queued(client) or buffer.snapshot().live or read_intake(client, keys).queue["taken"] < sent:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
         users = requests.get(f"{sandbox.api_url}/simulator/users", timeout=60).json()
         ended = [name for name, pid in before.items() if not Path(f"/proc/{pid}").exists()]
         left = _queued(client)
-        taken, balanced = read_intake(client, keys)["taken"], buffer.snapshot().balanced
+        taken, balanced = read_intake(client, keys).queue["taken"], buffer.snapshot().balanced
         client.close()
     logs = "".join(log.read_text(errors="replace") for log in directory.glob("worker-*.log"))
     missing = sum(users.get(user) != attrs for user, attrs in good.items())

@@ -137,9 +137,9 @@ def test_status_prints_the_whole_state_as_json(imattr: Terminal) -> None:
 
     state = json.loads(imattr("status", "--json").output)
 
-    unset = dict.fromkeys(("reason", "code", "since", "next_probe", "kind"))
+    unset = dict.fromkeys(("reason", "code", "since", "next_probe", "kind", "by"))
     assert state["line"] == {"state": "open", **unset, "failed_probes": 0, "words": "open"}
-    assert state["pending"].keys() == {"live", "backfill", "delayed", "waiting", "oldest_age_s"}
+    assert state["pending"].keys() == {"live", "backfill", "delayed", "waiting", "oldest_age_s", "oldest_s"}
     assert (state["pending"]["live"], state["in_flight"], state["dead"]) == (1, 0, 0)
     assert state["rate"] == {"quota": 100, "limit": 100, "current": 98.0}
     assert state["ledger"] == {
@@ -152,9 +152,10 @@ def test_status_prints_the_whole_state_as_json(imattr: Terminal) -> None:
         "dead_lettered": 0,
         "quarantined": 0,
         "lost": 0,
+        "imbalance": 0,
         "balanced": True,
     }
-    assert state["eta_s"] == 0.0
+    assert state["eta_s"] is None, "no worker runs"
 
 
 def test_status_is_readable(imattr: Terminal) -> None:

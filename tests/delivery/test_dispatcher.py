@@ -11,6 +11,7 @@ from worker.clock import SystemClock
 from worker.delivery.dispatcher import TERM, TURN, Dispatcher
 from worker.models import BatchId, Update
 from worker.state.buffer import Buffer
+from worker.state.fleet import Fleet
 from worker.state.keys import Keys
 from worker.state.leader import RETRY_AFTER, Leader
 
@@ -24,7 +25,8 @@ def buffer(client: redis.Redis, keys: Keys) -> Buffer:
 
 def dispatcher(buffer: Buffer, publish: Callable[[BatchId], None], worker: str = "w1") -> Dispatcher:
     leader = Leader(buffer._redis, buffer._keys.dispatcher, worker, SystemClock(), term=TERM)
-    return Dispatcher(leader, buffer, publish, batch_size=100, linger=0.25, quota=100)
+    fleet = Fleet(buffer._redis, buffer._keys)
+    return Dispatcher(leader, buffer, fleet, publish, batch_size=100, linger=0.25, quota=100)
 
 
 def test_a_ticket_is_published_for_every_full_batch(buffer: Buffer) -> None:

@@ -18,7 +18,8 @@ from tests.conftest import ManualClock, new_keys
 from tests.virtual import EPOCH_US, scripts_on
 from worker.delivery.answers import Answer, Failure, NoReply, Reply, UserError
 from worker.delivery.api import Call, ChatApi
-from worker.delivery.loop import Delivery, Summary
+from worker.delivery.loop import Delivery
+from worker.delivery.meter import Summary
 from worker.delivery.policy import TABLE, Policy, Verdict
 from worker.models import BatchId, Update
 from worker.ratelimit import GRACE, Permit, RateLimiter

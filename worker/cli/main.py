@@ -9,7 +9,19 @@ from typing import Any
 
 import click
 
-from worker.cli import dead_letters, doctor, imports, line, names, put, quarantine, refused, sandbox, status
+from worker.cli import (
+    dead_letters,
+    doctor,
+    exporter,
+    imports,
+    line,
+    names,
+    put,
+    quarantine,
+    refused,
+    sandbox,
+    status,
+)
 from worker.cli.console import replace_what_cannot_be_encoded
 from worker.version import VERSION
 
@@ -53,6 +65,7 @@ for command in (
     line.permit,
     doctor.show_findings,
     names.names,
+    exporter.exporter,
     sandbox.simulate,
     sandbox.up,
     sandbox.demo,

@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import structlog
 
+from worker.delivery.meter import Meter
 from worker.models import BatchId
 from worker.state.buffer import Buffer
+from worker.state.fleet import EVERY, Fleet
 from worker.state.leader import Leader, LeaderLoop
 
 log = structlog.get_logger()
@@ -41,6 +43,7 @@ class Dispatcher(LeaderLoop):
         self,
         leader: Leader,
         buffer: Buffer,
+        fleet: Fleet,
         publish: Callable[[BatchId], None],
         *,
         batch_size: int,
@@ -48,21 +51,27 @@ class Dispatcher(LeaderLoop):
         quota: float,
         is_short_of_memory: Callable[[], bool] = lambda: False,
         on_turn: Callable[[], None] = lambda: None,
+        on_answer: Callable[[], None] = lambda: None,
+        meter: Meter | None = None,
     ) -> None:
         """`publish` sends one ticket on its way; `linger` in seconds, `quota` in calls a second.
 
         While Redis `is_short_of_memory`, what was delivered is forgotten early. `on_turn` is called before every turn, even
-        while Redis is away.
+        while Redis is away, and `on_answer` after every turn in which it was not.
         """
         super().__init__(leader)
-        self._buffer, self._publish, self._on_turn = buffer, publish, on_turn
+        self._buffer, self._fleet, self._publish = buffer, fleet, publish
+        self._on_turn, self._on_answer = on_turn, on_answer
         self._quota = max(1, round(quota))
         self._batch_size, self._linger = batch_size, linger
-        self._is_short_of_memory = is_short_of_memory
-        self._reclaim_in = self._forget_in = self._repair_in = 0.0
+        self._is_short_of_memory, self._meter = is_short_of_memory, meter or Meter()
+        self._reclaim_in = self._forget_in = self._repair_in = self._sample_in = 0.0
 
     def sign_of_life(self) -> None:
         self._on_turn()
+
+    def answered(self) -> None:
+        self._on_answer()
 
     def lead(self) -> float:
         """Issue the tickets that are due, and reclaim expired leases now and then."""
@@ -92,6 +101,10 @@ class Dispatcher(LeaderLoop):
         if self._repair_in <= 0:
             self._repair_in = REPAIR_EVERY
             self._repair()
+        self._sample_in -= pause
+        if self._sample_in <= 0:
+            self._sample_in = EVERY
+            self._fleet.sample()
         return pause
 
     def _repair(self) -> None:
@@ -105,4 +118,5 @@ class Dispatcher(LeaderLoop):
             batch = self._buffer.reclaim()
             if batch is None:
                 return
+            self._meter.reclaimed()
             log.warning("lease_reclaimed", batch=batch)

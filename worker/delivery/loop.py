@@ -31,6 +31,7 @@ import structlog
 from worker.clock import Clock
 from worker.delivery.answers import Answer, Failure, NoReply, Reply
 from worker.delivery.api import Call, ChatApi
+from worker.delivery.meter import Meter, Operation, Summary
 from worker.delivery.plan import (
     ACKED,
     AskNames,
@@ -80,31 +81,13 @@ Fenced = Literal["fenced"]
 
 
 @dataclass(slots=True)
-class Summary:
-    """What became of one ticket. Has no user data, so that Flower and the log may show it. Times in seconds."""
-
-    batch: BatchId
-    outcome: str = ""
-    users: int = 0
-    acked: int = 0
-    retried: int = 0
-    snoozed: int = 0
-    dead_lettered: int = 0
-    calls: int = 0
-    code: int | None = None
-    failure: str | None = None
-    attempt: int = 0
-    waited: float = 0.0
-    took: float = 0.0
-
-
-@dataclass(slots=True)
 class _Claim:
     """What a worker holds while it delivers a batch."""
 
     batch: Batch
     summary: Summary
     #: On this machine's monotonic clock.
+    claimed_at: float
     lease_ends: float
     #: The permit of the next call or, once used, of the last one.
     permit: Permit
@@ -112,6 +95,9 @@ class _Claim:
     successor: BatchId | None = None
     permit_used: bool = False
     goes_on: bool = False
+    #: Calls made since users were last settled, and the seconds until their answers.
+    calls: int = 0
+    call_seconds: float = 0.0
 
 
 class Delivery:
@@ -132,11 +118,13 @@ class Delivery:
         quota: int,
         rng: random.Random,
         stopping: Callable[[], bool] = lambda: False,
+        meter: Meter | None = None,
     ) -> None:
         """`lease` in seconds, the same as the buffer's; `quota` in calls a second, the same as the limiter's.
 
-        `rng` spreads retries out; `stopping` turns true when this worker shuts down.
+        `rng` spreads retries out; `stopping` turns true when this worker shuts down; `meter` is told what happens.
         """
+        self._meter = meter or Meter()
         self._buffer, self._limiter, self._line, self._names = buffer, limiter, line, names
         self._api, self._policy, self._clock, self._rng = api, policy, clock, rng
         self._batch_size, self._lease, self._quota, self._stopping = batch_size, lease, quota, stopping
@@ -158,7 +146,7 @@ class Delivery:
     def _attempt(self, ticket: BatchId, successor: BatchId | None) -> tuple[Summary, bool]:
         """Deliver one batch; returns also whether the successor was issued."""
         summary = Summary(ticket)
-        permit = None if self._stopping() else self._limiter.reserve()
+        permit = None if self._stopping() else self._reserve()
         if permit is None:
             self._buffer.release_tickets([ticket])
             summary.outcome = "no_permit"
@@ -168,12 +156,13 @@ class Delivery:
         batch = self._buffer.claim(ticket, self._batch_size, epoch=permit.epoch)
         if batch is None or not batch.users:
             summary.outcome = "spent" if batch is None else "empty"
+            self._meter.permit("empty")
             return summary, False
 
         summary.users = len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
         summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
-        claim = _Claim(batch, summary, claimed_at + self._lease, permit, successor)
+        claim = _Claim(batch, summary, claimed_at, claimed_at + self._lease, permit, successor)
         try:
             summary.outcome = self._deliver(claim)
         except RedisError:
@@ -182,8 +171,11 @@ class Delivery:
         except Exception:
             # A defect of ours.
             self._hold(batch)
+            summary.outcome = "failed"
+            self._meter.ended(summary)
             raise
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
+        self._meter.ended(summary)
         # The canonical line: one a batch, with everything anyone asks about it.
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
         return summary, claim.goes_on
@@ -233,7 +225,7 @@ class Delivery:
             known = None if claim.batch.probe else self._names.known_lately()
             if known is not None:
                 return Reply(0, names=known)
-            answer = self._send(claim, self._api.prepare_get_names)
+            answer = self._send(claim, "names", self._api.prepare_get_names)
             if isinstance(answer, Reply) and not answer.code:
                 try:
                     self._names.set(answer.names)
@@ -245,10 +237,13 @@ class Delivery:
             end = self._renew_permit(claim, self._limiter.reserve_isolating(), SUSPECTS_WAIT)
             if end:
                 return end
-        prepare = self._api.prepare_remove if call.removing else self._api.prepare_set
-        return self._send(claim, lambda: prepare(call.entries()))
+        if call.removing:
+            return self._send(claim, "remove", lambda: self._api.prepare_remove(call.entries()))
+        return self._send(claim, "set", lambda: self._api.prepare_set(call.entries()))
 
-    def _send(self, claim: _Claim, prepare: Callable[[], Call | NoReply]) -> Answer | HandBack | Fenced:
+    def _send(
+        self, claim: _Claim, operation: Operation, prepare: Callable[[], Call | NoReply]
+    ) -> Answer | HandBack | Fenced:
         """Make one call in a slot of its own."""
         call = prepare()
         # Nothing was sent, and the permit can still be used.
@@ -262,9 +257,12 @@ class Delivery:
         self._limiter.sent(claim.permit)
         sent_at = self._clock.monotonic()
         answer = call.answer()
+        seconds = self._clock.monotonic() - sent_at
         # Refusals come sooner than successes.
         if isinstance(answer, Reply) and not answer.code:
-            self._limiter.answered(self._clock.monotonic() - sent_at)
+            self._limiter.answered(seconds)
+        self._meter.call(operation, answer, seconds)
+        claim.calls, claim.call_seconds = claim.calls + 1, claim.call_seconds + seconds
         return answer
 
     def _wait_for_slot(self, claim: _Claim) -> HandBack | Fenced | None:
@@ -275,7 +273,9 @@ class Delivery:
             claim.permit_used = True
             if self._limiter.redeem(claim.permit) and self._is_covered(claim):
                 claim.summary.calls += 1
+                self._meter.permit("used")
                 return None
+            self._meter.permit("late")
         return HandBack("handed_back")
 
     def _renew_permit(
@@ -311,10 +311,19 @@ class Delivery:
 
         None if the lease leaves no time to wait, or this worker shuts down.
         """
-        while not (permit := self._limiter.reserve()):
+        while not (permit := self._reserve()):
             if self._stopping() or not self._is_covered(claim):
                 return None
             self._clock.sleep(TRY_AGAIN)
+        return permit
+
+    def _reserve(self) -> Permit | None:
+        asked = self._clock.monotonic()
+        permit = self._limiter.reserve()
+        if permit is None:
+            self._meter.permit("none")
+        else:
+            self._meter.waited(max(0.0, permit.due - asked))
         return permit
 
     def _is_covered(self, claim: _Claim) -> bool:
@@ -385,6 +394,7 @@ class Delivery:
         if settled is None:
             return False
         claim.goes_on = settled.goes_on
+        self._meter.settled(claim.batch, outcomes, self._clock.monotonic() - claim.claimed_at)
         summary, ends = claim.summary, outcomes.values()
         summary.acked += sum(isinstance(end, Acked) for end in ends)
         summary.retried += sum(isinstance(end, Retried) for end in ends)
@@ -398,10 +408,14 @@ class Delivery:
         None if the batch is no longer ours. Trying again is safe: what was settled the first time is no longer held.
         """
         number = claim.batch.number
+        calls, call_seconds = claim.calls, claim.call_seconds
+        claim.calls, claim.call_seconds = 0, 0.0
         asked_again = False
         while True:
             try:
-                settled = self._buffer.settle(claim.batch.id, outcomes, number=number, **how)
+                settled = self._buffer.settle(
+                    claim.batch.id, outcomes, number=number, calls=calls, call_seconds=call_seconds, **how
+                )
                 return settled or (Settled(0) if asked_again else None)
             except (ConnectionError, TimeoutError):
                 if self._stopping() or self._clock.monotonic() + SETTLE_AGAIN > claim.lease_ends:
@@ -437,6 +451,7 @@ class Delivery:
         if wait is None:
             return None
         if wait:
+            self._meter.stopped(stop.kind, stop.code)
             log.error(
                 "line_stopped", kind=stop.kind, code=stop.code or None, reason=stop.reason, next_probe_s=wait
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -25,10 +25,12 @@ from worker.models import Update, check_update
 from worker.producer import Producer
 from worker.ratelimit import SPACING
 from worker.state.buffer import MAX_UPDATES_PER_ADD, NOTHING_ADDED, RULES, Added
-from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError
+from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError, RedisError
 
 #: Seconds until updates without room are sent again; a chunk's worth is delivered meanwhile.
 WAIT = 0.05
+#: Seconds between two times that `imattr status` hears how far an import has come.
+TELL_EVERY = 1.0
 #: How many refusals a dry run shows.
 EXAMPLES = 5
 
@@ -95,9 +97,10 @@ class Importer:
         size: int = MAX_UPDATES_PER_ADD,
     ) -> None:
         """`stopped` is called after each chunk of `size` records, and while there is no room."""
-        self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT)
+        self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._settings, self._options, self._size = settings, options, size
         self._stopped, self._show, self._clock = stopped, show, clock or SystemClock()
+        self._tell_at = 0.0
 
     def run(self) -> ImportStatus:
         """Import what no earlier run has; the final state is `complete` or `stopped`.
@@ -135,9 +138,28 @@ class Importer:
                 return False
             _count(progress, chunk, added)
             journal.keep(progress, chunk.refusals)
-            self._show(watch.status("accepting"))
+            self._tell(watch.status("accepting"))
         # An abandoned pipe ends early.
         return not self._stopped()
+
+    def _tell(self, status: ImportStatus) -> None:
+        """Show how far this has come: here at once, and to `imattr status` every second."""
+        self._show(status)
+        now = self._clock.monotonic()
+        if now < self._tell_at:
+            return
+        self._tell_at = now + TELL_EVERY
+        about = {
+            "at": self._producer.now_ms() / 1000,
+            "state": status.state,
+            "lines": status.progress.lines,
+            "refused": status.progress.refused,
+            "share": status.share,
+            "eta": status.eta,
+        }
+        # It is for people to look at: a Redis that fails will say so where it matters.
+        with suppress(RedisError):
+            self._producer.show_import(self._options.name, about)
 
     def abandon(self) -> bool:
         """Give up an import that an earlier run has begun; returns whether there was one."""
@@ -239,7 +261,7 @@ class Importer:
                 chunk.refusals.sort()
                 return total
             left = [left[place] for place in added.full]
-            self._show(watch.status("waiting for room"))
+            self._tell(watch.status("waiting for room"))
             self._clock.sleep(WAIT)
             if self._stopped():
                 return None

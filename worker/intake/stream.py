@@ -111,7 +111,7 @@ class StreamConsumer(LeaderLoop):
             except InvalidUpdate as error:
                 bad.append((entry, error))
         try:
-            added = self._producer.add([update for _, update in good], lead=self.leader.lead)
+            added = self._producer.add([update for _, update in good], lead=self.leader.lead, way="stream")
         except LostLead:
             self.leader.forget()
             self._from = _UNSETTLED

@@ -1,34 +1,50 @@
-"""The worker's health page, for liveness probes.
+"""A worker's health page, for a machine to look at: is it alive, is it ready, and its metrics.
 
-It answers 200 while the dispatcher's thread takes turns, and 503 once it has stalled for longer than an outage of Redis that
-one would sit out. A worker whose Redis is down is waiting, not ill: restarting it would not help.
+Alive means that the dispatcher's thread takes turns. It stops being so only after longer than an outage of Redis that a
+worker would sit out: a worker whose Redis is down is waiting, not ill, and restarting it would not help. Ready means that it
+takes work: it is registered at the broker, and Redis has answered it lately.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 #: Seconds without a turn of the dispatcher after which the worker counts as stalled.
 STALLED_AFTER = 120.0
-#: Where the page is; the second is what most probes are set to.
-PATHS = ("/", "/healthz")
+#: Seconds without an answer of Redis after which the worker is not ready.
+UNREADY_AFTER = 10.0
+#: Where a worker answers for being alive; the last is what most probes are set to.
+LIVE_PATHS = ("/livez", "/healthz", "/")
 
 
-def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
-    """Serve the page in its own threads until `shutdown`; `stalled_for` returns seconds."""
+class Answer(NamedTuple):
+    """What a page answers."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+#: The page at each path, from what the client accepts (`Accept`) to its answer.
+Pages = Mapping[str, Callable[[str], Answer]]
+
+
+def serve(port: int, pages: Pages, *, host: str = "") -> ThreadingHTTPServer:
+    """Serve the pages in threads of their own until `shutdown`. Raises `OSError` if the port cannot be had."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path.partition("?")[0] not in PATHS:
+            page = pages.get(self.path.partition("?")[0])
+            if page is None:
                 self.send_error(404)
                 return
-            age = stalled_for()
-            body = json.dumps({"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)}).encode()
-            self.send_response(200 if age < STALLED_AFTER else 503)
-            self.send_header("Content-Type", "application/json")
+            status, content_type, body = page(self.headers.get("Accept", ""))
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -36,6 +52,33 @@ def serve(port: int, stalled_for: Callable[[], float]) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             """Probes come every few seconds; they are not worth a log line."""
 
-    server = ThreadingHTTPServer(("", port), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server
+
+
+def live(stalled_for: Callable[[], float]) -> Callable[[str], Answer]:
+    """The page that tells whether the worker is alive; `stalled_for` returns seconds."""
+
+    def answer(_accept: str) -> Answer:
+        age = stalled_for()
+        return _json(age < STALLED_AFTER, {"healthy": age < STALLED_AFTER, "last_turn_s": round(age, 1)})
+
+    return answer
+
+
+def ready(unanswered_for: Callable[[], float], is_registered: Callable[[], bool]) -> Callable[[str], Answer]:
+    """The page that tells whether the worker takes work.
+
+    `unanswered_for` returns the seconds since Redis last answered, `is_registered` whether the broker sends it messages.
+    """
+
+    def answer(_accept: str) -> Answer:
+        redis, broker = unanswered_for() < UNREADY_AFTER, is_registered()
+        return _json(redis and broker, {"ready": redis and broker, "redis": redis, "broker": broker})
+
+    return answer
+
+
+def _json(good: bool, body: dict[str, object]) -> Answer:
+    return Answer(200 if good else 503, "application/json", json.dumps(body).encode())

@@ -143,6 +143,8 @@ LAST_SUCCESS = _gauge(
 )
 APP_INFO = _gauge("app_info", "1. The app, as the exporter is configured.", region=(), api=("chat", "push"))
 
+BUILD_INFO = _gauge("build_info", "1. The version that runs.", version=())
+
 #: What the exporter serves, in the order of the docs.
 FLEET = (
     UPDATES_ACCEPTED,
@@ -181,6 +183,7 @@ FLEET = (
     REDIS_FAILOVERS,
     LAST_SUCCESS,
     APP_INFO,
+    BUILD_INFO,
 )
 
 # A worker's own, from its health port.
@@ -259,7 +262,6 @@ TURN = _gauge(
     "dispatcher_last_turn_timestamp_seconds",
     "When this worker's dispatcher last took a turn, leading or not.",
 )
-BUILD_INFO = _gauge("build_info", "1. The version that runs.", version=())
 
 #: What each worker serves, in the order of the docs.
 WORKER = (

@@ -1,17 +1,29 @@
-"""The state of an app in one dictionary: what `imattr status` shows and `--json` prints."""
+"""The state of an app in one dictionary: what `imattr status` shows and `--json` prints, and the exporter serves.
+
+What is permitted and what is done are two things: `rate` is what the shared clock gives out, `measured` what was done.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from worker.config import Settings
 from worker.ratelimit import SPACING, RateState, read_rate
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
+from worker.state.fleet import EVERY, Fleet, Pace, Sample, pace
+from worker.state.history import Event, History
 from worker.state.intake import read_intake
 from worker.state.keys import Keys
+from worker.state.leader import current_leader
 from worker.state.line import Line, LineState
+from worker.state.refused import Refused
+from worker.state.scripts import text
 
 #: Who has to act on each kind of stop.
 _ADVICE = {
@@ -19,6 +31,15 @@ _ADVICE = {
     "outage": "It opens by itself when the service has recovered.",
     "data": "Check imattr dead list and what producers send; imattr resume allows it.",
 }
+
+#: Over how many seconds the pace is measured.
+WINDOWS = {"10s": 10.0, "1min": 60.0, "15min": 900.0}
+#: Points of the curves over the longest window.
+POINTS = 60
+#: How many of the last stops are shown, among how many events they are looked for.
+STOPS, EVENTS = 3, 100
+#: Seconds a batch takes beside its call, and a call if none was made lately.
+BESIDE_A_CALL, USUAL_CALL = 0.02, 0.1
 
 
 def read(redis: Redis, settings: Settings) -> dict[str, Any]:
@@ -35,7 +56,16 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     apart = max(rate.apart, SPACING / limit)
     current = round(1 / apart, 1) if line.state == "open" else 0.0
     users = snapshot.pending + snapshot.in_flight
-    eta = users / (current * settings.batch_size) if current else None
+    fleet = Fleet(redis, keys)
+    samples = _up_to_now(fleet.samples(round(max(WINDOWS.values()) / EVERY) + 2), now)
+    lately = pace(samples, WINDOWS["1min"])
+    eta = 0.0 if not users else users / lately.users if lately and lately.users else None
+    intake = read_intake(redis, keys)
+    roles = {
+        "dispatcher": keys.dispatcher,
+        "stream_consumer": keys.consumer,
+        "queue_consumer": keys.queue_consumer,
+    }
     return {
         "line": {
             "state": line.state,
@@ -45,6 +75,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
             "next_probe": iso(line.next_probe),
             "kind": line.kind,
             "failed_probes": line.failed_probes,
+            "by": line.by,
             "words": _words(line, limit, quota, now),
         },
         "pending": {
@@ -53,15 +84,104 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
             "delayed": snapshot.delayed,
             "waiting": snapshot.waiting,
             "oldest_age_s": None if snapshot.oldest_age is None else round(snapshot.oldest_age, 3),
+            "oldest_s": {
+                lane: None if age is None else round(age, 3) for lane, age in snapshot.oldest.items()
+            },
         },
         "in_flight": snapshot.in_flight,
         "dead": snapshot.dead,
         "quarantine": snapshot.quarantine,
+        "refused": Refused(redis, keys).count(),
         "rate": {"quota": quota, "limit": limit, "current": current},
-        "intake": read_intake(redis, keys),
+        "measured": {name: _measured(pace(samples, seconds)) for name, seconds in WINDOWS.items()},
+        "series": _series(samples),
+        "threads_wanted": _threads_wanted(current, lately) if users else 0,
+        "workers": [
+            {"name": one.name, "threads": one.threads, "busy": one.busy, "version": one.version}
+            for one in fleet.workers()
+        ],
+        "leaders": {role: current_leader(redis, key) for role, key in roles.items()},
+        "tickets": redis.zcard(keys.tickets),
+        "intake": intake.queue,
+        "ways": {
+            "accepted": {
+                **intake.ways,
+                "other": max(0, snapshot.ledger["accepted"] - sum(intake.ways.values())),
+            },
+            "refused": intake.refused,
+        },
+        "stream": intake.stream,
+        "imports": _imports(redis, keys, now),
+        "stops": [_stop(event) for event in _last_stops(History(redis, keys).newest(EVENTS))],
         "redis": {"servers": snapshot.servers, "updates_lost": snapshot.lost_with_servers},
-        "ledger": {**snapshot.ledger, "balanced": snapshot.balanced},
+        "calls": snapshot.calls,
+        "ledger": {**snapshot.ledger, "imbalance": snapshot.imbalance, "balanced": snapshot.balanced},
         "eta_s": None if eta is None else round(eta, 1),
+        "at": iso(now),
+    }
+
+
+def _up_to_now(samples: list[Sample], now: float) -> list[Sample]:
+    """The samples, unless they are of long ago: nobody takes them while no worker runs, and nothing is delivered then."""
+    return samples if samples and now - samples[-1].at < 3 * EVERY else []
+
+
+def _measured(found: Pace | None) -> dict[str, float | None]:
+    if found is None:
+        return {"calls_per_s": None, "users_per_s": None, "call_s": None}
+    call = None if found.call is None else round(found.call, 3)
+    return {"calls_per_s": round(found.calls, 1), "users_per_s": round(found.users, 1), "call_s": call}
+
+
+def _series(samples: Sequence[Sample]) -> dict[str, list[float | None]]:
+    """Calls a second and users left, in `POINTS` equal parts of the longest window, the newest last; None where unknown."""
+    calls: list[float | None] = [None] * POINTS
+    left: list[float | None] = [None] * POINTS
+    width = max(WINDOWS.values()) / POINTS
+    for before, sample in pairwise(samples):
+        place = POINTS - 1 - int((samples[-1].at - sample.at) / width)
+        found = pace([before, sample], math.inf)
+        if place >= 0 and found:
+            calls[place] = max(round(found.calls, 1), calls[place] or 0.0)
+            left[place] = max(float(sample.pending + sample.in_flight), left[place] or 0.0)
+    return {"calls_per_s": calls, "users_left": left}
+
+
+def _threads_wanted(rate: float, lately: Pace | None) -> int:
+    """Threads that use the whole rate, by Little's law, twice over: half of them wait for their slots."""
+    call = USUAL_CALL if lately is None or lately.call is None else lately.call
+    return math.ceil(2 * rate * (call + BESIDE_A_CALL))
+
+
+def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
+    """The unfinished imports, with how far they had come when last heard of."""
+    found: Any = redis.zrange(keys.imports, 0, -1, withscores=True)
+    seen = redis.hgetall(keys.import_progress)
+    imports = []
+    for name, as_of_ms in found:
+        try:
+            about = json.loads(seen.get(name, b"{}"))
+            at, share, eta = about.get("at"), about.get("share"), about.get("eta")
+            numbers = {"seen_s": now - at if at else None, "share": share, "eta_s": eta}
+            rounded = {key: None if value is None else round(value, 3) for key, value in numbers.items()}
+            told = {"state": about.get("state"), "lines": about.get("lines"), **rounded}
+        except (ValueError, TypeError, AttributeError):
+            told = {}
+        imports.append({"name": text(name), "as_of": iso(as_of_ms / 1000), **told})
+    return imports
+
+
+def _last_stops(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if event.event == "stopped"][:STOPS]
+
+
+def _stop(event: Event) -> dict[str, Any]:
+    code = event.details.get("code", "0")
+    return {
+        "at": iso(event.at_ms / 1000),
+        "kind": event.details.get("kind"),
+        "code": int(code) if code.lstrip("-").isdecimal() and code != "0" else None,
+        "reason": event.details.get("reason"),
     }
 
 
@@ -80,17 +200,18 @@ def _words(line: LineState, limit: int, quota: int, now: float) -> str:
             if limit == quota
             else f"open, at {limit} of {quota} calls/s, climbing to what the API grants"
         )
-    since = f"{_span(now - line.since)} ago" if line.since else ""
+    since = f"{span(now - line.since)} ago" if line.since else ""
     code = f" ({line.code})" if line.code else ""
-    until = f", until in {_span(line.next_probe - now)}" if line.next_probe else ""
+    until = f", until in {span(line.next_probe - now)}" if line.next_probe else ""
     if line.state == "paused":
-        by = "" if line.next_probe else " Run imattr resume to send again."
-        return f"paused {since}{until}: {line.reason}{code}.{by}"
+        to_do = "" if line.next_probe else " Run imattr resume to send again."
+        by = f" by {line.by}" if line.by else ""
+        return f"paused{by} {since}{until}: {line.reason}{code}.{to_do}"
     failed = f", {line.failed_probes} have failed" if line.failed_probes else ""
     probe = (
         "A probe is out"
         if line.state == "probing"
-        else f"Next probe in {_span((line.next_probe or now) - now)}"
+        else f"Next probe in {span((line.next_probe or now) - now)}"
     )
     what = (
         "by an outage" if line.kind == "outage" else "by the data" if line.kind == "data" else "by an error"
@@ -99,7 +220,7 @@ def _words(line: LineState, limit: int, quota: int, now: float) -> str:
     return f"stopped {what} {since}: {line.reason}{code}. {probe}{failed}. Nothing is lost. {advice}"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A duration in a suitable unit."""
     seconds = max(0.0, seconds)
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):

@@ -44,6 +44,7 @@ from ..models import (
 )
 from . import scripts
 from .confirmation import Confirmation
+from .history import History
 from .keys import LEDGER, Keys
 
 #: Most updates per `add`; bounds how long one script keeps Redis busy (2 to 6 ms). More are not faster, and beside a full
@@ -110,18 +111,23 @@ class Lead(NamedTuple):
     worker: str
 
 
+#: The ways in.
+Way = Literal["producer", "import", "celery", "stream"]
+
+
 class Guard(NamedTuple):
     """Under what conditions updates are added.
 
     `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
     is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding frees memory elsewhere, so that even a
-    full server must take it.
+    full server must take it. `way`: how the updates came, for who counts them.
     """
 
     max_ahead: float = MAX_AHEAD
     as_of_ms: int = 0
     lead: Lead | None = None
     makes_room: bool = False
+    way: Way = "producer"
 
 
 class Settled(NamedTuple):
@@ -151,8 +157,11 @@ class Snapshot:
     dead: int
     #: What could not be read and was set aside, until somebody drops it.
     quarantine: int
-    oldest_age: float | None
+    #: Seconds since the oldest first update in a lane, None if it is empty.
+    oldest: Mapping[str, float | None]
     ledger: Mapping[str, int]
+    #: Calls made for batches that were settled.
+    calls: int = 0
     #: Updates known to have been accepted and lost with a server, and the number of servers so far.
     lost_with_servers: int = 0
     servers: int = 1
@@ -162,13 +171,22 @@ class Snapshot:
         return self.live + self.backfill + self.delayed + self.waiting
 
     @property
-    def balanced(self) -> bool:
-        """Whether the ledger accounts for everybody.
+    def oldest_age(self) -> float | None:
+        return max((age for age in self.oldest.values() if age is not None), default=None)
+
+    @property
+    def imbalance(self) -> int:
+        """By how many updates the ledger does not balance; 0 unless something is badly wrong.
 
         accepted + redriven = coalesced + unchanged + stale + delivered + dead + quarantined + lost + pending + in flight
         """
         accepted, redriven, *settled = (self.ledger[counter] for counter in LEDGER)
-        return accepted + redriven == sum(settled) + self.pending + self.in_flight
+        return accepted + redriven - sum(settled) - self.pending - self.in_flight
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the ledger accounts for everybody."""
+        return self.imbalance == 0
 
 
 #: For updates that are no import's, from whoever.
@@ -183,7 +201,7 @@ def add_keys(keys: Keys, guard: Guard = PLAIN) -> list[str]:
     k = keys
     found = [k.pending, k.live, k.backfill, k.flight, k.shadow, k.shadow_at, k.ledger, k.dead, k.dead_at]
     found += [k.delayed, k.quarantine, k.forgotten_at, guard.lead.key if guard.lead else k.consumer]
-    return [*found, k.server, k.rate, k.tickets]
+    return [*found, k.server, k.rate, k.tickets, k.intake]
 
 
 def add_arguments(
@@ -198,7 +216,16 @@ def add_arguments(
     packed = _encode([(update.user, update.attrs, update.occurred_ms) for update in updates])
     leader = guard.lead.worker if guard.lead else ""
     guards = (round(guard.max_ahead * 1000), guard.as_of_ms, leader)
-    return (_argument(now_ms), lane, max_pending, packed, *guards, *known, int(guard.makes_room))
+    return (
+        _argument(now_ms),
+        lane,
+        max_pending,
+        packed,
+        *guards,
+        *known,
+        int(guard.makes_room),
+        f"by_{guard.way}",
+    )
 
 
 def read_added(reply: Sequence[Any]) -> tuple[Added, Known]:
@@ -263,6 +290,7 @@ class Buffer:
         self._longest_delay_ms = round(longest_delay * 1000)
         self._longest_call_ms = round(longest_call * 1000)
         self._confirmation, self._known = confirmation, NOTHING_KNOWN
+        self._history = History(redis, keys)
         k = keys
         lanes = [k.pending, k.live, k.backfill]
         self._add = scripts.load(redis, "add")
@@ -280,7 +308,7 @@ class Buffer:
         self._repair = scripts.load(redis, "repair")
         self._dispatch = scripts.load(redis, "dispatch")
         self._dispatch_keys = [k.tickets, k.live, k.backfill, k.delayed, k.rate, k.line, k.partial_at]
-        self._dispatch_keys += [k.server, k.ledger]
+        self._dispatch_keys += [k.server, k.ledger, k.history]
 
     def add(
         self,
@@ -341,6 +369,8 @@ class Buffer:
         successor: BatchId | None = None,
         size: int = 0,
         number: int = 0,
+        calls: int = 0,
+        call_seconds: float = 0.0,
         now_ms: int | None = None,
     ) -> Settled | None:
         """End the claim on the users named and, with `rest`, on all others of the batch.
@@ -348,7 +378,8 @@ class Buffer:
         Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. `successor` is a
         ticket to issue if another batch of `size` users is ready for it. Returns None if the batch is no longer held (its
         lease was reclaimed): then nothing has changed. `number` is the claim's. If a failover has lost that claim, nobody
-        sends until its call can no longer take effect.
+        sends until its call can no longer take effect. `calls` are those made for these users, and `call_seconds` what they
+        took together.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
         packed_rest = _encode(_outcome(rest) if rest else None)
@@ -363,6 +394,8 @@ class Buffer:
             size,
             number,
             self._longest_call_ms,
+            calls,
+            round(call_seconds * 1000),
         )
         users, issued = self._settle(self._settle_keys, args)
         return None if users < 0 else Settled(users, bool(issued))
@@ -386,7 +419,8 @@ class Buffer:
         Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two steps leaves a lease of its
         own, which expires like any other.
         """
-        keys = [self._keys.batches, self._keys.leases, self._keys.flight, self._keys.quarantine]
+        k = self._keys
+        keys = [k.batches, k.leases, k.flight, k.quarantine, k.history]
         successor = new_batch_id()
         expired = self._reclaim(keys, (_argument(now_ms), successor, self._lease_ms))
         if not expired:
@@ -406,11 +440,19 @@ class Buffer:
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
         """Forget nothing that is delivered from `as_of_ms` on until `end_import`; beginning again changes nothing."""
-        self._redis.zadd(self._keys.imports, {name: as_of_ms}, nx=True)
+        if self._redis.zadd(self._keys.imports, {name: as_of_ms}, nx=True):
+            self._history.note("import_began", "import", name=name)
+
+    def show_import(self, name: str, about: Mapping[str, object]) -> None:
+        """Show how far an import has come, for people to look at."""
+        self._redis.hset(self._keys.import_progress, name, _encode(about))
 
     def end_import(self, name: str) -> None:
         """The import is finished, or will never be."""
-        self._redis.zrem(self._keys.imports, name)
+        about = self._redis.hget(self._keys.import_progress, name)
+        self._redis.hdel(self._keys.import_progress, name)
+        if self._redis.zrem(self._keys.imports, name):
+            self._history.note("import_ended", "import", name=name, last_seen=scripts.text(about or b""))
 
     def tick(
         self,
@@ -443,8 +485,8 @@ class Buffer:
         k = self._keys
         keys = [k.pending, k.live, k.backfill, k.delayed, k.flight, k.dead, k.quarantine, k.ledger, k.server]
         now, pending, live, backfill, delayed, in_flight, dead, quarantine, *rest = self._snapshot(keys, [""])
-        *oldest, ledger, (servers, lost, lost_before) = rest
-        known = [float(score) for score in oldest if score]
+        *scores, ledger, (servers, lost, lost_before) = rest
+        ages = (max(0.0, (now - float(score)) / 1000) if score else None for score in scores)
         counters = dict(zip(ledger[::2], ledger[1::2], strict=True))
         return Snapshot(
             live=live,
@@ -454,8 +496,9 @@ class Buffer:
             in_flight=in_flight,
             dead=dead,
             quarantine=quarantine,
-            oldest_age=max(0.0, (now - min(known)) / 1000) if known else None,
+            oldest=dict(zip(("live", "backfill"), ages, strict=True)),
             ledger={counter: scripts.number(counters.get(counter.encode())) for counter in LEDGER},
+            calls=scripts.number(counters.get(b"calls")),
             lost_with_servers=scripts.number(lost) + scripts.number(lost_before),
             servers=scripts.number(servers) or 1,
         )
@@ -520,4 +563,4 @@ def _claimed(user: bytes, record: dict[str, Any], outage_ended_at: int, ok_at: i
     attempts = record.get("n", 0) + (outage_ended_at < failed_at < ok_at)
     if not attrs or not math.isfinite(since + failed_at) or not 0 <= attempts <= MOST_ATTEMPTS:
         raise ValueError
-    return ClaimedUser(user.decode(), attrs, int(attempts), since, "s" in record)
+    return ClaimedUser(user.decode(), attrs, int(attempts), since, "s" in record, "b" in record)

@@ -17,6 +17,7 @@ from redis import Redis
 from ..models import UserId
 from . import scripts
 from .keys import Keys
+from .line import SOMEBODY
 from .scripts import text
 
 #: Records read, redriven or deleted at a time.
@@ -74,7 +75,7 @@ class DeadLetters:
         self._purge = scripts.load(redis, "purge")
         k = keys
         self._redrive_keys = [k.pending, k.backfill, k.flight, k.shadow, k.dead, k.dead_at, k.ledger]
-        self._redrive_keys += [k.live, k.delayed, k.quarantine]
+        self._redrive_keys += [k.live, k.delayed, k.quarantine, k.history]
 
     def now_ms(self) -> int:
         """Redis' clock."""
@@ -122,19 +123,20 @@ class DeadLetters:
             return {text(user): int(at) for user, at in everybody}
         return {letter.user: letter.at_ms for letter in self.find(wanted)}
 
-    def redrive(self, chosen: Chosen) -> Redriven:
+    def redrive(self, chosen: Chosen, *, by: str = SOMEBODY) -> Redriven:
         """Put these letters back to pending, in the lane for spare seats; those that have changed since are left out."""
         total = Redriven()
         for page in scripts.pages(chosen.items(), PAGE):
-            redriven, outdated = self._redrive(self._redrive_keys, ["", json.dumps(page)])
+            redriven, outdated = self._redrive(self._redrive_keys, ["", json.dumps(page), by])
             total.redriven += redriven
             total.outdated += outdated
         return total
 
-    def purge(self, chosen: Chosen) -> int:
+    def purge(self, chosen: Chosen, *, by: str = SOMEBODY) -> int:
         """Delete these letters for good; returns how many there were. Those that have changed since stay."""
-        keys = [self._keys.dead, self._keys.dead_at]
-        return sum(int(self._purge(keys, [json.dumps(page)])) for page in scripts.pages(chosen.items(), PAGE))
+        keys = [self._keys.dead, self._keys.dead_at, self._keys.history]
+        pages = scripts.pages(chosen.items(), PAGE)
+        return sum(int(self._purge(keys, [json.dumps(page), by])) for page in pages)
 
 
 def _letter(user: UserId, packed: bytes | str) -> Letter | None:

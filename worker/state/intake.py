@@ -1,12 +1,15 @@
-"""What came by Celery's queue, counted for people: `imattr status` shows it, nothing decides by it."""
+"""What came in, by which way, counted for people: `imattr status` and the exporter show it, nothing decides by it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple, get_args
 
 from redis import Redis
 
+from .buffer import Way
 from .keys import Keys
+from .refused import Source
 from .scripts import number
 
 #: What is counted: messages taken, and what became of their updates; whole messages that had expired, or must wait.
@@ -23,11 +26,30 @@ def record_intake(redis: Redis, keys: Keys, counts: Mapping[str, int], waiting: 
         pipe.execute()
 
 
-def read_intake(redis: Redis, keys: Keys) -> dict[str, int]:
-    """Return the counts, and "waiting": the messages in the queue when last looked at, at most half a second ago.
+class Intake(NamedTuple):
+    """What came in so far, and what waits to be taken.
 
-    "scheduled" counts the messages that wait for their time now, not those that ever did.
+    `queue` counts what came by Celery's queue, and has "waiting": the messages in it when last looked at, at most half a
+    second ago. Its "scheduled" are the messages that wait for their time now. `ways` has the updates accepted and `refused`
+    those refused, by the way they came.
     """
+
+    queue: Mapping[str, int]
+    ways: Mapping[Way, int]
+    refused: Mapping[Source, int]
+    stream: int
+
+
+def read_intake(redis: Redis, keys: Keys) -> Intake:
+    """Count what came in."""
     found = redis.hgetall(keys.intake)
-    counts = {name: number(found.get(name.encode())) for name in (*COUNTS, "waiting")}
-    return counts | {"scheduled": redis.zcard(keys.scheduled)}
+
+    def count(field: str) -> int:
+        return number(found.get(field.encode()))
+
+    return Intake(
+        {name: count(name) for name in (*COUNTS, "waiting")} | {"scheduled": redis.zcard(keys.scheduled)},
+        {way: count(f"by_{way}") for way in get_args(Way)},
+        {source: count(f"refused_{source}") for source in get_args(Source)},
+        redis.xlen(keys.updates),
+    )

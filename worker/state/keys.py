@@ -114,6 +114,11 @@ class Keys:
         return self._key("imports")
 
     @property
+    def import_progress(self) -> str:
+        """hash: unfinished import -> JSON of how far it has come: "at" s, "state", "lines", "share" of the file, "eta" s."""
+        return self._key("import_progress")
+
+    @property
     def quarantine(self) -> str:
         """hash: "table:ms:user" -> the raw bytes that could not be read there."""
         return self._key("quarantine")
@@ -149,7 +154,7 @@ class Keys:
 
     @property
     def line(self) -> str:
-        """hash, absent = open: "state" stopped or paused, "reason", "code", "since" ms; when stopped also
+        """hash, absent = open: "state" stopped or paused, "reason", "code", "since" ms; when paused "by" whom; when stopped also
         "kind" error, outage or data, "wait" ms, "next_probe" ms, "failed" probes, and "probe", the batch
         id of the one that is out."""
         return self._key("line")
@@ -215,8 +220,25 @@ class Keys:
 
     @property
     def intake(self) -> str:
-        """hash: counter -> count of what came by Celery's queue, and "waiting" messages in it when last seen."""
+        """hash: counter -> count of what came by Celery's queue, and "waiting" messages in it when last seen; "by_<way>",
+        the updates accepted by each way, and "refused_<source>", those refused after they had left their sender."""
         return self._key("intake")
+
+    @property
+    def samples(self) -> str:
+        """stream, capped: every few seconds "calls", "call_ms", "delivered" and "accepted" so far, users "pending" and
+        "in_flight", the "server"'s number, and the "limit" in calls a second, 0 = the quota."""
+        return self._key("samples")
+
+    @property
+    def workers(self) -> str:
+        """hash: name of a worker -> JSON of its last sign of life: "at" s, "threads", "busy" ones, "version"."""
+        return self._key("workers")
+
+    @property
+    def history(self) -> str:
+        """stream, capped: what happened to the line and the fleet: "event", "by" whom, and what else there is to say."""
+        return self._key("history")
 
     @property
     def refused(self) -> str:

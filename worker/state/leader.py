@@ -110,6 +110,7 @@ class LeaderLoop:
             self.follow()
             return RETRY_AFTER
         self._told.clear()
+        self.answered()
         return pause
 
     def turn(self) -> float:
@@ -122,6 +123,9 @@ class LeaderLoop:
 
     def sign_of_life(self) -> None:
         """Called before every turn, also while Redis is away."""
+
+    def answered(self) -> None:
+        """Called after every turn that did not fail, as the leader or not."""
 
     def follow(self) -> None:
         """Called when another worker leads, or a turn has failed."""

@@ -43,6 +43,10 @@ DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, DEAD_WINDOW = 20, 50, 0.2, 60.0
 IGNORED_FOR = 3600.0
 
 
+#: Who did something, if nobody says.
+SOMEBODY = "somebody"
+
+
 @dataclass(frozen=True, slots=True)
 class LineState:
     """What the line does, and why. Times are seconds since 1970 on Redis' clock."""
@@ -54,6 +58,8 @@ class LineState:
     next_probe: float | None = None
     kind: Kind | None = None
     failed_probes: int = 0
+    #: Who paused it.
+    by: str | None = None
 
 
 class Line:
@@ -87,7 +93,7 @@ class Line:
         first, longest = WAITS[kind]
         waits = (round(max(first, first_wait) * 1000), round(longest * 1000))
         args = ("" if now_ms is None else now_ms, batch, kind, code, reason, *waits)
-        wait_ms: int = self._stop([self._keys.line, self._keys.health], args)
+        wait_ms: int = self._stop([self._keys.line, self._keys.health, self._keys.history], args)
         return None if wait_ms < 0 else wait_ms / 1000
 
     def record_failure(self) -> int:
@@ -124,25 +130,27 @@ class Line:
         `signed_at`, may be bad.
         """
         args = ("" if now_us is None else now_us, batch, quota, round(dwell * 1e6), signed_at)
-        return bool(self._reopen([self._keys.line, self._keys.health, self._keys.rate], args))
+        keys = [self._keys.line, self._keys.health, self._keys.rate, self._keys.history]
+        return bool(self._reopen(keys, args))
 
-    def pause(self, reason: str, *, now_ms: int | None = None) -> bool:
+    def pause(self, reason: str, *, by: str = SOMEBODY, now_ms: int | None = None) -> bool:
         """Stop sending until `resume`, because a person says so; False if one has said so already."""
-        return bool(self._pause([self._keys.line], ("" if now_ms is None else now_ms, reason)))
+        args = ("" if now_ms is None else now_ms, reason, by)
+        return bool(self._pause([self._keys.line, self._keys.history], args))
 
-    def resume(self, *, now_ms: int | None = None) -> bool:
+    def resume(self, *, by: str = SOMEBODY, now_ms: int | None = None) -> bool:
         """Open the line, whatever stopped it; False if it was open.
 
         If the data stopped it, that code is ignored for `IGNORED_FOR`, and such users become dead letters.
         """
-        args = ("" if now_ms is None else now_ms, round(IGNORED_FOR * 1000))
-        return bool(self._resume([self._keys.line, self._keys.health], args))
+        args = ("" if now_ms is None else now_ms, round(IGNORED_FOR * 1000), by)
+        return bool(self._resume([self._keys.line, self._keys.health, self._keys.history], args))
 
     def read(self) -> LineState:
         """Return what the line does now."""
-        fields = ("state", "reason", "code", "since", "next_probe", "probe", "kind", "failed")
+        fields = ("state", "reason", "code", "since", "next_probe", "probe", "kind", "failed", "by")
         found = self._redis.hmget(self._keys.line, fields)
-        state, reason, code, since, next_probe, probe, kind, failed = found
+        state, reason, code, since, next_probe, probe, kind, failed, by = found
         if state is None:
             return LineState()
         stopped = text(state) != "paused"
@@ -154,4 +162,5 @@ class Line:
             next_probe=number(next_probe) / 1000 if next_probe else None,
             kind=text(kind) if kind else None,  # type: ignore[arg-type]
             failed_probes=number(failed),
+            by=text(by) if by else None,
         )

@@ -71,7 +71,7 @@ class Refused:
     """The refused updates of one app. Thread-safe."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._key, self._keys = redis, keys.refused, [keys.refused, keys.scheduled]
+        self._redis, self._key, self._keys = redis, keys.refused, [keys.refused, keys.scheduled, keys.intake]
         self._keep = scripts.load(redis, "keep")
 
     def keep(

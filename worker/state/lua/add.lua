@@ -28,6 +28,7 @@ KEYS[13] string with expiry: name of the leader
 KEYS[14] hash, server
 KEYS[15] hash, rate
 KEYS[16] zset, tickets
+KEYS[17] hash, intake
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  lane for users who are not pending yet: live or backfill
 ARGV[3]  most users that may be pending, 0 = no limit, -1 = nobody who is not pending yet
@@ -38,16 +39,17 @@ ARGV[7]  who must lead, empty = nobody
 ARGV[8]  the number of the server that the caller added to last, 0 = none
 ARGV[9]  how many updates had been accepted there by then
 ARGV[10] 1 if what is added makes room elsewhere, so that a full server takes it, else 0
+ARGV[11] the field of `intake` that counts what is accepted
 Returns  {number of this server, updates accepted so far, accepted, coalesced, unchanged, stale, for each refused update:
          its index from 0, and "full", "ahead" or "forgotten", ...}, or {} if another worker leads
 ]]
 local pending, live, backfill, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local shadow, shadow_at, ledger, dead, dead_at = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local delayed, quarantine, forgotten_at, leader = KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local server, rate, tickets = KEYS[14], KEYS[15], KEYS[16]
+local server, rate, tickets, intake = KEYS[14], KEYS[15], KEYS[16], KEYS[17]
 local now, lane, max_pending, updates = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
 local latest, as_of, leads = now + tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
-local seen, seen_accepted, makes_room = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10] == '1'
+local seen, seen_accepted, makes_room, way = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10] == '1', ARGV[11]
 
 if leads ~= '' and redis.call('GET', leader) ~= leads then
   return {}
@@ -185,5 +187,6 @@ for user, letter in pairs(letters) do
   end
 end
 count({ accepted = accepted, coalesced = coalesced, unchanged = unchanged, stale = stale, quarantined = quarantined })
+redis.pcall('HINCRBY', intake, way, accepted)
 local so_far = numbers(redis.call('HMGET', ledger, 'accepted'))
 return { number, so_far, accepted, coalesced, unchanged, stale, unpack(refused) }

@@ -20,6 +20,7 @@ KEYS[6]  hash, line
 KEYS[7]  string, partial_at: ms of the last partial batch
 KEYS[8]  hash, server
 KEYS[9]  hash, ledger
+KEYS[10] stream, history
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  users a batch
 ARGV[3]  linger, ms
@@ -31,7 +32,7 @@ ARGV[8]  what the ids of the tickets begin with, used by nobody else; the number
 Returns  {tickets issued, numbered from 1; ms until something may become due, or -1}
 ]]
 local tickets, live, backfill, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local rate, line, partial_at, server, ledger = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local rate, line, partial_at, server, ledger, history = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local now, size, linger, ticket_ttl = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local quota, horizon, longest, prefix = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
@@ -74,6 +75,7 @@ if state then
   if is_due and wanted > 0 then
     redis.call('ZADD', tickets, now, prefix .. '0001')
     redis.call('HSET', line, 'probe', prefix .. '0001', 'next_probe', now + wait)
+    note('probe', 'by', 'dispatcher', 'batch', prefix .. '0001')
     return { 1, wait }
   end
   return { 0, -1 }

@@ -125,3 +125,8 @@ end
 local function despite_full_memory()
   redis.call('HDEL', server, '')
 end
+
+-- Write down what happened to the line and the fleet, for people: the event, who did it ("by"), and figures. Not for values.
+local function note(event, ...)
+  redis.call('XADD', history, 'MAXLEN', '~', 10000, '*', 'event', event, ...)
+end

@@ -3,11 +3,13 @@ Delete dead letters for good, if they are still those that somebody has looked a
 
 KEYS[1]  hash, dead: user -> dead letter
 KEYS[2]  zset, dead_at
+KEYS[3]  stream, history
 ARGV[1]  JSON array of [user, ms at which it became a letter], at most 500
+ARGV[2]  who deletes them
 Returns  how many were deleted
 ]]
-local dead, dead_at = KEYS[1], KEYS[2]
-local letters = cjson.decode(ARGV[1])
+local dead, dead_at, history = KEYS[1], KEYS[2], KEYS[3]
+local letters, by = cjson.decode(ARGV[1]), ARGV[2]
 
 local purged = 0
 for _, letter in ipairs(letters) do
@@ -16,5 +18,8 @@ for _, letter in ipairs(letters) do
     purged = purged + redis.call('HDEL', dead, user)
     redis.call('ZREM', dead_at, user)
   end
+end
+if purged > 0 then
+  note('purged', 'by', by, 'users', purged)
 end
 return purged

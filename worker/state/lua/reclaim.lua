@@ -9,12 +9,13 @@ KEYS[1]  hash, batches: batch id -> JSON array of users
 KEYS[2]  zset, leases: batch id -> end in ms
 KEYS[3]  hash, flight: user -> record
 KEYS[4]  hash, quarantine
+KEYS[5]  stream, history
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  new batch id
 ARGV[3]  lease in ms
 Returns  the old batch id, or false if no lease has ended
 ]]
-local batches, leases, flight, quarantine = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local batches, leases, flight, quarantine, history = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, batch, lease = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 
 -- Those in flight whom no batch holds.
@@ -64,6 +65,7 @@ if not (users and known) then
 end
 redis.call('ZREM', leases, expired)
 redis.call('HDEL', batches, expired)
+note('reclaimed', 'by', 'dispatcher', 'batch', expired, 'users', packed and #users_of(packed) or 0)
 if packed then
   redis.call('HSET', batches, batch, packed)
   redis.call('ZADD', leases, now + lease, batch)

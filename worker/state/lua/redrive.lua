@@ -14,13 +14,15 @@ KEYS[7]  hash, ledger
 KEYS[8]  zset, lane `live`
 KEYS[9]  zset, lane `delayed`
 KEYS[10] hash, quarantine
+KEYS[11] stream, history
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  JSON array of [user, ms at which it became a letter], at most 500
+ARGV[3]  who puts them back
 Returns  {dead letters put back, those of them that were outdated altogether}
 ]]
 local pending, backfill, flight, shadow, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local dead_at, ledger, live, delayed, quarantine = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
-local now, letters = now_ms(ARGV[1]), cjson.decode(ARGV[2])
+local dead_at, ledger, live, delayed, quarantine, history = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local now, letters, by = now_ms(ARGV[1]), cjson.decode(ARGV[2]), ARGV[3]
 
 local counts = { redriven = 0, stale = 0, coalesced = 0, quarantined = 0 }
 for _, chosen in ipairs(letters) do
@@ -65,4 +67,7 @@ for _, chosen in ipairs(letters) do
   end
 end
 count(counts)
+if counts.redriven > 0 then
+  note('redriven', 'by', by, 'users', counts.redriven, 'outdated', counts.stale)
+end
 return { counts.redriven, counts.stale }

@@ -44,6 +44,8 @@ ARGV[7]  id of a ticket to issue if there is another full batch for it, empty = 
 ARGV[8]  users in a full batch
 ARGV[9]  number of the claim, 0 = unknown
 ARGV[10] how long its last call may be under way, ms
+ARGV[11] calls made for these users
+ARGV[12] how long those took together, ms
 Returns  {the number of users settled, or -1 if the batch is not held any more; 1 if the ticket was issued, else 0}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -52,7 +54,7 @@ local shadow, shadow_at, ledger, health, tickets = KEYS[10], KEYS[11], KEYS[12],
 local quarantine, imports, forgotten_at, server, rate = KEYS[15], KEYS[16], KEYS[17], KEYS[18], KEYS[19]
 local now, batch, outcomes, rest = now_ms(ARGV[1]), ARGV[2], cjson.decode(ARGV[3]), cjson.decode(ARGV[4])
 local shadow_ttl, claimed, successor, size = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], tonumber(ARGV[8])
-local claim, under_way = tonumber(ARGV[9]), tonumber(ARGV[10])
+local claim, under_way, calls, call_ms = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 
 despite_full_memory()
 local holds = users_of(redis.call('HGET', batches, batch))
@@ -75,7 +77,7 @@ local sent, waiting = redis.call('HMGET', flight, unpack(users)), redis.call('HM
 local delivered = remembers and redis.call('HMGET', shadow, unpack(users)) or {}
 redis.call('HDEL', flight, unpack(users))
 local ok_at, outage_ended_at = numbers(redis.call('HMGET', health, 'ok_at', 'calm_at'))
-local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0 }
+local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0, calls = calls, call_ms = call_ms }
 local memories, times, since = {}, {}, trusted_since()
 -- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
 local function remember(i, user, packed, unknown)

@@ -7,6 +7,7 @@ has allowed, by opening the line, does not stop it again for a while.
 
 KEYS[1]  hash, line
 KEYS[2]  hash, health: "let_code", "let_until" ms, the code that is ignored
+KEYS[3]  stream, history
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  batch id, which may be the probe's
 ARGV[3]  kind: error, outage or data
@@ -16,7 +17,7 @@ ARGV[6]  first wait, ms
 ARGV[7]  longest wait, ms
 Returns  ms until the next probe, 0 if the line was stopped or paused already, -1 if the code is ignored
 ]]
-local line, health = KEYS[1], KEYS[2]
+local line, health, history = KEYS[1], KEYS[2], KEYS[3]
 local now, batch, kind, code, reason = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local first, longest = tonumber(ARGV[6]), tonumber(ARGV[7])
 
@@ -31,13 +32,15 @@ end
 if state == 'paused' or (state and probe ~= batch) then
   return 0
 end
+local failed = state and numbers(redis.call('HMGET', line, 'failed')) + 1 or 0
+wait = math.max(first, math.min(2 * (state and wait or first / 2), longest))
 if not state then
   redis.call('HSET', line, 'state', 'stopped', 'since', now)
-  wait = first / 2
+  note('stopped', 'by', 'worker', 'kind', kind, 'code', code, 'reason', reason, 'batch', batch, 'probe_in_ms', wait)
 else
-  redis.call('HSET', line, 'failed', numbers(redis.call('HMGET', line, 'failed')) + 1)
+  redis.call('HSET', line, 'failed', failed)
+  note('probe_failed', 'by', 'worker', 'code', code, 'reason', reason, 'failed', failed, 'probe_in_ms', wait)
 end
-wait = math.max(first, math.min(2 * wait, longest))
 redis.call('HSET', line, 'kind', kind, 'code', code, 'wait', wait, 'next_probe', now + wait)
 if reason ~= '' then
   redis.call('HSET', line, 'reason', reason)

@@ -1,0 +1,34 @@
+"""`imattr exporter`: the fleet's metrics for Prometheus."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from worker.cli.console import FAILED, explained, fail, out, state, until_stopped
+from worker.operate import exporter as fleet
+from worker.operate import health
+
+
+@click.command()
+@click.option(
+    "--port", default=9464, show_default=True, type=click.IntRange(1, 65_535), help="Port of the page."
+)
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address of the interface.")  # noqa: S104
+@explained
+def exporter(port: int, host: str) -> None:
+    """Serve the fleet's metrics to Prometheus.
+
+    One for an app: what it tells is read from Redis, and the same for all workers. Each worker serves its own metrics at
+    /metrics of IMATTR_HEALTH_PORT.
+    """
+    with state() as (redis, settings), until_stopped() as stopped:
+        try:
+            server = health.serve(port, fleet.pages(redis, settings), host=host)
+        except OSError as error:
+            fail(FAILED, f"port {port}: {error.strerror}")
+        out.print(f"metrics of app {settings.sdkappid} at http://{host}:{port}/metrics")
+        while not stopped():
+            time.sleep(0.2)
+        server.shutdown()
