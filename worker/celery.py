@@ -28,6 +28,7 @@ from worker.config import Settings
 from worker.delivery.loop import LONGEST_CARRY
 from worker.errors import ConfigError
 from worker.intake.event_time import PUBLISHED, Stamps, event_ms
+from worker.operate.metrics import WorkerPage
 from worker.state.connection import RedisError
 from worker.steps import DELIVERIES, UPDATES, DispatcherStep, QueueStep, StreamStep
 
@@ -217,10 +218,6 @@ def _count(sender: Any, **_: Any) -> None:
     if get_implementation(sender.pool_cls) is get_implementation("prefork"):
         directory = tempfile.mkdtemp(prefix="imattr-metrics-")
         atexit.register(_remove, directory, os.getpid())
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-    # Only now: the library behind it looks at the environment once, when it is imported.
-    from worker.operate.metrics import WorkerPage
-
     sender.metrics = WorkerPage(settings.sdkappid, directory)
     runtime.report_to(sender.metrics.meter)
 

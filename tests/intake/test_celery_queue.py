@@ -288,7 +288,7 @@ def test_a_message_with_an_eta_is_accepted_then_and_not_before(
     assert fix.pending() == {}
     assert fix.left() == 0
     assert fix.refused.count() == 1, "what is bad is refused at once"
-    assert read_intake(fix.redis, fix.keys)["scheduled"] == 1
+    assert read_intake(fix.redis, fix.keys).queue["scheduled"] == 1
 
     monkeypatch.setattr(consumer._producer, "now_ms", lambda: eta + 5000)
     # Redis' own clock has not come so far.
@@ -297,7 +297,7 @@ def test_a_message_with_an_eta_is_accepted_then_and_not_before(
 
     assert fix.pending() == {"ann": {"city": "Paris"}}
     assert fix.version("ann") == eta, "however late it is accepted"
-    assert read_intake(fix.redis, fix.keys)["scheduled"] == 0
+    assert read_intake(fix.redis, fix.keys).queue["scheduled"] == 0
 
 
 def test_without_room_messages_stay_in_the_broker(fix: Fixture) -> None:
@@ -380,7 +380,7 @@ def test_the_counts_are_reported_and_kept_for_the_status(fix: Fixture) -> None:
         {"taken": 4, "accepted": 3, "coalesced": 1, "refused": 1},
         {"taken": 1, "accepted": 1},
     ]
-    counted = read_intake(fix.redis, fix.keys)
+    counted = read_intake(fix.redis, fix.keys).queue
     assert (counted["taken"], counted["accepted"], counted["refused"], counted["waiting"]) == (5, 4, 1, 1)
 
 

@@ -79,9 +79,7 @@ def _clock(settings: Settings, found: dict[str, Any] | None, error: str | None) 
     if error is None:
         return head
     age = (
-        f", data of {span((now - datetime.fromisoformat(found['at'])).total_seconds())} ago"
-        if found
-        else ""
+        f", data of {span((now - datetime.fromisoformat(found['at'])).total_seconds())} ago" if found else ""
     )
     return head + Text(f"Redis does not answer: {error}{age}", style="bold red")
 

@@ -3,17 +3,17 @@
 Worked out once a batch, and with one update for each bucket rather than for each user, since a worker at full rate settles
 10,000 users a second.
 
-Processes of a prefork pool share theirs through files, which is `prometheus_client`'s way. It looks for their directory when
-it is first imported, so a worker sets that before it imports this module: `worker/celery.py`.
+Processes of a prefork pool share theirs through files, which is `prometheus_client`'s way.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, values
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
@@ -114,8 +114,8 @@ def _code(code: int) -> str:
 
 def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
     made = Counter(metric.name, metric.meaning, metric.label_names, registry=registry)
-    for values in _label_values(metric):
-        made.labels(*values)
+    for labels in _label_values(metric):
+        made.labels(*labels)
     return made
 
 
@@ -123,16 +123,16 @@ def _histogram(metric: Metric, registry: CollectorRegistry) -> _Histogram:
     made = _Histogram(
         metric.name, metric.meaning, metric.label_names, buckets=metric.bounds, registry=registry
     )
-    for values in _label_values(metric):
-        made.labels(*values)
+    for labels in _label_values(metric):
+        made.labels(*labels)
     return made
 
 
 def _label_values(metric: Metric) -> list[tuple[str, ...]]:
     """All combinations of label values; none of a metric without labels, or with too many."""
     found: list[tuple[str, ...]] = [()]
-    for _, values in metric.labels:
-        found = [(*before, value) for before in found for value in values]
+    for _, allowed in metric.labels:
+        found = [(*before, value) for before in found for value in allowed]
     return found if metric.labels and len(found) <= MOST_PREPARED else []
 
 
@@ -143,9 +143,9 @@ class Gauges(Collector):
         self._values = values
 
     def collect(self) -> Iterator[Family]:
-        for metric, values in self._values.items():
+        for metric, samples in self._values.items():
             found = GaugeMetricFamily(metric.name, metric.meaning, labels=metric.label_names)
-            for labels, value in values.items():
+            for labels, value in samples.items():
                 found.add_metric(labels, value)
             yield found
 
@@ -179,6 +179,10 @@ class WorkerPage:
     def __init__(self, sdkappid: int, directory: str | None) -> None:
         """`directory` is where the processes of a prefork pool share their metrics; None for a pool of threads."""
         self._sdkappid = sdkappid
+        if directory:
+            # The library looks at the environment when it is first imported, and Celery's command has imported it, for Flower.
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+            values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
         own = CollectorRegistry()
         self.meter = WorkerMetrics(own)
         self._collectors: list[Collector] = [own]

@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 #: Seconds that connecting, and one answer, may take before the caller gets an error.
-CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 5.0
+CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 4.0
 #: Seconds that a sentinel, or a node asked where a slot is, may take.
 LOOKUP_TIMEOUT = 0.5
 #: Makes a connection say nothing about the client (CLIENT SETINFO): some services refuse that, a user with few rights leaves
