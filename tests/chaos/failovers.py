@@ -25,8 +25,10 @@ from tests.chaos.faults import FLEET, NOTHING, Fault, Struck
 from tests.chaos.system import SETTINGS, Store, System, running
 from tests.history import worst_second
 from worker.state.connection import connect
-from worker.state.scripts import number
+from worker.state.scripts import number, text
 
+#: Seconds within which deliveries should go on.
+USUAL = 5.0
 #: Seconds of undisturbed work before each failover, and that mending one may take.
 WORK, PATIENCE = 2.0, 60.0
 
@@ -52,10 +54,13 @@ def fail_over(system: System, times: int, faults: list[Fault]) -> dict[tuple[str
             continue
         done += 1
         there = system.promotions[-1].at if len(system.promotions) > before else time.monotonic()
-        waited, behind = watch.until_next_claim(there)
-        seconds[fault.__name__, behind].append(waited)
-        words = ", it was behind" if behind else ""
+        waited = watch.until_next_claim(there)
+        seconds[fault.__name__, watch.behind].append(waited)
+        words = ", it was behind" if watch.behind else ""
         console.print(f"{done:3}  {fault.__name__:28} deliveries go on after {waited:4.1f} s{words}")
+        # Beyond the usual, it is worth knowing what was waited for.
+        if waited > USUAL:
+            console.print(f"     held since the new primary was there: {watch.held(there)}")
         _work(system, struck.seconds)
         _mend(struck)
     assert done == times, "none of these faults strikes there"
@@ -75,9 +80,11 @@ class _Watch:
 
     def __init__(self, system: System) -> None:
         self._system = system
+        #: When each reason for which the fleet was held was first seen.
+        self._reasons: list[tuple[float, str]] = []
         self._before, _, _, _ = self._look()
         self._next_claim = 0.0
-        self._behind = False
+        self.behind = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -85,6 +92,11 @@ class _Watch:
         key, fields = self._system.keys.server, ("id", "claims", "gap_to", "behind")
         with connect(self._system.fleet.url, key=key, timeout=1, connect_timeout=1) as client:
             id, *others = client.hmget(key, fields)
+            rate = self._system.keys.rate
+            reason, paused_at, until = client.hmget(rate, ("reason", "paused_at", "paused_until"))
+        words = f"{text(reason or b'?')} ({number(until) - number(paused_at)} us)"
+        if not self._reasons or self._reasons[-1][1] != words:
+            self._reasons.append((time.monotonic(), words))
         return (id, *map(number, others))
 
     def _run(self) -> None:
@@ -93,17 +105,21 @@ class _Watch:
             with contextlib.suppress(redis.RedisError):
                 id, claims, gap, behind = self._look()
                 if id != self._before:
-                    self._behind = self._behind or bool(behind)
+                    self.behind = self.behind or bool(behind)
                     # The numbers in the gap are those that another server may have given.
                     if claims > gap:
                         self._next_claim = time.monotonic()
             time.sleep(0.02)
 
-    def until_next_claim(self, there: float) -> tuple[float, bool]:
-        """Seconds from when the new primary was there, and whether it was behind."""
+    def held(self, there: float) -> str:
+        """Why the fleet was held, and from when on."""
+        return "; ".join(f"{at - there:.1f} s: {reason}" for at, reason in self._reasons[1:])
+
+    def until_next_claim(self, there: float) -> float:
+        """Seconds from when the new primary was there."""
         self._thread.join()
         assert self._next_claim, "deliveries did not go on"
-        return max(0.0, self._next_claim - there), self._behind
+        return max(0.0, self._next_claim - there)
 
 
 def _mend(struck: Struck) -> None:
