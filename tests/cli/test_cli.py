@@ -540,7 +540,7 @@ def test_who_paused_first_and_when_stays(imattr: Terminal, client: redis.Redis, 
 
     second = imattr("pause", "--reason", "bob, too").output
 
-    assert "paused already, since" in second
+    assert "paused already by " in second
     assert "upgrade by ann" in second
     assert (client.hget(keys.line, "reason"), client.hget(keys.line, "since")) == (b"upgrade by ann", since)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -130,6 +132,16 @@ def environment() -> dict[str, str]:
     settings = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
     err.print(f"using the sandbox in {SANDBOX}", style="dim")
     return settings | environ
+
+
+def actor() -> str:
+    """Who runs this command, for the history."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user need not have a name.
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.dead_letters import DeadLetters, Filter, Letter, as_updates
 from worker.state.keys import Keys
@@ -125,7 +125,7 @@ def redrive_letters(
             return
         if chosen and wanted == Filter() and not yes:
             click.confirm(f"Redrive all {counted(len(chosen), 'dead letter')}?", abort=True)
-        total = letters.redrive(chosen)
+        total = letters.redrive(chosen, by=actor())
     outdated = f", {total.outdated:,} of them superseded by newer values" if total.outdated else ""
     out.print(f"{total.redriven:,} redriven{outdated}")
 
@@ -146,5 +146,5 @@ def purge_letters(
             return
         if chosen and not yes:
             click.confirm(f"Delete {counted(len(chosen), 'dead letter')} for good?", abort=True)
-        purged = letters.purge(chosen)
+        purged = letters.purge(chosen, by=actor())
     out.print(f"{purged:,} deleted")

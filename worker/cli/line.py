@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from worker.cli.console import FAILED, NO_PERMIT, environment, explained, fail, out, state
+from worker.cli.console import FAILED, NO_PERMIT, actor, environment, explained, fail, out, state
 from worker.config import Settings
 from worker.operate import status
 from worker.ratelimit import RateLimiter
@@ -25,11 +25,12 @@ def pause(reason: str) -> None:
     Updates are still accepted and coalesced.
     """
     with _line() as line:
-        if line.pause(reason):
+        if line.pause(reason, by=actor()):
             out.print("paused; batches in flight will finish")
         else:
             now = line.read()
-            out.print(f"paused already, since {status.iso(now.since)}: {now.reason}")
+            by = f" by {now.by}" if now.by else ""
+            out.print(f"paused already{by}, since {status.iso(now.since)}: {now.reason}")
 
 
 @click.command()
@@ -37,7 +38,7 @@ def pause(reason: str) -> None:
 def resume() -> None:
     """Send again after a pause or a stop."""
     with _line() as line:
-        out.print("resumed" if line.resume() else "the line was already open")
+        out.print("resumed" if line.resume(by=actor()) else "the line was already open")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

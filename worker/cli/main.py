@@ -13,6 +13,7 @@ from worker.cli import (
     dead_letters,
     doctor,
     exporter,
+    history,
     imports,
     line,
     names,
@@ -21,6 +22,7 @@ from worker.cli import (
     refused,
     sandbox,
     status,
+    users,
 )
 from worker.cli.console import replace_what_cannot_be_encoded
 from worker.version import VERSION
@@ -65,6 +67,9 @@ for command in (
     line.permit,
     doctor.show_findings,
     names.names,
+    history.history,
+    users.why,
+    users.users,
     exporter.exporter,
     sandbox.simulate,
     sandbox.up,

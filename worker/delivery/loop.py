@@ -159,7 +159,7 @@ class Delivery:
             self._meter.permit("empty")
             return summary, False
 
-        summary.users = len(batch.users)
+        summary.number, summary.users = batch.number, len(batch.users)
         summary.attempt = 1 + max(user.attempts for user in batch.users)
         summary.waited = round((batch.claimed_ms - min(user.since_ms for user in batch.users)) / 1000, 3)
         claim = _Claim(batch, summary, claimed_at, claimed_at + self._lease, permit, successor)

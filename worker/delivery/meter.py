@@ -20,6 +20,8 @@ class Summary:
 
     batch: BatchId
     outcome: str = ""
+    #: Counts the claims of the fleet; `imattr why` names it.
+    number: int = 0
     users: int = 0
     acked: int = 0
     retried: int = 0

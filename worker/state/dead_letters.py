@@ -111,7 +111,7 @@ class DeadLetters:
 
     def _read(self, users: Sequence[UserId], wanted: Filter) -> Iterator[Letter]:
         for user, packed in zip(users, self._redis.hmget(self._keys.dead, users), strict=True):
-            letter = None if packed is None else _letter(user, packed)
+            letter = None if packed is None else read_letter(user, packed)
             if letter and wanted.fits(letter):
                 yield letter
 
@@ -139,7 +139,7 @@ class DeadLetters:
         return sum(int(self._purge(keys, [json.dumps(page), by])) for page in pages)
 
 
-def _letter(user: UserId, packed: bytes | str) -> Letter | None:
+def read_letter(user: UserId, packed: bytes | str) -> Letter | None:
     """One letter; None if it cannot be read. Redriving sets it aside."""
     try:
         raw = json.loads(packed)

@@ -13,6 +13,8 @@ claimed later succeeds, ``s`` present if the user is a suspect, ``b`` present if
 attribute name -> [value, version], with the value false to remove the attribute. A version is the event time (ms) the
 producer gave, else Redis' clock at arrival. The names are short because a million pending users have a million records.
 
+What was delivered is remembered as such a record, too, with ``c``, the number of the claim that delivered it.
+
 Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
 or in `flight` (then `pending` has a record only if something newer arrived meanwhile).
 """

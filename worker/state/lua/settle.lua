@@ -93,7 +93,10 @@ local function remember(i, user, packed, unknown)
       at = record.b and math.max(at, pair[2]) or at
       memory.a[name] = { unknown or pair[1], pair[2] }
     end
+    memory.c = not unknown and claim or memory.c
     packed = cjson.encode(memory)
+  elseif claim > 0 then
+    packed = string.sub(packed, 1, -2) .. ',"c":' .. whole(claim) .. '}'
   end
   memories[#memories + 1], memories[#memories + 2] = user, packed
   times[#times + 1], times[#times + 2] = at, user
