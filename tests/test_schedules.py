@@ -107,12 +107,12 @@ SCRIPT_BUGS = {
 #: of a bisection. From the first schedule on, the search finds them, too, but takes up to 40 s. After a change of what is
 #: drawn these numbers are out of date: nothing fails, the test is slow again.
 SOONER = {
-    "a lost batch can be extended": 318,
+    "a lost batch can be extended": 52,
     "a record that cannot be read ends a script": 76,
-    "a term from the future is waited for": 1062,
+    "a term from the future is waited for": 575,
     "a clock set back makes new values old": 7,
-    "a newer value leaves the old one in the dead letter": 23,
-    "a stop forgets the hold": 1180,
+    "a newer value leaves the old one in the dead letter": 41,
+    "a stop forgets the hold": 1870,
     "a repeated value is believed to be there after a failover": 333,
     "nobody waits after a failover": 183,
 }

@@ -61,7 +61,16 @@ class PrivateRequest(Request):
 
 
 #: What Flower shows in place of SUCCESS, the worst first. The other outcomes cost nobody anything.
-_SHOWN = ("failed", "dead_lettered", "stopped", "fenced", "retried", "partly_delivered", "rate_limited", "snoozed")
+_SHOWN = (
+    "failed",
+    "dead_lettered",
+    "stopped",
+    "fenced",
+    "retried",
+    "partly_delivered",
+    "rate_limited",
+    "snoozed",
+)
 
 
 def worst_outcome(result: object) -> str | None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import Results, celery_messages, console, distance, growth, network, ways_in, ways_out
+from tests.bench import (
+    Results,
+    celery_messages,
+    console,
+    distance,
+    growth,
+    network,
+    operations,
+    ways_in,
+    ways_out,
+)
 from tests.bench.rivals.page import rivals
 
 _CELERY = (
@@ -17,7 +27,8 @@ _CELERY = (
 _IN = (ways_in.enqueue, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.shadow)
 _OUT = (ways_out.permits, ways_out.delivery, ways_in.backfill, ways_out.instrument, network.network)
 _GROWTH = (growth.growth, growth.workers, growth.latency, distance.distance)
-PARTS = {part.__name__: part for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, rivals)}
+_OPERATIONS = (operations.metrics, operations.rollout)
+PARTS = {part.__name__: part for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, *_OPERATIONS, rivals)}
 
 
 def main() -> None:

@@ -78,10 +78,8 @@ def _clock(settings: Settings, found: dict[str, Any] | None, error: str | None) 
     head = Text(f"imattr {settings.sdkappid}   {now:%Y-%m-%d %H:%M:%S} UTC   ", style="bold")
     if error is None:
         return head
-    age = (
-        f", data of {span((now - datetime.fromisoformat(found['at'])).total_seconds())} ago" if found else ""
-    )
-    return head + Text(f"Redis does not answer: {error}{age}", style="bold red")
+    age = (now - datetime.fromisoformat(found["at"])).total_seconds() if found else None
+    return head + Text("no Redis" if age is None else f"no Redis, this is {span(age)} old", style="bold red")
 
 
 def _tables(found: dict[str, Any] | None) -> list[Table]:
@@ -89,45 +87,32 @@ def _tables(found: dict[str, Any] | None) -> list[Table]:
 
 
 def status_table(state: dict[str, Any]) -> Table:
-    """Everything, a row each, in the same order always: what is quiet keeps its line."""
+    """What is always there, in the same order, then what is there only now and then: so nothing jumps."""
     line, pending, ledger = state["line"], state["pending"], state["ledger"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     table.add_row("line", Text(line["words"], style="green" if line["state"] == "open" else "bold red"))
     lanes = ("live", "backfill", "delayed", "waiting")
-    age = pending["oldest_age_s"]
     parts = ", ".join(f"{lane} {pending[lane]:,}" for lane in lanes)
     table.add_row("pending", f"{counted(sum(pending[lane] for lane in lanes), 'user')} ({parts})")
-    in_flight = counted(state["in_flight"], "user")
+    age = pending["oldest_age_s"]
+    oldest = "" if age is None else f"; the oldest pending user has waited {span(age)}"
+    table.add_row("in flight", f"{counted(state['in_flight'], 'user')}{oldest}")
+    table.add_row("measured", _measured(state))
     table.add_row(
-        "in flight", in_flight + (f"; the oldest pending is {span(age)} old" if age is not None else "")
+        "permitted", f"{state['rate']['current']:g} of {state['rate']['quota']} calls/s; {_eta(state)}"
     )
-    table.add_row("pace", _pace(state))
-    curve = _curve(state["series"]["calls_per_s"], state["rate"]["quota"])
-    table.add_row("", f"{curve}  calls/s, 15 min")
-    left = state["series"]["users_left"]
+    calls, left = state["series"]["calls_per_s"], state["series"]["users_left"]
+    table.add_row("last 15 min", f"{_curve(calls, state['rate']['quota'])}  calls/s")
     table.add_row("", f"{_curve(left, max([1.0, *(one for one in left if one is not None)]))}  users left")
     table.add_row("workers", _workers(state))
     table.add_row("came in", _listed(state["ways"]["accepted"]))
-    intake = {**state["intake"], "queue": state["intake"]["waiting"], "stream": state["stream"]}
-    table.add_row("to be taken", _listed({name: intake[name] for name in ("queue", "stream", "scheduled")}))
-    table.add_row(
-        "Celery queue", _listed({name: count for name, count in state["intake"].items() if name != "waiting"})
-    )
-    for one in state["imports"]:
-        table.add_row("import", _import(one))
+    waiting = {"Celery queue": state["intake"]["waiting"], "stream": state["stream"]}
+    waiting["scheduled messages"] = state["intake"]["scheduled"]
+    table.add_row("to be taken", _listed(waiting))
     kept = {"dead letters": state["dead"], "refused updates": state["refused"]}
     table.add_row("kept", Text(_listed(kept, zeros=True), style="yellow" if any(kept.values()) else ""))
-    if state["quarantine"]:
-        words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
-        table.add_row("quarantine", Text(words, style="yellow"))
-    if lost := state["redis"]["updates_lost"]:
-        words = f"{counted(lost, 'accepted update')} lost when Redis failed over or was restarted; see IMATTR_REPLICAS"
-        table.add_row("redis", Text(words, style="yellow"))
-    for stop in state["stops"]:
-        code = f" ({stop['code']})" if stop["code"] else ""
-        table.add_row("stopped", f"{stop['at'][:19].replace('T', ' ')} UTC: {stop['reason']}{code}")
     table.add_row("ledger", _listed({name: ledger[name] for name in LEDGER}, zeros=True))
     balance = (
         Text("balances", style="green")
@@ -135,18 +120,33 @@ def status_table(state: dict[str, Any]) -> Table:
         else Text(f"DOES NOT BALANCE, by {ledger['imbalance']:,}", style="bold red")
     )
     table.add_row("", balance)
+    for name, words, style in _now_and_then(state):
+        table.add_row(name, Text(words, style=style))
     return table
 
 
-def _pace(state: dict[str, Any]) -> str:
-    measured, rate = state["measured"], state["rate"]
+def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Rows that are there only when there is something to say: name, words, style."""
+    for one in state["imports"]:
+        yield "import", _import(one), ""
+    if state["quarantine"]:
+        words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
+        yield "quarantine", words, "yellow"
+    if lost := state["redis"]["updates_lost"]:
+        words = f"{counted(lost, 'accepted update')} lost when Redis failed over or was restarted; see IMATTR_REPLICAS"
+        yield "redis", words, "yellow"
+    for stop in state["stops"]:
+        code = f" ({stop['code']})" if stop["code"] else ""
+        yield "last stops", f"{stop['at'][:19].replace('T', ' ')} UTC: {stop['reason']}{code}", "dim"
+
+
+def _measured(state: dict[str, Any]) -> str:
+    measured = state["measured"]
     if measured["1min"]["calls_per_s"] is None:
-        done = "not measured: no worker has run for a minute" if not state["workers"] else "not measured yet"
-    else:
-        calls = "/".join(f"{one['calls_per_s'] or 0:.0f}" for one in measured.values())
-        users = "/".join(f"{one['users_per_s'] or 0:,.0f}" for one in measured.values())
-        done = f"{calls} calls/s, {users} users/s (10 s/1 min/15 min)"
-    return f"{done}; {rate['current']:g} of {rate['quota']} calls/s permitted; {_eta(state)}"
+        return "nothing yet" if state["workers"] else "nothing: no worker runs"
+    calls = "/".join(f"{one['calls_per_s'] or 0:.0f}" for one in measured.values())
+    users = "/".join(f"{one['users_per_s'] or 0:,.0f}" for one in measured.values())
+    return f"{calls} calls/s, {users} users/s (10 s/1 min/15 min)"
 
 
 def _eta(state: dict[str, Any]) -> str:

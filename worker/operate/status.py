@@ -35,7 +35,7 @@ _ADVICE = {
 #: Over how many seconds the pace is measured.
 WINDOWS = {"10s": 10.0, "1min": 60.0, "15min": 900.0}
 #: Points of the curves over the longest window.
-POINTS = 60
+POINTS = 50
 #: How many of the last stops are shown, among how many events they are looked for.
 STOPS, EVENTS = 3, 100
 #: Seconds a batch takes beside its call, and a call if none was made lately.
@@ -59,7 +59,9 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     fleet = Fleet(redis, keys)
     samples = _up_to_now(fleet.samples(round(max(WINDOWS.values()) / EVERY) + 2), now)
     lately = pace(samples, WINDOWS["1min"])
-    eta = 0.0 if not users else users / lately.users if lately and lately.users else None
+    # While nothing may be sent, the pace of the last minute says nothing about the next.
+    is_moving = line.state == "open" and lately is not None and lately.users > 0
+    eta = 0.0 if not users else users / lately.users if lately and is_moving else None
     intake = read_intake(redis, keys)
     roles = {
         "dispatcher": keys.dispatcher,
