@@ -43,7 +43,7 @@ BORDERS = {
     "kombu": {"worker.celery", "worker.transport", "worker.intake.celery_message", "worker.operate.doctor"},
     "orjson": {"worker.intake.celery_message"},
     "tornado": {"worker.sandbox.simulator"},
-    "click": {"worker.cli"},
+    "click": {"worker.cli", "worker.celery"},
     "rich": {"worker.cli"},
     "babel": {"worker.sandbox.demo_events"},
     "prometheus_client": {"worker.operate"},

@@ -34,7 +34,7 @@ from worker.intake.brokers import RabbitQueue, Taken
 from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
 from worker.sandbox.processes import Plan
-from worker.sandbox.redis_server import EmbeddedServer
+from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.state.buffer import new_batch_id
 from worker.state.intake import read_intake
 from worker.state.keys import Keys
@@ -260,6 +260,71 @@ def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
         # What a worker says of itself has no secret in it, and can be said.
         stats = system.sandbox.directory / "worker-1.log"
         assert "Control command error" not in stats.read_text()
+
+
+def celery(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A command of Celery's with nothing else in its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker", *arguments],
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_worker_reports_everything_that_is_missing_at_once() -> None:
+    done = celery("worker", "--pool", "threads")
+
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        [
+            "imattr cannot start:",
+            "  IMATTR_SDKAPPID is not set",
+            "  IMATTR_REDIS_URL is not set",
+            "  IMATTR_SECRET_KEY is not set",
+            "  IMATTR_REGION or IMATTR_API_URL is not set",
+        ],
+    )
+
+
+def test_flower_needs_no_key_and_asks_for_less(tmp_path: Path, server: EmbeddedServer, keys: Keys) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environ = {
+        "PATH": os.environ["PATH"],
+        "IMATTR_SDKAPPID": str(keys.sdkappid),
+        "IMATTR_REDIS_URL": server.url,
+        "IMATTR_BROKER_URL": server.url,
+        "FLOWER_BASIC_AUTH": "ops:hunter22",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "worker", "flower", f"--port={port}", "--read_only=True"]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, env=environ, stdout=log, stderr=log) as flower,
+    ):
+        try:
+            wait_until(lambda: flower.poll() is not None or _answers(f"{url}/healthcheck"))
+            assert flower.poll() is None, (tmp_path / "log").read_text()
+            login = ("ops", "hunter22")
+
+            assert requests.get(f"{url}/workers", timeout=20).status_code == 401
+            assert requests.get(f"{url}/workers", auth=login, timeout=20).status_code == 200
+            shut_down = requests.post(f"{url}/api/worker/shutdown/x", auth=login, timeout=20)
+            assert shut_down.status_code == 403
+        finally:
+            flower.terminate()
+
+    done = celery("flower", IMATTR_SDKAPPID="1")
+
+    assert (done.returncode, done.stderr) == (2, "imattr cannot start:\n  IMATTR_REDIS_URL is not set\n")
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, timeout=5).ok
+    return False
 
 
 def test_doctor_finds_messages_that_were_sent_without_a_queue(tmp_path: Path) -> None:

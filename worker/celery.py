@@ -15,9 +15,11 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
+import click
 import structlog
 from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
@@ -88,8 +90,19 @@ class PrivateTask(Task):
 
 
 def _settings() -> Settings:
+    """What the program that runs needs: a worker everything, Flower and Celery's other commands nothing of the API's.
+
+    A worker asks for everything already here, so that all its configuration errors are reported together.
+    """
+    command = click.get_current_context(silent=True)
+    return _read(
+        runtime.settings if command and command.info_name == "worker" else runtime.settings_without_key
+    )
+
+
+def _read(settings: Callable[[], Settings]) -> Settings:
     try:
-        return runtime.settings()
+        return settings()
     except ConfigError as error:
         # Someone who forgot a variable should not get a traceback, which Celery's commands would print.
         print("imattr cannot start:", *error.mistakes, sep="\n  ", file=sys.stderr)
@@ -194,7 +207,7 @@ class _WithoutBodies(logging.Filter):
 
 @signals.setup_logging.connect
 def _configure_logs(**_: Any) -> None:
-    settings = runtime.settings()
+    settings = _settings()
     logs.configure(settings.log_level, settings.log_format)
     logging.getLogger("celery.worker.consumer.consumer").addFilter(_WithoutBodies())
 
@@ -217,7 +230,7 @@ def _refuse_other_pools(sender: Any, **_: Any) -> None:
 
 @signals.worker_init.connect
 def _refuse_eviction(**_: Any) -> None:
-    settings = runtime.settings()
+    settings = _read(runtime.settings)
     try:
         with runtime.connect(settings) as redis:
             policy = redis.info("memory").get("maxmemory_policy", "noeviction")

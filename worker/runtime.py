@@ -73,6 +73,12 @@ def settings() -> Settings:
     return found
 
 
+@functools.cache
+def settings_without_key() -> Settings:
+    """What Celery needs in every program, Flower included: nothing of the API's. Raises `ConfigError`."""
+    return Settings.from_env(os.environ, "producer")
+
+
 def connect(settings: Settings) -> Redis:
     """A redis for the worker's own state; it notices half-open connections."""
     return connection.connect(settings.redis, key=Keys(settings.sdkappid).pending, health_check_interval=15)
