@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.stamp
+KUBERNETES := $(VENV)/kubernetes
 SOURCES := worker tasks tests
 # Tests run side by side, a process a core, and no fewer than two. Without the slow ones, one more: some wait for timeouts.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || echo 2)
@@ -60,6 +61,9 @@ soak: $(STAMP) ## Run at full rate; nothing may grow (MINUTES=30)
 bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals)
 	$(BIN)/python -m tests.bench $(PARTS)
 
+manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for production (build/manifests), and check it
+	$(KUBERNETES)/bin/python -m tests.manifests
+
 docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 	$(BIN)/python -m tests.docs
 
@@ -69,6 +73,7 @@ lock: ## Upgrade the locks to the newest allowed versions (needs uv)
 	$(COMPILE) --upgrade worker/pyproject.toml -o requirements.lock
 	$(COMPILE) --upgrade worker/pyproject.toml --extra sandbox --group dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) --upgrade worker/pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
+	$(COMPILE) --upgrade --group kubernetes -o requirements-kubernetes.lock
 
 clean: ## Remove the environment, caches and sandbox data
 	rm -rf $(VENV) .imattr .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis build worker/build *.egg-info worker/*.egg-info
@@ -96,4 +101,15 @@ $(VENV)/.bench: $(STAMP) requirements-bench.lock
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos soak bench lock clean
+# What renders and checks the chart, in an environment of its own: it wants other versions than we do.
+$(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
+	@if command -v uv >/dev/null 2>&1; then \
+	    uv venv --quiet --clear --python $(PYTHON) $(KUBERNETES) && \
+	    uv pip install --quiet --python $(KUBERNETES)/bin/python --require-hashes -r requirements-kubernetes.lock ; \
+	else \
+	    $(PYTHON) -m venv --clear $(KUBERNETES) && \
+	    $(KUBERNETES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-kubernetes.lock ; \
+	fi
+	@touch $@
+
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos soak bench manifests lock clean

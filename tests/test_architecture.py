@@ -203,7 +203,7 @@ def test_each_script_is_loaded_once() -> None:
     assert sorted(re.findall(r'scripts\.load\(\w+, "(\w+)"\)', source)) == sorted(f.stem for f in SCRIPTS)
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock", "requirements-bench.lock"])
+@pytest.mark.parametrize("lock", sorted(file.name for file in ROOT.glob("requirements*.lock")))
 def test_a_lock_pins_hashes_and_names_no_host(lock: str) -> None:
     text = (ROOT / lock).read_text()
     packages = re.findall(r"^[a-z0-9._-]+==", text, re.MULTILINE)

@@ -1,0 +1,265 @@
+{{- define "imattr.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* The release and the chart, or one if it is in the other. Components add at most 10 characters. */}}
+{{- define "imattr.fullname" -}}
+{{- $name := include "imattr.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What selects the pods of a component. Takes (list $ "worker"). */}}
+{{- define "imattr.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "imattr.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* Name, namespace and labels of an object. Takes (list $ "worker"). */}}
+{{- define "imattr.metadata" -}}
+{{- $root := index . 0 -}}
+name: {{ include "imattr.fullname" $root }}-{{ index . 1 }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "imattr.labels" . | nindent 2 }}
+{{- end -}}
+
+{{- define "imattr.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "imattr.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "imattr.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "imattr.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A number or word as text. Helm reads numbers as floats, and would write 1000000 as 1e+06. */}}
+{{- define "imattr.text" -}}
+{{- if kindIs "string" . }}{{ . | quote }}{{ else }}{{ toJson . | quote }}{{ end -}}
+{{- end -}}
+
+{{/* The settings that all processes share, without secrets. */}}
+{{- define "imattr.settings" -}}
+IMATTR_SDKAPPID: {{ include "imattr.text" .Values.app.sdkappid }}
+{{- with .Values.app.region }}
+IMATTR_REGION: {{ . | quote }}
+{{- end }}
+{{- with .Values.app.apiUrl }}
+IMATTR_API_URL: {{ . | quote }}
+{{- end }}
+{{- if .Values.redis.internal.enabled }}
+IMATTR_REDIS_URL: {{ printf "redis://%s-redis:6379/0" (include "imattr.fullname" .) | quote }}
+{{- else if .Values.redis.url }}
+IMATTR_REDIS_URL: {{ .Values.redis.url | quote }}
+{{- end }}
+{{- with .Values.broker.url }}
+IMATTR_BROKER_URL: {{ . | quote }}
+{{- end }}
+{{- range $name, $value := .Values.settings }}
+IMATTR_{{ $name }}: {{ include "imattr.text" $value }}
+{{- end }}
+{{- end -}}
+
+{{/* Where the secrets are, as variables. Takes (list $ with-key): only what calls the API gets its key. */}}
+{{- define "imattr.secrets" -}}
+{{- $root := index . 0 -}}
+{{- if index . 1 }}
+- name: IMATTR_SECRET_KEY_FILE
+  value: /run/secrets/imattr/secret-key
+{{- end }}
+{{- range $name, $from := dict "REDIS" $root.Values.redis "BROKER" $root.Values.broker }}
+{{- if and $from.existingSecret $from.urlKey }}
+- name: IMATTR_{{ $name }}_URL
+  valueFrom:
+    secretKeyRef: {name: {{ $from.existingSecret }}, key: {{ $from.urlKey }}}
+{{- else if $from.existingSecret }}
+- name: IMATTR_{{ $name }}_PASSWORD_FILE
+  value: /run/secrets/imattr/{{ lower $name }}-password
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "imattr.environment" -}}
+envFrom:
+  - configMapRef:
+      name: {{ include "imattr.fullname" . }}-settings
+{{- end -}}
+
+{{/* Which keys of which Secrets are files. Takes (list $ with-key). */}}
+{{- define "imattr.files" -}}
+{{- $root := index . 0 -}}
+{{- $redis := $root.Values.redis -}}
+{{- $broker := $root.Values.broker -}}
+{{- if index . 1 }}
+- secret:
+    name: {{ $root.Values.app.existingSecret }}
+    items: [{key: {{ $root.Values.app.secretKey }}, path: secret-key}]
+{{- end }}
+{{- if and $redis.existingSecret (not $redis.urlKey) }}
+- secret:
+    name: {{ $redis.existingSecret }}
+    items: [{key: {{ $redis.passwordKey }}, path: redis-password}]
+{{- end }}
+{{- if and $broker.existingSecret (not $broker.urlKey) }}
+- secret:
+    name: {{ $broker.existingSecret }}
+    items: [{key: {{ $broker.passwordKey }}, path: broker-password}]
+{{- end }}
+{{- end -}}
+
+{{/* Everybody's volumes: /tmp, since nothing else can be written, and the secrets. Takes (list $ with-key). */}}
+{{- define "imattr.volumes" -}}
+- name: tmp
+  emptyDir: {sizeLimit: 256Mi}
+{{- with include "imattr.files" . | trim }}
+- name: secrets
+  projected:
+    # Root's and the group's: fsGroup makes that the group of the pod's user.
+    defaultMode: 0440
+    sources:
+      {{- . | nindent 6 }}
+{{- end }}
+{{- with (index . 0).Values.redis.tlsSecret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
+{{- define "imattr.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+{{- if include "imattr.files" . | trim }}
+# The whole folder: a file alone would never change.
+- {name: secrets, mountPath: /run/secrets/imattr, readOnly: true}
+{{- end }}
+{{- if (index . 0).Values.redis.tlsSecret }}
+- {name: tls, mountPath: /run/secrets/imattr-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* What is the same in every pod. */}}
+{{- define "imattr.pod" -}}
+automountServiceAccountToken: false
+# Kubernetes would set IMATTR_..._PORT for each Service whose name begins with imattr.
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* What is the same in every container of ours. */}}
+{{- define "imattr.container" -}}
+{{- $image := .Values.image -}}
+image: {{ $image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ default .Chart.AppVersion $image.tag }}{{ end }}
+imagePullPolicy: {{ $image.pullPolicy }}
+{{ include "imattr.confined" . }}
+{{- end -}}
+
+{{- define "imattr.confined" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/*
+Seconds that a worker may need from SIGTERM to its end. It begins no batch after SIGTERM, so what is left is one deliver task
+at most: `Settings.longest_task`, which is 2 x PATIENCE + LEASE + CONNECT_TIMEOUT + READ_TIMEOUT. Its other threads end
+meanwhile; 10 s are for the rest. A worker that is killed sooner loses nothing, but its users wait for the end of their lease.
+*/}}
+{{- define "imattr.needsToStop" -}}
+{{- $set := .Values.settings -}}
+{{- $longest := addf (mulf 2 (default 2 $set.PATIENCE)) (default 60 $set.LEASE) (default 3.05 $set.CONNECT_TIMEOUT) (default 10 $set.READ_TIMEOUT) -}}
+{{- add (ceil $longest) 10 -}}
+{{- end -}}
+
+{{- define "imattr.gracePeriod" -}}
+{{- $needed := include "imattr.needsToStop" . | int -}}
+{{- $given := .Values.worker.terminationGracePeriodSeconds | int -}}
+{{- if and $given (lt $given $needed) -}}
+{{- fail (printf "worker.terminationGracePeriodSeconds is %d, and with these settings a worker may need %d to finish what it is sending" $given $needed) -}}
+{{- end -}}
+{{- default $needed $given -}}
+{{- end -}}
+
+{{/* What values.schema.json cannot say. */}}
+{{- define "imattr.check" -}}
+{{- $v := .Values -}}
+{{- if eq (empty $v.app.region) (empty $v.app.apiUrl) -}}
+{{- fail "set app.region or app.apiUrl, and not both" -}}
+{{- end -}}
+{{- $places := 0 -}}
+{{- range list $v.redis.internal.enabled $v.redis.url $v.redis.urlKey -}}
+{{- if . -}}{{- $places = add1 $places -}}{{- end -}}
+{{- end -}}
+{{- if ne (int $places) 1 -}}
+{{- fail "set one of redis.url, redis.urlKey and redis.internal.enabled" -}}
+{{- end -}}
+{{- if and (or $v.redis.urlKey $v.redis.internal.enabled) (not $v.redis.existingSecret) -}}
+{{- fail "redis.urlKey and redis.internal.enabled need redis.existingSecret" -}}
+{{- end -}}
+{{- if and $v.broker.url $v.broker.urlKey -}}
+{{- fail "set broker.url or broker.urlKey, not both" -}}
+{{- end -}}
+{{- if and $v.broker.existingSecret (not (or $v.broker.url $v.broker.urlKey)) -}}
+{{- fail "broker.existingSecret is for broker.url or broker.urlKey: without them the broker is Redis" -}}
+{{- end -}}
+{{- if and $v.broker.urlKey (not $v.broker.existingSecret) -}}
+{{- fail "broker.urlKey needs broker.existingSecret" -}}
+{{- end -}}
+{{- if and $v.flower.enabled (not $v.flower.existingSecret) -}}
+{{- fail "flower.existingSecret is not set: Flower needs a login. Or set flower.enabled=false" -}}
+{{- end -}}
+{{- with $v.autoscaling -}}
+{{- if and (ne .type "none") (gt (int .minReplicas) (int .maxReplicas)) -}}
+{{- fail "autoscaling.minReplicas is more than autoscaling.maxReplicas" -}}
+{{- end -}}
+{{- if eq .type "keda" -}}
+{{- if not .keda.prometheus -}}
+{{- fail "autoscaling.keda.prometheus is not set: KEDA asks it how many threads are wanted" -}}
+{{- end -}}
+{{- if not $v.exporter.enabled -}}
+{{- fail "autoscaling.type keda needs exporter.enabled: it serves imattr_threads_wanted" -}}
+{{- end -}}
+{{- if or (lt (int .keda.fallbackReplicas) (int .minReplicas)) (gt (int .keda.fallbackReplicas) (int .maxReplicas)) -}}
+{{- fail "autoscaling.keda.fallbackReplicas is not between minReplicas and maxReplicas" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
