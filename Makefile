@@ -103,12 +103,13 @@ $(VENV)/.bench: $(STAMP) requirements-bench.lock
 
 # What renders and checks the chart, in an environment of its own: it wants other versions than we do.
 $(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
+	@rm -rf $(KUBERNETES)
 	@if command -v uv >/dev/null 2>&1; then \
-	    uv venv --quiet --clear --python $(PYTHON) $(KUBERNETES) && \
+	    uv venv --quiet --python $(PYTHON) $(KUBERNETES) && \
 	    uv pip install --quiet --python $(KUBERNETES)/bin/python --require-hashes -r requirements-kubernetes.lock ; \
 	else \
-	    $(PYTHON) -m venv --clear $(KUBERNETES) && \
-	    $(KUBERNETES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-kubernetes.lock ; \
+	    $(PYTHON) -m venv $(KUBERNETES) && \
+	    $(KUBERNETES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r requirements-kubernetes.lock ; \
 	fi
 	@touch $@
 

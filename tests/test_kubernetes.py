@@ -167,6 +167,22 @@ def test_the_chart_has_the_version_of_the_product() -> None:
     assert re.findall(r"^appVersion: (.*)$", text, re.MULTILINE) == [VERSION]
 
 
+def test_the_page_says_what_was_checked_with_what() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    lock = (ROOT / "requirements-kubernetes.lock").read_text()
+    [listed] = re.findall(
+        r"^VERSIONS = \((.*)\)$", (ROOT / "tests" / "manifests.py").read_text(), re.MULTILINE
+    )
+    versions = re.findall(r'"(.*?)"', listed)
+
+    assert f"Kubernetes {', '.join(versions[:-1])} and {versions[-1]} " in page
+    assert f'kubeVersion: ">={versions[0]}.0-0"' in (CHART / "Chart.yaml").read_text()
+    for tool in ("helm-python-sdk", "kubernetes-validate", "checkov"):
+        [pinned] = re.findall(rf"^{tool}==(\S+)", lock, re.MULTILINE)
+        assert f"{tool} {pinned}" in page
+    assert f"{len(CONTRADICTIONS)} contradictions are refused" in page
+
+
 def test_every_object_is_valid_in_every_version(rendered: dict[str, list[Object]]) -> None:
     answers = ask("answer", [{"objects": objects} for objects in rendered.values()])
 
