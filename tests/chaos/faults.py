@@ -59,6 +59,14 @@ def worker_terminated(system: System) -> Struck:
     return Struck(hits=system.end_worker(signal.SIGTERM))
 
 
+def fleet_scaled(system: System) -> Struck:
+    """an autoscaler: SIGTERM to all workers but one, or two more workers, which get it some seconds later"""
+    if system.rng.random() < 0.5:
+        return Struck(hits=sum(system.end_worker(signal.SIGTERM) for _ in range(len(system.workers()) - 1)))
+    more = [system.add_worker() for _ in range(2)]
+    return Struck(system.rng.uniform(4.0, 8.0), lambda: system.remove_workers(more), len(more))
+
+
 def worker_frozen(system: System) -> Struck:
     """SIGSTOP for a moment"""
     return _freeze(system, system.rng.uniform(0.2, 3.0))
@@ -522,6 +530,7 @@ FLEET: list[Fault] = [
 COMMON: list[Fault] = [
     worker_killed,
     worker_terminated,
+    fleet_scaled,
     worker_frozen,
     worker_frozen_beyond_its_lease,
     writer_killed,
@@ -574,4 +583,5 @@ GROUPS: list[set[Fault]] = [
     set(FLEET),
     {broker_killed, broker_connections_cut, broker_black_hole},
     {paused, resumed},
+    {fleet_scaled},
 ]

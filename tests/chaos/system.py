@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,6 +123,8 @@ class System:
     frozen: set[int] = field(default_factory=set)
     #: Workers that were told to end: process id, and until when they may take.
     ending: dict[str, tuple[int, float]] = field(default_factory=dict)
+    #: Workers in whose place none comes.
+    surplus: set[str] = field(default_factory=set)
     writing: dict[str, Writer] = field(default_factory=dict)
     imports: list[Import] = field(default_factory=list)
     ledgers: list[dict[str, int]] = field(default_factory=list)
@@ -195,10 +197,26 @@ class System:
         """Kill or stop some worker; another one comes in its place, at the turn after it has ended."""
         if not (found := self.some_worker()):
             return False
-        name, pid = found
+        self._end_worker(*found, how)
+        return True
+
+    def _end_worker(self, name: str, pid: int, how: signal.Signals) -> None:
         os.kill(pid, how)
         self.ending[name] = (pid, time.monotonic() + SHUTDOWN)
-        return True
+
+    def add_worker(self) -> str:
+        """Start one worker more, in whose place none comes; returns its name."""
+        self._incarnations += 1
+        number = 100 + self._incarnations
+        self.start_worker(number)
+        self.surplus.add(f"worker-{number}")
+        return f"worker-{number}"
+
+    def remove_workers(self, names: Collection[str]) -> None:
+        """Stop these, at once, unless something else is happening to them."""
+        for name, pid in self.workers().items():
+            if name in names:
+                self._end_worker(name, pid, signal.SIGTERM)
 
     def turn(self) -> None:
         """Replace the workers that have ended, and go on with the imports."""
@@ -214,7 +232,8 @@ class System:
             self._incarnations += 1
             log = self.directory / f"{name}.log"
             log.rename(log.with_suffix(f".{self._incarnations}.log"))
-            self.start_worker(int(name.rpartition("-")[2]))
+            if name not in self.surplus:
+                self.start_worker(int(name.rpartition("-")[2]))
         if not self.ending and not self.frozen:
             self.sandbox.check()
         self.import_next()
