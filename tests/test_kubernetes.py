@@ -10,21 +10,25 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import requests
 
 from tests.conftest import SECRET_KEY
 from tests.test_end_to_end import wait_until
 from worker.config import PREFIX, Role, Settings
 from worker.operate import metric_catalog
-from worker.sandbox.redis_server import free_port
+from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.version import VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -621,6 +625,83 @@ def test_every_value_has_a_comment() -> None:
     for line, before in zip(lines[1:], lines, strict=False):
         if re.match(r"\s*\w+: *\S", line) and not re.match(r"\s*(requests|limits):", line):
             assert before.strip().startswith("#"), line
+
+
+# What the pods run.
+
+
+def started(pod: Object, environ: dict[str, str], log: Path, **replaced: str) -> subprocess.Popen[bytes]:
+    """Start what a pod runs, here."""
+    inside = container(pod)
+    programs = {"celery": ["-m", "celery"], "imattr": ["-m", "worker.cli"]}
+    given: list[str] = [*inside["command"], *inside["args"]]
+    arguments = [replaced.get(argument, argument) for argument in given[1:]]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *programs[given[0]], *arguments],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ},
+            cwd=log.parent,
+            stdout=output,
+            stderr=output,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_what_the_pods_run_starts_answers_its_probes_and_ends(
+    values: dict[str, Values], tmp_path: Path, pool: str
+) -> None:
+    health, metrics, flower = free_port(), free_port(), str(free_port())
+    (tmp_path / "key").write_text(SECRET_KEY)
+    with EmbeddedServer(tmp_path / "redis", persistent=False) as server:
+        changes = {
+            "app": {"region": "", "apiUrl": "http://127.0.0.1:9"},
+            "redis": {"internal": {"enabled": False}, "existingSecret": "", "url": server.url},
+            "worker": {"healthPort": health, "pool": pool, "concurrency": 2},
+            "exporter": {"port": metrics},
+            "autoscaling": {"type": "keda", "keda": {"prometheus": "http://prometheus"}},
+        }
+        [answer] = ask("answer", [{"values": merged(values["trial"], changes)}])
+        found, shared = pods(answer["objects"]), settings_of(answer["objects"])
+        own = {
+            "worker": {"IMATTR_HEALTH_PORT": str(health), "IMATTR_SECRET_KEY_FILE": str(tmp_path / "key")},
+            "exporter": {},
+            "flower": {"FLOWER_BASIC_AUTH": "ops:hunter22"},
+        }
+        ports = {"worker": str(health), "exporter": str(metrics), "flower": flower}
+        with contextlib.ExitStack() as stack:
+            running = {}
+            for part, environ in own.items():
+                log = tmp_path / f"{part}.log"
+                process = started(found[part], shared | environ, log, **{"--port=5555": f"--port={flower}"})
+                running[part] = stack.enter_context(process)
+                stack.callback(process.terminate)
+            for part, process in running.items():
+                probes = [probe for name, probe in container(found[part]).items() if name.endswith("Probe")]
+                urls = {f"http://127.0.0.1:{ports[part]}{probe['httpGet']['path']}" for probe in probes}
+                wait_until(partial(_has_ended_or_answers, process, urls))
+                assert process.poll() is None, (tmp_path / f"{part}.log").read_text()
+
+            # What KEDA asks Prometheus for is there.
+            [scaled] = of_kind(answer["objects"], "ScaledObject")
+            query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+            series = requests.get(f"http://127.0.0.1:{metrics}/metrics", timeout=20).text
+            assert query.removeprefix("max(").removesuffix(")") in series
+            assert "imattr_build_info" in requests.get(f"http://127.0.0.1:{health}/metrics", timeout=20).text
+
+            for process in running.values():
+                process.terminate()
+            assert {part: process.wait(60) for part, process in running.items()} == dict.fromkeys(own, 0)
+
+
+def _has_ended_or_answers(process: subprocess.Popen[bytes], urls: set[str]) -> bool:
+    return process.poll() is not None or all(map(_is_ok, urls))
+
+
+def _is_ok(url: str) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(url, timeout=5).ok
+    return False
 
 
 # The Redis of a trial.
