@@ -27,13 +27,13 @@ from tests.chaos.brokers import RabbitMQ, find_rabbitmq
 from tests.intake.messages import MALFORMED, encoded, envelope
 from tests.test_end_to_end import HASTY, System, running, updates, wait_until
 from worker import transport
-from worker.celery import PrivateTask
+from worker.celery import PrivateTask, worst_outcome
 from worker.delivery.loop import MOST_BATCHES
 from worker.delivery.meter import Summary
 from worker.intake.brokers import RabbitQueue, Taken
 from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
-from worker.sandbox.processes import Plan
+from worker.sandbox.processes import SDKAPPID, Plan
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.state.buffer import new_batch_id
 from worker.state.intake import read_intake
@@ -480,3 +480,87 @@ def test_a_worker_of_deliveries_only_leaves_the_updates_alone(tmp_path: Path) ->
 
         assert system.redis.llen("updates") == 1
         assert json.loads(system.redis.lindex("updates", 0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_a_worker_serves_what_all_processes_of_its_pool_have_done(tmp_path: Path, pool: str) -> None:
+    port = free_port()
+    plan = Plan(workers=1, concurrency=3, pool=pool, flower=False)
+
+    def served(path: str) -> requests.Response:
+        return requests.get(f"http://127.0.0.1:{port}/{path}", timeout=10)
+
+    environ = {"IMATTR_HEALTH_PORT": str(port), "TMPDIR": str(tmp_path)}
+    with running(tmp_path / "sandbox", plan, **environ) as system:
+        system.producer.set_many(updates(3000))
+        wait_until(system.settled)
+        wait_until(lambda: served("readyz").ok)
+        assert served("livez").ok
+
+        def counted() -> dict[str, float]:
+            lines = (line for line in served("metrics").text.splitlines() if not line.startswith("#"))
+            return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+        label = f'sdkappid="{SDKAPPID}"'
+        wait_until(lambda: counted()[f'imattr_delivery_delay_seconds_count{{lane="live",{label}}}'] == 3000)
+        found = counted()
+        calls = system.simulator("state")["calls"]
+        assert found[f'imattr_calls_total{{operation="set",outcome="ok",{label}}}'] == calls
+        assert found[f"imattr_batch_users_sum{{{label}}}"] == 3000
+        assert found[f'imattr_leads{{role="dispatcher",{label}}}'] == 1
+        # What the fleet shares is the exporter's.
+        assert not any(name.startswith("imattr_users") for name in found)
+        assert bool(list(tmp_path.glob("imattr-metrics-*"))) == (pool == "prefork")
+    assert not list(tmp_path.glob("imattr-metrics-*")), "a worker leaves nothing behind"
+
+
+def test_a_worker_is_not_ready_while_redis_is_away_and_lives_on(tmp_path: Path) -> None:
+    port = free_port()
+
+    def status(path: str) -> int:
+        return requests.get(f"http://127.0.0.1:{port}/{path}", timeout=10).status_code
+
+    with running(
+        tmp_path, Plan(workers=1, concurrency=2, flower=False), IMATTR_HEALTH_PORT=str(port)
+    ) as system:
+        wait_until(lambda: status("readyz") == 200)
+
+        os.kill(system.sandbox.pids()["redis"], signal.SIGSTOP)
+        try:
+            wait_until(lambda: status("readyz") == 503)
+            assert status("livez") == 200
+        finally:
+            os.kill(system.sandbox.pids()["redis"], signal.SIGCONT)
+        wait_until(lambda: status("readyz") == 200)
+
+
+def test_flower_does_not_call_a_stopped_batch_a_success(tmp_path: Path) -> None:
+    with running(tmp_path, Plan(workers=1, concurrency=2, flower=True)) as system:
+        metrics = system.sandbox.flower_url + "/metrics"
+        system.simulator("faults", [{"kind": "user_code", "user": "bad", "code": 70107, "times": None}])
+        system.producer.set("bad", {"city": "Paris"})
+        wait_until(lambda: 'type="task-dead_lettered"' in requests.get(metrics, timeout=20).text)
+
+        system.simulator("faults", [{"kind": "code", "code": 90009, "times": None}])
+        system.producer.set("ann", {"city": "Paris"})
+        wait_until(lambda: 'type="task-stopped"' in requests.get(metrics, timeout=20).text)
+
+        succeeded = 'task="attributes.deliver",type="task-succeeded"'
+        assert succeeded not in requests.get(metrics, timeout=20).text
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "worst"),
+    [
+        (["delivered"], None),
+        (["empty"], None),
+        (["no_permit"], None),
+        (["delivered", "retried"], "retried"),
+        (["stopped", "delivered", "dead_lettered"], "dead_lettered"),
+    ],
+)
+def test_a_ticket_is_shown_by_the_worst_of_its_batches(outcomes: list[str], worst: str | None) -> None:
+    batches = [{"batch": new_batch_id(), "outcome": outcome, "users": 5} for outcome in outcomes]
+
+    assert worst_outcome(saferepr(batches, PrivateTask.resultrepr_maxsize)) == worst
+    assert worst_outcome(None) is None

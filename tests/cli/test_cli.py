@@ -570,3 +570,59 @@ def test_the_quarantine_can_be_looked_at_exported_and_dropped(
     assert imattr("quarantine", "show", "b:c").exit_code == 0
     assert imattr("quarantine", "show", "ann").exit_code == cli.FAILED
     assert imattr("quarantine", "drop", "--yes").output == "1 deleted\n"
+
+
+def test_the_history_says_what_happened_and_who_did_it(imattr: Terminal) -> None:
+    assert imattr("history").output == "nothing has happened\n"
+    imattr("pause", "--reason", "new year")
+    imattr("resume")
+
+    shown = imattr("history").output
+    assert "new year" in shown
+    assert "stopped for 0 s" in shown
+    first, second = (
+        json.loads(line) for line in imattr("history", "--json", "--since", "1h").output.splitlines()
+    )
+    assert (first["event"], second["event"], second["reason"]) == ("resumed", "paused", "new year")
+    assert "@" in second["by"]
+    assert imattr("history", "--event", "stopped").output == "nothing has happened\n"
+    assert imattr("history", "--since", "2126-01-01").output == "nothing has happened\n"
+    wrong = imattr("history", "--since", "yesterday")
+    assert wrong.exit_code == cli.USAGE
+    assert "must be an age such as 90m" in wrong.output
+
+
+def test_a_user_can_be_looked_up_without_its_values(imattr: Terminal) -> None:
+    imattr("put", "ann", "city=Paris")
+
+    told = imattr("why", "ann", "city").output
+    assert "city of ann is accepted and not sent yet: no worker is alive." in told.replace("\n", " ")
+    assert "pending since" in told
+    assert (
+        "Paris"
+        not in told + imattr("user", "show", "ann").output + imattr("user", "show", "ann", "--json").output
+    )
+    assert json.loads(imattr("user", "show", "ann", "--json").output)["pending"]["lane"] == "live"
+    assert "Paris" in imattr("user", "show", "ann", "--values").output
+    assert "Nothing is known of city of bob" in imattr("why", "bob", "city").output.replace("\n", " ")
+    assert imattr("why", "b\u00f6b", "city").exit_code == cli.REFUSED
+    assert json.loads(imattr("why", "ann", "city", "--json").output)["proof"]
+
+
+def test_status_goes_on_while_redis_is_away(imattr: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([{"found": 1}, redis.ConnectionError(), {"found": 2}])
+
+    def read(*_: object) -> dict[str, int]:
+        look = next(looks, KeyboardInterrupt())
+        if isinstance(look, BaseException):
+            raise look
+        return look
+
+    monkeypatch.setattr("worker.operate.status.read", read)
+    monkeypatch.setattr("worker.cli.status.EVERY", 0.0)
+
+    result = imattr("status", "--watch", "--json")
+
+    assert result.exit_code == cli.STOPPED
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert lines == [{"found": 1}, {"error": "Redis does not answer: ConnectionError"}, {"found": 2}]
