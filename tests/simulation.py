@@ -16,8 +16,9 @@ from tests.conftest import SECRET_KEY
 from worker.delivery.answers import Answer, NoReply
 from worker.delivery.api import ChatApi
 from worker.models import Attributes, UserId
+from worker.sandbox.faults import Fault, Faults
 from worker.sandbox.redis_server import free_port
-from worker.sandbox.simulator import Api, Fault, Faults, make_server
+from worker.sandbox.simulator import Api, make_server
 
 APP = 1400000000
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def test_help_shows_examples_and_exit_codes(imattr: Terminal) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["put", "import", "status", "pause", "resume", "doctor", "simulate", "up", "demo"]
+    "command", ["put", "import", "status", "pause", "resume", "doctor", "simulate", "up", "demo", "faults"]
 )
 def test_every_command_explains_itself(imattr: Terminal, command: str) -> None:
     result = imattr(command, "--help")
@@ -626,3 +627,31 @@ def test_status_goes_on_while_redis_is_away(imattr: Terminal, monkeypatch: pytes
     assert result.exit_code == cli.STOPPED
     lines = [json.loads(line) for line in result.output.splitlines()]
     assert lines == [{"found": 1}, {"error": "Redis does not answer: ConnectionError"}, {"found": 2}]
+
+
+def test_an_outage_is_played_by_command(imattr: Terminal, sim: Simulation) -> None:
+    assert imattr("faults").output == "no call fails on purpose\n"
+
+    rows = imattr("faults", "set", "91000:0.1", "502").output
+    assert imattr("faults", "set", "91000:0.9", "502:0.1").exit_code == 0
+    assert imattr("names", "list").exit_code == cli.FAILED
+    seen = json.loads(imattr("faults", "--json").output)
+
+    assert "the shares must not add up to more than 1" in rows
+    assert [(each["what"], round(each["share"], 6)) for each in seen] == [("91000", 0.9), ("502", 0.1)]
+    assert sum(each["struck"] for each in seen) > 0
+    assert re.search(r"91000 +0\.9 +\d+ +internal error of the service", imattr("faults").output)
+    assert imattr("faults", "clear").output == "no call fails on purpose now\n"
+    assert imattr("names", "list").exit_code == 0
+
+
+def test_faults_need_a_simulator(imattr: Terminal, sim: Simulation) -> None:
+    for url, words in (("", "no simulator is known"), (f"{sim.url}/v4", "is no simulator")):
+        result = imattr("faults", "set", "502", IMATTR_API_URL=url)
+        assert (result.exit_code, words in result.stderr) == (cli.NO_SANDBOX, True)
+
+
+def test_a_fault_that_cannot_be_read_is_wrong_usage(imattr: Terminal, sim: Simulation) -> None:
+    for command in (("faults", "set", "91"), ("simulate", "--fail", "91")):
+        result = imattr(*command)
+        assert (result.exit_code, "91: must be WHAT or WHAT:SHARE" in result.stderr) == (cli.USAGE, True)

@@ -29,8 +29,8 @@ from worker.delivery.answers import UNNUMBERED, Answer, Failure, NoReply, Reply,
 from worker.delivery.api import Call, ChatApi
 from worker.delivery.usersig import Signer, decode
 from worker.models import Attributes
+from worker.sandbox.faults import Fault
 from worker.sandbox.redis_server import free_port
-from worker.sandbox.simulator import Fault
 
 USERS: list[tuple[str, Attributes]] = [("ann", {"city": "深圳"}), ("bob", {"level": "Gold"})]
 

@@ -23,8 +23,9 @@ from worker.operate import doctor
 from worker.operate.doctor import Finding
 from worker.operate.redis_services import Service
 from worker.ratelimit import Permit, RateLimiter, read_rate
+from worker.sandbox.faults import Fault
 from worker.sandbox.redis_server import EmbeddedServer, free_port
-from worker.sandbox.simulator import Fault, Refused
+from worker.sandbox.simulator import Refused
 from worker.state.attribute_names import AttributeNames
 from worker.state.keys import Keys
 from worker.state.line import Kind, Line

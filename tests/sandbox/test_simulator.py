@@ -16,7 +16,8 @@ from tests.conftest import SECRET_KEY
 from tests.delivery.test_usersig import COMPLETE, VECTORS
 from tests.simulation import APP, Simulation, control, simulation
 from worker.delivery import usersig
-from worker.sandbox.simulator import CLOSED_FOR, MAX_REFUSED_SIGNATURES, Api, Arrivals, Fault, Quirks
+from worker.sandbox.faults import Fault
+from worker.sandbox.simulator import CLOSED_FOR, MAX_REFUSED_SIGNATURES, Api, Arrivals, Quirks
 
 NOW = 1_700_000_000
 SET = "/v4/all_member_push/im_set_attr"

@@ -13,6 +13,7 @@ from worker.cli import (
     dead_letters,
     doctor,
     exporter,
+    faults,
     history,
     imports,
     line,
@@ -74,5 +75,6 @@ for command in (
     sandbox.simulate,
     sandbox.up,
     sandbox.demo,
+    faults.faults,
 ):
     main.add_command(command)

@@ -24,8 +24,10 @@ from worker.cli.console import (
     progress,
     until_stopped,
 )
+from worker.cli.faults import read_faults
 from worker.config import PREFIX, Settings
 from worker.sandbox import simulator
+from worker.sandbox.faults import Fault, Faults
 from worker.sandbox.network import check_network
 from worker.sandbox.processes import Plan, Sandbox
 
@@ -50,15 +52,30 @@ def _checked_network(network: str) -> str:
     help="Delay calls on their way in: uniform, normal, bursts or reordered.",
 )
 @click.option(
+    "--fail",
+    "faults",
+    multiple=True,
+    metavar="WHAT:SHARE",
+    callback=lambda _context, _option, values: read_faults(values),
+    help="Fail this share of the calls: an ErrorCode, an HTTP status, timeout, reset or truncated.",
+)
+@click.option(
     "--record/--no-record", default=True, show_default=True, help="Keep every write that is applied."
 )
 @explained
 def simulate(
-    port: int, names: tuple[str, ...], latency: float, quota: int, network: str, record: bool
+    port: int,
+    names: tuple[str, ...],
+    latency: float,
+    quota: int,
+    network: str,
+    faults: list[Fault],
+    record: bool,
 ) -> None:
     """Run the API simulator alone.
 
-    Serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY.
+    Serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY. With --fail 91000:0.1 --fail timeout:0.05, one call
+    in ten is refused with ErrorCode 91000, and one in twenty gets no answer in time; `imattr faults` changes that while it runs.
 
     Beside the API: GET /simulator/state, users, record; POST /simulator/quirks, faults.
     """
@@ -73,7 +90,10 @@ def simulate(
     url = f"http://127.0.0.1:{port}"
     try:
         simulator.serve(
-            api, port=port, ready=lambda: out.print(f"simulating app {settings.sdkappid} at {url}")
+            api,
+            Faults(faults),
+            port=port,
+            ready=lambda: out.print(f"simulating app {settings.sdkappid} at {url}"),
         )
     except OSError as error:
         fail(NO_SANDBOX, f"port {port}: {error.strerror}")

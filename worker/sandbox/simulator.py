@@ -7,8 +7,8 @@ tested under every reading. Every applied write is recorded with its arrival: te
 record, not the product's own counters, to judge the product.
 
 Documents: 1047/37170 (set), 37171 (remove), 37169 (get), 37167/37168 (names), 60565 (the `timpush` twins),
-1047/34348 (codes). `/simulator/...` is ours: GET state, users, record, arrivals; POST quirks, faults,
-accounts, names, administrators, key, reset-arrivals.
+1047/34348 (codes). `/simulator/...` is ours: GET state, users, record, arrivals, faults; POST quirks,
+faults, accounts, names, administrators, key, reset-arrivals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import gc
 import hmac
 import json
 import math
-import random
 import socket
 import struct
 import sys
@@ -38,6 +37,7 @@ import tornado.web
 from worker.delivery import usersig
 from worker.models import MAX_ATTRIBUTES, MAX_NAME_BYTES, MAX_USER_ID_BYTES, MAX_VALUE_BYTES
 from worker.sandbox import network
+from worker.sandbox.faults import Fault, Faults
 
 MAX_USERS = 100
 #: Refused signatures in a row after which verification is closed (70050), and for how long, seconds.
@@ -96,26 +96,6 @@ class Quirks:
     feature_on: bool = True
     #: Whether applied writes are kept; off saves memory in long measurements.
     record: bool = True
-
-
-@dataclass(slots=True)
-class Fault:
-    """Something that goes wrong on purpose; the first one that fits a request strikes.
-
-    kind: `status` (HTTP status `code`, HTML body), `reset` (connection reset), `slow` (the reply comes
-    `delay` s late), `truncated` (JSON cut short), `late_write` (connection reset, applied `delay` s later),
-    `code` (refused with ErrorCode `code`), `user_code` (`user` refused with `code`, as `bad_user` says),
-    `extra_fields`. `applied` says whether the write of a `status` or `reset` took place.
-    """
-
-    kind: Literal["status", "reset", "slow", "truncated", "late_write", "code", "user_code", "extra_fields"]
-    code: int = 0
-    user: str = ""
-    #: How many requests it strikes; None = all.
-    times: int | None = 1
-    chance: float = 1.0
-    delay: float = 0.0
-    applied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,29 +536,6 @@ def _is_uint32(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 2**32
 
 
-class Faults:
-    """The faults that wait for their request."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._faults: list[Fault] = []
-        self.rng = random.Random(seed)
-
-    def replace(self, faults: Iterable[Fault]) -> None:
-        self._faults = list(faults)
-
-    def strike(self, body: bytes) -> Fault | None:
-        """The fault for this request, used up once."""
-        for fault in self._faults:
-            if fault.times == 0 or (fault.user and f'"{fault.user}"'.encode() not in body):
-                continue
-            if fault.chance < 1 and self.rng.random() >= fault.chance:
-                continue
-            if fault.times is not None:
-                fault.times -= 1
-            return fault
-        return None
-
-
 class TimedStream(tornado.iostream.IOStream):
     """A connection that knows when its last bytes reached this machine.
 
@@ -706,6 +663,8 @@ class _ControlHandler(tornado.web.RequestHandler):
             self.finish(_encode(api.users))
         elif what == "arrivals":
             self.finish(_encode(api.arrivals.times))
+        elif what == "faults":
+            self.finish(json.dumps(self._faults.as_json()))
         elif what == "record":
             self.finish("".join(_encode(dataclasses.astuple(write)) + "\n" for write in api.writes))
         else:
@@ -740,11 +699,13 @@ def make_server(api: Api, faults: Faults) -> tornado.httpserver.HTTPServer:
     return _Server(tornado.web.Application(paths, log_function=lambda _: None))
 
 
-def serve(api: Api, *, port: int, host: str = "127.0.0.1", ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    api: Api, faults: Faults, *, port: int, host: str = "127.0.0.1", ready: Callable[[], None] = lambda: None
+) -> None:
     """Serve until the process is asked to stop."""
 
     async def main() -> None:
-        make_server(api, Faults()).listen(port, host)
+        make_server(api, faults).listen(port, host)
         ready()
         await asyncio.Event().wait()
 
