@@ -655,3 +655,44 @@ def test_a_fault_that_cannot_be_read_is_wrong_usage(imattr: Terminal, sim: Simul
     for command in (("faults", "set", "91"), ("simulate", "--fail", "91")):
         result = imattr(*command)
         assert (result.exit_code, "91: must be WHAT or WHAT:SHARE" in result.stderr) == (cli.USAGE, True)
+
+
+class Elsewhere:
+    """What `imattr up` leaves in its directory for other commands."""
+
+    def __init__(self, directory: Path, keys: Keys, url: str) -> None:
+        directory.mkdir()
+        (directory / cli.SETTINGS_FILE).write_text(
+            f"IMATTR_REDIS_URL={url}\nIMATTR_SDKAPPID={keys.sdkappid}\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "command", [("status", "--json"), ("dead", "list"), ("permit",), ("refused", "list")]
+)
+def test_a_command_uses_the_sandbox_that_it_is_told(
+    imattr: Terminal, server: EmbeddedServer, keys: Keys, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    Elsewhere(tmp_path / "box", keys, server.url)
+    # Who names a sandbox means it, whatever is exported.
+    imattr.environ = {"IMATTR_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "IMATTR_SDKAPPID": ""}
+
+    told = imattr(*command, "--directory", "box")
+
+    assert (told.exit_code, told.stderr) == (0, "using the sandbox in box\n")
+    assert imattr(*command).exit_code == cli.USAGE
+    nothing = imattr(*command, "--directory", "none")
+    assert (nothing.exit_code, "no sandbox runs in none" in nothing.stderr) == (cli.USAGE, True)
+
+
+@pytest.mark.parametrize("named", ["nothing", "the same Redis", "another Redis"])
+def test_the_sandbox_of_the_working_directory_fills_in_what_is_not_set(
+    imattr: Terminal, server: EmbeddedServer, keys: Keys, tmp_path: Path, named: str
+) -> None:
+    Elsewhere(tmp_path / ".imattr", keys, server.url)
+    redis_url = {"nothing": "", "the same Redis": server.url, "another Redis": f"{server.url}?a"}[named]
+    imattr.environ = {"IMATTR_REDIS_URL": redis_url, "IMATTR_SDKAPPID": ""}
+
+    result = imattr("status")
+
+    assert (result.exit_code == 0, "using the sandbox" in result.stderr) == ((named != "another Redis",) * 2)

@@ -41,6 +41,7 @@ FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT = 1, 2, 3, 4, 5
 #: What shells use for Ctrl-C.
 STOPPED = 130
 
+REDIS_URL = f"{PREFIX}REDIS_URL"
 SANDBOX = Path(".imattr")
 SETTINGS_FILE = "settings.env"
 
@@ -123,15 +124,54 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+#: Where a command keeps the sandbox it was told to use.
+_CHOSEN = "imattr.directory"
+
+
+def with_directory(command: click.Command) -> click.Command:
+    """Give a command, and those inside it, the option that names a sandbox."""
+    option = click.Option(
+        ["--directory"],
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        expose_value=False,
+        callback=_choose,
+        help=f"Use the sandbox that imattr up started with this directory.  [default: {SANDBOX}, if there is one]",
+    )
+    command.params.append(option)
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            with_directory(inner)
+    return command
+
+
+def _choose(context: click.Context, _option: click.Parameter, directory: Path | None) -> None:
+    if directory is not None:
+        context.meta[_CHOSEN] = directory
+
+
 def environment() -> dict[str, str]:
-    """The environment or, if it names no Redis, that of the sandbox that `imattr up` started here."""
+    """The environment, with the settings of a sandbox that runs.
+
+    Those of one that was named come first. Those of `.imattr` here fill in what the environment, if it names no other Redis,
+    leaves open.
+    """
     environ = dict(os.environ)
-    path = SANDBOX / SETTINGS_FILE
-    if environ.get(f"{PREFIX}REDIS_URL") or not path.exists():
+    context = click.get_current_context(silent=True)
+    chosen: Path | None = context.meta.get(_CHOSEN) if context else None
+    directory = chosen or SANDBOX
+    try:
+        lines = (directory / SETTINGS_FILE).read_text().splitlines()
+    except OSError:
+        if chosen:
+            fail(USAGE, f"no sandbox runs in {chosen}; imattr up --directory {chosen} starts one")
         return environ
-    settings = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
-    err.print(f"using the sandbox in {SANDBOX}", style="dim")
-    return settings | environ
+    settings = dict(line.split("=", 1) for line in lines if "=" in line)
+    given = {name: value for name, value in environ.items() if value}
+    if not chosen and given.get(REDIS_URL) not in (None, settings.get(REDIS_URL)):
+        return environ
+    err.print(f"using the sandbox in {directory}", style="dim")
+    return given | settings if chosen else settings | given
 
 
 def actor() -> str:
@@ -166,14 +206,20 @@ class Stopped:
 
 
 @contextmanager
-def until_stopped() -> Iterator[Stopped]:
-    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed."""
+def until_stopped(*, interrupt: bool = False) -> Iterator[Stopped]:
+    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed.
+
+    With `interrupt`, the first of them raises KeyboardInterrupt; the others do not, since parts are being stopped by then.
+    """
     stopped = Stopped()
 
     def note(*_: object) -> None:
         stopped.times += 1
+        if interrupt and stopped.times == 1:
+            raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in asking}
     # Under nohup the end of the terminal is ignored, and stays so.
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]

@@ -25,12 +25,12 @@ from worker.cli import (
     status,
     users,
 )
-from worker.cli.console import replace_what_cannot_be_encoded
+from worker.cli.console import replace_what_cannot_be_encoded, with_directory
 from worker.version import VERSION
 
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused,
-4 Redis not reachable, 5 buffer full, 6 a sandbox part failed to start,
+4 Redis not reachable, 5 buffer full, 6 a sandbox part does not run,
 7 no permit came in time, 130 stopped by Ctrl-C.
 
 \b
@@ -39,6 +39,7 @@ Examples:
   imattr put u1 city=Paris --remove level      one update
   imattr import users.csv                      a whole file
   imattr status --watch                        what is happening
+  imattr faults set 502                        play an outage, in the sandbox
 """
 
 
@@ -72,9 +73,8 @@ for command in (
     users.why,
     users.users,
     exporter.exporter,
-    sandbox.simulate,
-    sandbox.up,
-    sandbox.demo,
     faults.faults,
 ):
+    main.add_command(with_directory(command))
+for command in (sandbox.simulate, sandbox.up, sandbox.demo):
     main.add_command(command)
