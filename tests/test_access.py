@@ -238,7 +238,8 @@ def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> Non
     if sandbox.flower_url:
         pages = ("api/workers?refresh=true", "api/tasks", "broker", "api/queues/length", "workers")
         for page in pages:
-            assert requests.get(f"{sandbox.flower_url}/{page}", timeout=30).ok, page
+            url = f"{sandbox.flower_url}/{page}"
+            assert requests.get(url, auth=sandbox.flower_login, timeout=30).ok, page
 
     found = {check["check"]: check for check in json.loads(cli(environ, "doctor", "--json"))}
     assert {name for name, check in found.items() if check["level"] == "error"} == set()
@@ -534,7 +535,8 @@ def test_tls_lets_in_whoever_has_a_certificate_and_is_verified_by_default(
         environ = HASTY | {"IMATTR_REDIS_URL": good}
         with Sandbox(tmp_path / "sandbox", environ, Plan(workers=1, concurrency=4)) as sandbox:
             deliver(sandbox, Producer(good, int(SDKAPPID)), "Rome")
-            assert requests.get(f"{sandbox.flower_url}/broker", timeout=30).ok
+            page = f"{sandbox.flower_url}/broker"
+            assert requests.get(page, auth=sandbox.flower_login, timeout=30).ok
 
 
 # Passwords that change.

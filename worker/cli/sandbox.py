@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -111,20 +112,49 @@ def simulate(
 )
 @click.option("--flower/--no-flower", default=True, show_default=True, help="Start Flower.")
 @click.option(
+    "--login/--no-login",
+    default=True,
+    show_default=True,
+    help="Let Flower ask for a password: FLOWER_BASIC_AUTH (user:password), or one that is made and shown.",
+)
+@click.option(
+    "--metrics/--no-metrics",
+    default=True,
+    show_default=True,
+    help="Serve metrics: an exporter for the fleet, and a port of each worker.",
+)
+@click.option(
     "--directory", type=click.Path(path_type=Path), default=SANDBOX, show_default=True, help="Data and logs."
 )
 @explained
-def up(workers: int, concurrency: int, pool: str, flower: bool, directory: Path) -> None:
+def up(
+    workers: int, concurrency: int, pool: str, flower: bool, login: bool, metrics: bool, directory: Path
+) -> None:
     """Run everything on this machine.
 
     Uses what is configured (IMATTR_REDIS_URL; IMATTR_API_URL or IMATTR_REGION). An embedded Redis, whose data stays in the
-    directory, and an API simulator stand in for the rest. Ctrl-C stops everything.
+    directory, and an API simulator stand in for the rest. Other commands find what runs here by themselves in the same
+    working directory, and elsewhere with --directory.
+
+    A part that ends is started again, later each time; after six ends in a row, everything stops and the exit code is 6.
+    Ctrl-C stops everything in order, a second Ctrl-C at once.
     """
     environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    # Commands may use them from another working directory.
+    files = {
+        name: str(Path(value).resolve())
+        for name, value in environ.items()
+        if name.endswith("_FILE") and value
+    }
+    environ |= files
+    plan = Plan(
+        workers=workers, concurrency=concurrency, pool=pool, flower=flower, login=login, metrics=metrics
+    )
     with until_stopped() as stopped:
-        plan = Plan(workers=workers, concurrency=concurrency, pool=pool, flower=flower)
         out.print("starting ...")
-        with Sandbox(directory, environ, plan, impatient=stopped.twice) as sandbox:
+        with Sandbox(
+            directory, environ, plan, tell=_tell, stopping=stopped, impatient=stopped.twice
+        ) as sandbox:
             path = directory / SETTINGS_FILE
             _write_private(path, "".join(f"{name}={value}\n" for name, value in sorted(environ.items())))
             try:
@@ -134,8 +164,15 @@ def up(workers: int, concurrency: int, pool: str, flower: bool, directory: Path)
                     time.sleep(0.5)
             finally:
                 path.unlink(missing_ok=True)
-                out.print("stopping: workers finish their batches ...")
     out.print("stopped")
+
+
+def _tell(text: str) -> None:
+    """Print what happens, for as long as there is a terminal: that it was closed must not keep anything from being stopped."""
+    now = time.strftime("%H:%M:%S")
+    # A closed pipe makes the console end the program.
+    with contextlib.suppress(OSError, SystemExit):
+        out.print(Text.assemble((now, "dim"), " ", text))
 
 
 def _write_private(path: Path, text: str) -> None:
@@ -145,17 +182,31 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _announce(sandbox: Sandbox, directory: Path) -> None:
+    plan = sandbox.plan
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for stand_in in sandbox.stand_ins:
         table.add_row(Text("sandboxed", style="yellow"), stand_in)
-    table.add_row("workers", f"{sandbox.plan.workers} x {sandbox.plan.concurrency} {sandbox.plan.pool}")
-    table.add_row("flower", sandbox.flower_url or "-")
+    table.add_row("workers", f"{plan.workers} x {plan.concurrency} {plan.pool}")
+    if sandbox.simulates:
+        table.add_row("simulator", f"{sandbox.api_url}/simulator/state")
+    if plan.flower:
+        table.add_row("flower", sandbox.flower_url)
+        table.add_row("", sandbox.login)
+    if plan.metrics:
+        table.add_row("metrics", f"{sandbox.exporter_url}/metrics, of the fleet")
+    for name, url in sandbox.health_urls.items():
+        table.add_row("", f"{url}/metrics, of {name}; beside it /livez, /readyz")
     table.add_row("logs", str(directory))
     out.print(table)
     out.print()
-    out.print("try, in another terminal:  imattr put u1 city=Paris level=Gold   and   imattr status --watch")
+    here = "" if directory == SANDBOX else f" --directory {directory}"
+    out.print("try, in another terminal:")
+    for command in ("put u1 city=Paris level=Gold", "status --watch"):
+        out.print(f"  imattr {command}{here}")
+    if sandbox.simulates:
+        out.print(f"  imattr faults set 502:0.5{here}")
     out.print("Ctrl-C stops everything.")
 
 
@@ -182,13 +233,9 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
         from worker.sandbox import demo_events
     except ModuleNotFoundError as error:
         fail(NO_SANDBOX, f"the demo needs the package {error.name}: pip install 'imattr-worker[sandbox]'")
-    # Parts that were started are stopped, whatever ends us.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
     out.print("making events ...")
     lines = list(demo_events.events(seed))
-    with progress() as show:
+    with until_stopped(interrupt=True) as stopped, progress() as show:
         report = job.run(
             directory,
             os.environ.get(f"{PREFIX}REDIS_URL", ""),
@@ -197,6 +244,7 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
             show=lambda progress: show(_progress_line(progress)),
             workers=workers,
             flower=flower,
+            impatient=stopped.twice,
         )
     table = Table.grid(padding=(0, 2))
     for name, text in report.rows:

@@ -23,7 +23,8 @@ import requests
 from worker.clock import SystemClock
 from worker.producer import Producer
 from worker.sandbox import demo_events
-from worker.sandbox.processes import Plan, Sandbox, empty
+from worker.sandbox.directory import empty
+from worker.sandbox.processes import Plan, Sandbox
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer, Snapshot
 from worker.state.connection import connect
@@ -139,11 +140,12 @@ def run(
     show: Callable[[Progress], None],
     workers: int = 2,
     flower: bool = True,
+    impatient: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Run the demo in `directory`, which is emptied first. Raises `SandboxError` when a part fails.
 
     With a `redis_url` that server is used instead of an embedded one, under an app id of the demo's own,
-    and the keys made are removed afterwards.
+    and the keys made are removed afterwards. `impatient` says that nobody wants to wait for the parts to end.
     """
     empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def run(
     prefix = f"imattr-demo:{sdkappid}:"
     environ = {"IMATTR_SDKAPPID": str(sdkappid), "IMATTR_BROKER_PREFIX": prefix}
     environ |= {"IMATTR_REDIS_URL": redis_url} if redis_url else {}
-    with contextlib.ExitStack() as cleanup, Sandbox(directory, environ, plan) as sandbox:
+    with contextlib.ExitStack() as cleanup, Sandbox(directory, environ, plan, impatient=impatient) as sandbox:
         if redis_url:
             cleanup.callback(_remove_keys, redis_url, Keys(sdkappid).pattern, f"{prefix}*")
         for stand_in in sandbox.stand_ins:
@@ -161,7 +163,7 @@ def run(
         say(f"redis      {_without_password(sandbox.redis_url)}")
         say(f"api        {sandbox.api_url}")
         if flower:
-            say(f"flower     {sandbox.flower_url}")
+            say(f"flower     {sandbox.flower_url}, {sandbox.login}")
         say(f"logs       {directory}")
         return _Demo(sandbox, lines, show).run()
 

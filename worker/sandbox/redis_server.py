@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from worker.errors import SandboxError
-from worker.state.connection import BusyLoadingError, ConnectionError, connect
+from worker.sandbox.supervisor import end_of
+from worker.state.connection import BusyLoadingError, ConnectionError, TimeoutError, connect
 
 #: Seconds a server may take to start (it loads its append-only file first) or to stop.
 PATIENCE = 30.0
@@ -61,6 +62,8 @@ class EmbeddedServer:
     `directory` keeps its log and, with `persistent`, its append-only file from one start to the next.
     """
 
+    name = "Redis"
+
     def __init__(
         self,
         directory: Path,
@@ -71,10 +74,11 @@ class EmbeddedServer:
         environ: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         keeps_open: Sequence[int] = (),
+        wait: bool = True,
     ) -> None:
         """`environ` is the server process' environment; None = ours. `options` are more of its arguments.
 
-        `keeps_open` are files that the server has open for as long as it runs.
+        `keeps_open` are files that the server has open for as long as it runs. Without `wait`, the caller asks `is_ready`.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -92,39 +96,58 @@ class EmbeddedServer:
             "daemonize": "no",
         }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        self._command = [find_server(), *arguments, *options]
+        self._environ, self._keeps_open = environ, keeps_open
+        self.start()
+        if wait:
+            self.wait_until_ready()
+
+    def start(self) -> None:
+        """Start the process, again if it has ended, on the same port and data."""
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
         # In a session of its own, so that Ctrl-C in the terminal does not reach the server, which stops last.
         self._process = subprocess.Popen(
-            [find_server(), *arguments, *options],
-            env=environ,
+            self._command,
+            env=self._environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=keeps_open,
+            pass_fds=self._keeps_open,
         )
-        self._wait_until_ready()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def _wait_until_ready(self) -> None:
+    def is_ready(self) -> bool:
+        """Whether it answers. Loading its file counts as "not yet", and so does a port that nobody listens on."""
+        with (
+            contextlib.suppress(ConnectionError, TimeoutError, BusyLoadingError),
+            connect(self.url, timeout=1) as redis,
+        ):
+            redis.ping()
+            # Another server may own the port and answer in place of ours.
+            return bool(redis.info("server")["process_id"] == self._process.pid)
+        return False
+
+    def wait_until_ready(self) -> None:
+        """Raise `SandboxError` if it does not answer in time."""
         deadline = time.monotonic() + PATIENCE
-        with connect(self.url) as redis:
-            while time.monotonic() < deadline and self._process.poll() is None:
-                # Loading its file counts as "not yet", and so does a port that nobody listens on.
-                with contextlib.suppress(ConnectionError, BusyLoadingError):
-                    redis.ping()
-                    # Another server may own the port and answer in place of ours.
-                    if redis.info("server")["process_id"] == self._process.pid:
-                        return
-                time.sleep(0.02)
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if self.is_ready():
+                return
+            time.sleep(0.02)
         self.stop()
-        raise SandboxError(f"the Redis server did not start, see {self.directory / 'server.log'}")
+        raise SandboxError(f"the Redis server did not start, see {self.log}")
 
     @property
     def log(self) -> Path:
         return self.directory / "server.log"
+
+    def said(self) -> str:
+        """What it has logged since its last start."""
+        return end_of(self.log, self._begin)
 
     def status(self) -> int | None:
         """None while it runs, else how it ended, as in `Popen.returncode`."""
@@ -135,12 +158,12 @@ class EmbeddedServer:
         self._process.kill()
         self._process.wait()
 
-    def stop(self) -> None:
+    def stop(self, patience: float = PATIENCE) -> None:
         """Stop the server and wait for it; its data stays in the directory."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(PATIENCE)
+                self._process.wait(patience)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()

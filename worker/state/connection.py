@@ -56,6 +56,7 @@ from .scripts import text
 
 __all__ = [
     "AsyncRedis",
+    "AuthenticationError",
     "BusyLoadingError",
     "ConnectionError",
     "DataError",
