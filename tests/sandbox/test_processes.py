@@ -135,7 +135,11 @@ def test_parts_that_are_killed_come_back_where_they_were(tmp_path: Path) -> None
         for pid in before.values():
             os.kill(pid, signal.SIGKILL)
 
-        until(lambda: [sandbox.check(), sum("is ready again" in text for text in told) == 2][1])
+        def are_back() -> bool:
+            sandbox.check()
+            return sum("is ready again" in text for text in told) == 2
+
+        until(are_back)
 
         assert not set(before.values()) & set(sandbox.pids().values())
         assert urllib.request.urlopen(f"{sandbox.api_url}/simulator/state", timeout=10).status == 200
