@@ -252,8 +252,9 @@ def test_flower_shows_what_is_taken_in_and_the_queues(tmp_path: Path) -> None:
         # Until it has asked the workers what they take, Flower shows whatever is configured.
         # The page of a worker waits for its answer.
         name = f"worker-1@{socket.gethostname()}"
-        wait_until(lambda: requests.get(f"{system.sandbox.flower_url}/worker/{name}", timeout=60).ok)
-        broker = requests.get(f"{system.sandbox.flower_url}/broker", timeout=20).text
+        url, login = system.sandbox.flower_url, system.sandbox.flower_login
+        wait_until(lambda: requests.get(f"{url}/worker/{name}", auth=login, timeout=60).ok)
+        broker = requests.get(f"{url}/broker", auth=login, timeout=20).text
         assert "updates" in broker
         assert "deliveries" in broker
         assert "has no attribute" not in broker

@@ -197,6 +197,8 @@ def test_flower_asks_for_a_login_and_is_for_this_machine_only(tmp_path: Path) ->
         assert password not in Path(f"/proc/{pid}/cmdline").read_text()
         assert sandbox.flower_url.startswith("http://127.0.0.1:")
         assert "--address=127.0.0.1" in Path(f"/proc/{pid}/cmdline").read_text()
+        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        assert not [text for text in environ if text.startswith("IMATTR_SECRET_KEY")]
 
 
 UP = [sys.executable, "-m", "worker.cli", "up", "--workers", "0", "--no-flower", "--no-metrics"]

@@ -195,9 +195,9 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
         table.add_row("flower", sandbox.flower_url)
         table.add_row("", sandbox.login)
     if plan.metrics:
-        table.add_row("metrics", f"{sandbox.exporter_url}/metrics, of the fleet")
+        table.add_row("metrics", f"{sandbox.exporter_url}/metrics  the fleet")
     for name, url in sandbox.health_urls.items():
-        table.add_row("", f"{url}/metrics, of {name}; beside it /livez, /readyz")
+        table.add_row("", f"{url}/metrics  {name}; also /livez, /readyz")
     table.add_row("logs", str(directory))
     out.print(table)
     out.print()

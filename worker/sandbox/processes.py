@@ -34,6 +34,8 @@ SDKAPPID = "1400000000"
 WORKERS_PATIENCE, PARTS_PATIENCE = 60.0, 10.0
 #: Without Redis, workers cannot finish anything.
 PATIENCE_WITHOUT_REDIS = 5.0
+#: Settings that hold, or name, the secret key.
+KEYS = ("IMATTR_SECRET_KEY", "IMATTR_SECRET_KEY_FILE")
 #: Whose login Flower asks for.
 FLOWER_USER = "imattr"
 #: What Flower reads its logins from: a command line can be seen by everybody on the machine.
@@ -234,10 +236,9 @@ class Sandbox:
             self.health_urls[name] = f"http://127.0.0.1:{port}"
 
         def ready(process: Process) -> bool:
-            # Its log does not say so if only warnings are logged.
-            return " ready." in process.said() or (
-                self.plan.metrics and answers(f"{self.health_urls[name]}/readyz")
-            )
+            if self.plan.metrics:
+                return answers(f"{self.health_urls[name]}/readyz")
+            return " ready." in process.said()
 
         return self._spawn(
             name, ["-m", "celery", "--app", "worker", "worker", *options], ready, own=own, cwd=code
@@ -251,6 +252,7 @@ class Sandbox:
             "exporter",
             ["-m", "worker.cli", "exporter", *options],
             lambda _: answers(f"{self.exporter_url}/healthz"),
+            calls_api=False,
         )
 
     def _start_flower(self) -> Callable[[], None]:
@@ -266,6 +268,7 @@ class Sandbox:
             ["-m", "celery", "--app", "worker", "flower", *options, "--read_only=True"],
             lambda _: answers(f"{self.flower_url}/healthcheck"),
             own=own,
+            calls_api=False,
         )
 
     def _spawn(
@@ -276,9 +279,14 @@ class Sandbox:
         *,
         own: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        calls_api: bool = True,
     ) -> Callable[[], None]:
-        """Start a program of ours, with an environment of its `own` on top; the result waits until it is ready."""
-        environ = _environment(self.environ, own or {})
+        """Start a program of ours; the result waits until it is ready.
+
+        Its `own` settings come on top. One that does not call the API does not get the key.
+        """
+        settings = {name: text for name, text in self.environ.items() if calls_api or name not in KEYS}
+        environ = _environment(settings, own or {})
         log = self.directory / f"{name}.log"
         process = Process(name, arguments, log=log, environ=environ, ready=ready, cwd=cwd)
         self._processes.append(process)
