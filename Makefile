@@ -64,6 +64,9 @@ bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals
 manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for production (build/manifests), and check it
 	$(KUBERNETES)/bin/python -m tests.manifests
 
+image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)
+	docker/image
+
 docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 	$(BIN)/python -m tests.docs
 
@@ -113,4 +116,4 @@ $(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos soak bench manifests lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos soak bench manifests image lock clean
