@@ -241,3 +241,32 @@ def test_a_server_says_how_it_ended(tmp_path: Path) -> None:
         assert server.status() is None
         server.kill()
         assert server.status() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["making events", "redis      ", "logs       "])
+def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "worker.cli",
+        "demo",
+        "--workers",
+        "1",
+        "--no-flower",
+        "--directory",
+        str(tmp_path),
+    ]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("IMATTR_")}
+    demo = subprocess.Popen(
+        command, env=environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    assert demo.stdout
+    next(line for line in demo.stdout if line.startswith(moment))
+
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=60)
+
+    assert demo.returncode == 130
+    marker = tmp_path / DirectoryLock.MARKER
+    pids = marker.read_text().split() if marker.exists() else []
+    assert not any(has_process(int(pid)) for pid in pids)

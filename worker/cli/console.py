@@ -206,17 +206,12 @@ class Stopped:
 
 
 @contextmanager
-def until_stopped(*, interrupt: bool = False) -> Iterator[Stopped]:
-    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed.
-
-    With `interrupt`, the first of them raises KeyboardInterrupt; the others do not, since parts are being stopped by then.
-    """
+def until_stopped() -> Iterator[Stopped]:
+    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed."""
     stopped = Stopped()
 
     def note(*_: object) -> None:
         stopped.times += 1
-        if interrupt and stopped.times == 1:
-            raise KeyboardInterrupt
 
     asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in asking}

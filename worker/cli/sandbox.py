@@ -235,7 +235,8 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
         fail(NO_SANDBOX, f"the demo needs the package {error.name}: pip install 'imattr-worker[sandbox]'")
     out.print("making events ...")
     lines = list(demo_events.events(seed))
-    with until_stopped(interrupt=True) as stopped, progress() as show:
+    # A flag, because an exception could come while parts are being stopped, and leave the others behind.
+    with until_stopped() as stopped, progress() as show:
         report = job.run(
             directory,
             os.environ.get(f"{PREFIX}REDIS_URL", ""),
@@ -244,6 +245,7 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
             show=lambda progress: show(_progress_line(progress)),
             workers=workers,
             flower=flower,
+            stopping=stopped,
             impatient=stopped.twice,
         )
     table = Table.grid(padding=(0, 2))

@@ -140,12 +140,14 @@ def run(
     show: Callable[[Progress], None],
     workers: int = 2,
     flower: bool = True,
+    stopping: Callable[[], bool] = lambda: False,
     impatient: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Run the demo in `directory`, which is emptied first. Raises `SandboxError` when a part fails.
 
     With a `redis_url` that server is used instead of an embedded one, under an app id of the demo's own,
-    and the keys made are removed afterwards. `impatient` says that nobody wants to wait for the parts to end.
+    and the keys made are removed afterwards. `stopping` says that somebody wants an end, `impatient` that nobody
+    wants to wait for it. Raises `KeyboardInterrupt` when it was stopped.
     """
     empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,10 @@ def run(
     prefix = f"imattr-demo:{sdkappid}:"
     environ = {"IMATTR_SDKAPPID": str(sdkappid), "IMATTR_BROKER_PREFIX": prefix}
     environ |= {"IMATTR_REDIS_URL": redis_url} if redis_url else {}
-    with contextlib.ExitStack() as cleanup, Sandbox(directory, environ, plan, impatient=impatient) as sandbox:
+    with (
+        contextlib.ExitStack() as cleanup,
+        Sandbox(directory, environ, plan, stopping=stopping, impatient=impatient) as sandbox,
+    ):
         if redis_url:
             cleanup.callback(_remove_keys, redis_url, Keys(sdkappid).pattern, f"{prefix}*")
         for stand_in in sandbox.stand_ins:
@@ -223,6 +228,8 @@ class _Demo:
         return f"{users:,} users of {len(batches)} batches"
 
     def _look(self, *, always: bool = False) -> Snapshot:
+        if self._sandbox.stopping():
+            raise KeyboardInterrupt
         snapshot = self._buffer.snapshot()
         now = time.monotonic()
         if always or now - self._shown > 0.2:
