@@ -186,6 +186,9 @@ def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> Non
     assert "city" in cli(environ, "names", "list")
     cli(environ, "pause", "--reason", "a test")
     producer.set_many(updates(300, "Rome"))
+    assert "paused" in cli(environ, "why", "user00007", "city")
+    assert json.loads(cli(environ, "user", "show", "user00007", "--json"))["pending"]["lane"] == "live"
+    assert "a test" in cli(environ, "history")
     cli(environ, "resume")
     wait_until(settled)
 

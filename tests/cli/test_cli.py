@@ -611,10 +611,10 @@ def test_a_user_can_be_looked_up_without_its_values(imattr: Terminal) -> None:
 
 
 def test_status_goes_on_while_redis_is_away(imattr: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter([{"found": 1}, redis.ConnectionError(), {"found": 2}])
+    looks: list[dict[str, int] | BaseException] = [{"found": 1}, redis.ConnectionError(), {"found": 2}]
 
     def read(*_: object) -> dict[str, int]:
-        look = next(looks, KeyboardInterrupt())
+        look = looks.pop(0) if looks else KeyboardInterrupt()
         if isinstance(look, BaseException):
             raise look
         return look
