@@ -107,7 +107,7 @@ def test_the_client_has_its_modules_all_scripts_and_nothing_else(wheels: dict[st
         *(f"imattr/{name}.py" for name in ("__init__", "async_producer", "clock", "config", "errors")),
         *(f"imattr/{name}.py" for name in ("models", "producer", "ratelimit", "redis_url", "version")),
         *(f"imattr/state/{name}.py" for name in ("__init__", "attribute_names", "buffer", "connection")),
-        *(f"imattr/state/{name}.py" for name in ("confirmation", "keys", "scripts")),
+        *(f"imattr/state/{name}.py" for name in ("confirmation", "history", "keys", "scripts")),
     }
 
 
