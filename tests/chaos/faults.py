@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 
 import redis
 
-from tests.chaos.system import LEASE, Promotion, Store, System
+from tests.chaos.system import EVERYTHING, LEASE, USER, Promotion, Store, System
 from tests.chaos.writers import NAMES
-from tests.redis_fleet import Node, SentinelFleet, is_primary
+from tests.redis_fleet import DOWN_AFTER, Node, SentinelFleet, is_primary
 from worker.clock import SystemClock
 from worker.ratelimit import RateLimiter
 from worker.state import scripts
@@ -159,6 +160,32 @@ def redis_refuses(system: System) -> Struck:
             return Struck(seconds, lambda: client.config_set("min-replicas-to-write", "0"))
 
 
+def password_rotated(system: System) -> Struck:
+    """Redis wants another password, and the file has it a moment before, or after (not beside the previous version)"""
+    if system.password_file is None:
+        return NOTHING
+    old, new, file = system.password_file.read_text(), secrets.token_hex(16), system.password_file
+    in_order, client = system.rng.random() < 0.5, system.redis
+
+    def change(*passwords: str) -> None:
+        client.acl_setuser(USER, enabled=True, passwords=list(passwords))
+
+    if in_order:
+        change(f"+{new}")
+        file.write_text(new)
+    else:
+        change(f"+{new}", f"-{old}")
+    # Connections that are open go on with the old one: as after the reset of a proxy, they must log in again.
+    client.execute_command("CLIENT", "KILL", "USER", USER)  # type: ignore[no-untyped-call]
+
+    def finish() -> None:
+        file.write_text(new)
+        # Also if the server was restarted meanwhile.
+        client.acl_setuser(USER, enabled=True, reset=True, passwords=[f"+{new}"], **EVERYTHING)
+
+    return Struck(system.rng.uniform(0.5, 3.0), finish)
+
+
 def records_damaged(system: System) -> Struck:
     """another program writes over records of some users, or of a batch (not beside the previous version)"""
     if system.previous:
@@ -272,6 +299,22 @@ def slot_moved(system: System) -> Struck:
         return NOTHING
     system.fleet.reshard(system.keys.pending)
     return Struck()
+
+
+def primary_slow(system: System) -> Struck:
+    """answers of the primary come late, to clients, replicas and sentinels (not in a cluster)"""
+    proxy, delay = system.fleet.primary(system.keys.pending).proxy, system.rng.choice((0.005, 0.05, 0.3))
+    if proxy is None:
+        return NOTHING
+    return Struck(system.rng.uniform(1.0, 3.0), lambda: proxy.tell("pass"), proxy.tell(f"delay {delay}"))
+
+
+def primary_half_open(system: System) -> Struck:
+    """packets to and from the primary vanish, for less time than makes the sentinels act (not in a cluster)"""
+    proxy = system.fleet.primary(system.keys.pending).proxy
+    if proxy is None:
+        return NOTHING
+    return Struck(DOWN_AFTER / 1000 / 2, lambda: proxy.tell("pass"), proxy.tell("swallow"))
 
 
 def _promote(system: System, how: Callable[[Node], None] | None, since: float | None = None) -> Struck:
@@ -510,6 +553,7 @@ SINGLE: list[Fault] = [
     redis_stalled,
     clock_jumped,
     redis_refuses,
+    password_rotated,
     records_damaged,
     redis_connections_cut,
     redis_unreachable,
@@ -526,6 +570,8 @@ FLEET: list[Fault] = [
     split_brain,
     slot_moved,
 ]
+#: Where it is on a fleet of servers, and none of them is promoted.
+LINKS: list[Fault] = [primary_slow, primary_half_open]
 #: Everywhere.
 COMMON: list[Fault] = [
     worker_killed,
@@ -563,12 +609,12 @@ COMMON: list[Fault] = [
 
 def faults_of(store: Store) -> list[Fault]:
     """Everything that can go wrong where the state is kept so."""
-    return COMMON + (SINGLE if store == "single" else FLEET)
+    return COMMON + (SINGLE if store == "single" else FLEET + LINKS)
 
 
 #: Only one of these at a time: they turn the same knob, or one would hide the other.
 GROUPS: list[set[Fault]] = [
-    {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped, redis_refuses},
+    {redis_killed, redis_lost_its_last_second, redis_stalled, clock_jumped, redis_refuses, password_rotated},
     {redis_connections_cut, redis_unreachable, redis_slow, redis_answers_lost, redis_black_hole},
     {api_connections_cut, api_slow, api_black_hole},
     {
@@ -580,7 +626,7 @@ GROUPS: list[set[Fault]] = [
         api_refuses,
         api_refuses_users,
     },
-    set(FLEET),
+    {*FLEET, *LINKS},
     {broker_killed, broker_connections_cut, broker_black_hole},
     {paused, resumed},
     {fleet_scaled},

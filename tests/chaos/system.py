@@ -61,6 +61,10 @@ SETTINGS = {
     "IMATTR_LOG_FORMAT": "json",
 }
 
+#: Whom workers and writers are for a single Redis, and what that user may do.
+USER = "imattr"
+EVERYTHING: dict[str, Any] = {"keys": ["*"], "channels": ["*"], "categories": ["+@all"]}
+
 
 @dataclass(slots=True)
 class Import:
@@ -177,6 +181,18 @@ class System:
         reply = requests.get(url, timeout=120)
         return [json.loads(line) for line in reply.text.splitlines()] if what == "record" else reply.json()
 
+    @property
+    def password_file(self) -> Path | None:
+        """Where workers and writers read Redis' password; None if they need none."""
+        found = self.sandbox.environ.get("IMATTR_REDIS_PASSWORD_FILE")
+        return Path(found) if found else None
+
+    def let_in(self) -> None:
+        """Let everybody but ourselves in with the password in the file only. The server forgets that when it ends."""
+        if self.password_file:
+            password = self.password_file.read_text()
+            self.redis.acl_setuser(USER, enabled=True, reset=True, passwords=[f"+{password}"], **EVERYTHING)
+
     def rotate_key(self) -> None:
         key = secrets.token_hex(32)
         self.key_file.write_text(key)
@@ -271,6 +287,7 @@ class System:
             environ=self.server_environ,
         )
         self.store = (server, self.redis_proxy)
+        self.let_in()
 
     # Writers and imports.
 
@@ -448,15 +465,24 @@ def running(
             "IMATTR_SDKAPPID": SDKAPPID,
             "IMATTR_SECRET_KEY_FILE": str(key_file),
             "IMATTR_REDIS_URL": place.url,
-            "IMATTR_REPLICAS": str(replicas),
         }
+        # The previous version does not know it.
+        if replicas:
+            environ["IMATTR_REPLICAS"] = str(replicas)
         # The simulator is started by the sandbox, workers are not: they see the proxies.
         options = ("--latency", "0.03")
         plan = Plan(workers=0, concurrency=8, flower=False, names=writers.NAMES, simulator_options=options)
         sandbox = stack.enter_context(Sandbox(directory, environ, plan))
         found: tuple[EmbeddedServer, Proxy] | Fleet
         if isinstance(place, EmbeddedServer):
-            proxy, sandbox.environ["IMATTR_REDIS_URL"] = _proxy_before(place.url, stack)
+            proxy, url = _proxy_before(place.url, stack)
+            # The previous version reads no password file.
+            if not previous:
+                url = url.replace("//", f"//{USER}@")
+                password_file = directory / "password"
+                password_file.write_text(secrets.token_hex(16))
+                sandbox.environ["IMATTR_REDIS_PASSWORD_FILE"] = str(password_file)
+            sandbox.environ["IMATTR_REDIS_URL"] = url
             found = (place, proxy)
         else:
             found = place
@@ -478,6 +504,7 @@ def running(
         )
         if store == "single":
             stack.callback(lambda: system.server.stop())
+            system.let_in()
         system.names.set(writers.NAMES)
         ready = [system.start_worker(number) for number in range(0 if previous else 1, workers + 1)]
         for wait in ready:

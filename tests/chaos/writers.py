@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tests.history import Answer, Offer
 from worker.producer import Producer
+from worker.redis_url import with_password_file
 from worker.state.connection import Redis, connect
 from worker.state.keys import Keys
 
@@ -114,12 +115,15 @@ WAYS = {"set": (1, False), "set_many": (40, True), "stream": (1, False), "tasks"
 def make(way: str) -> Way:
     """The way of that name, by the settings in the environment."""
     redis_url, app = os.environ["IMATTR_REDIS_URL"], int(os.environ["IMATTR_SDKAPPID"])
+    password_file = os.environ.get("IMATTR_REDIS_PASSWORD_FILE", "")
     if way == "tasks":
         return _tasks(os.environ["IMATTR_BROKER_URL"])
     if way == "stream":
         keys = Keys(app)
-        return _stream(connect(redis_url, key=keys.updates), keys)
-    producer = Producer(redis_url, app, replicas=int(os.environ.get("IMATTR_REPLICAS", "0")))
+        place = with_password_file(redis_url, password_file) if password_file else redis_url
+        return _stream(connect(place, key=keys.updates), keys)
+    replicas = int(os.environ.get("IMATTR_REPLICAS", "0"))
+    producer = Producer(redis_url, app, replicas=replicas, password_file=password_file)
     return _one_by_one(producer) if way == "set" else _many(producer)
 
 
