@@ -93,6 +93,7 @@ SCRIPT_BUGS = {
     "two slots for one": ("reserve", "whole(slot + apart)", "whole(slot + math.floor(apart / 2))"),
     "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
     "a redrive is not counted": ("redrive", "counts.redriven = counts.redriven + 1", "local _ = 0"),
+    "a repeated value is believed to be there after a failover": ("add", " and is_trusted(user, since)", ""),
     "a lease that ended is not reclaimed": ("reclaim", "'-inf', '(' .. now", "'-inf', '(' .. 0"),
     "nobody probes": ("dispatch", "next_probe <= now", "false"),
     "a record that cannot be read ends a script": ("settle", "readable(sent[i])", "cjson.decode(sent[i])"),
@@ -112,6 +113,7 @@ SOONER = {
     "a clock set back makes new values old": 7,
     "a newer value leaves the old one in the dead letter": 41,
     "a stop forgets the hold": 1870,
+    "a repeated value is believed to be there after a failover": 11611,
     "nobody waits after a failover": 183,
 }
 
