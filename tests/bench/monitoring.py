@@ -1,4 +1,4 @@
-"""What operating it costs: metrics."""
+"""What watching it costs: the processor that metrics take, and how many there are."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from pathlib import Path
 import requests
 
 from tests.bench import APP, ATTRS, Results, cpu, state_of, users
+from worker.config import Settings
 from worker.delivery.answers import Reply
 from worker.delivery.meter import Summary
 from worker.models import Acked, Batch, BatchId, ClaimedUser
+from worker.operate import exporter
 from worker.operate.metrics import WorkerPage
 from worker.producer import Producer
 from worker.sandbox.processes import Plan, Sandbox
 from worker.sandbox.redis_server import free_port
+from worker.state.buffer import Buffer
+from worker.state.connection import connect
+from worker.state.keys import Keys
 
 #: Seconds that a worker is measured at full rate, and batches that are counted alone.
 MEASURED, BATCHES = 20, 3000
@@ -74,3 +79,39 @@ def _counting(page: WorkerPage) -> float:
         page.meter.settled(batch, outcomes, 0.1)
         page.meter.ended(summary)
     return time.process_time() - began
+
+
+def cardinality(results: Results) -> None:
+    """How many series there are, before and after a million users have been delivered."""
+    count, port = 1_000_000, free_port()
+    environ = {"IMATTR_HEALTH_PORT": str(port)}
+    plan = Plan(
+        workers=1, concurrency=32, flower=False, names=tuple(ATTRS), simulator_options=("--no-record",)
+    )
+    with tempfile.TemporaryDirectory() as directory, Sandbox(Path(directory), environ, plan) as sandbox:
+        settings = Settings.from_env(environ, "producer")
+        with connect(sandbox.redis_url, key=Keys(APP).pending) as redis:
+            fleet = exporter.pages(redis, settings)["/metrics"]
+
+            def series() -> tuple[int, int]:
+                worker = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+                return tuple(  # type: ignore[return-value]
+                    sum(not line.startswith("#") for line in text.splitlines())
+                    for text in (worker, fleet("").body.decode())
+                )
+
+            producer, buffer = Producer(sandbox.redis_url, APP), Buffer(redis, Keys(APP))
+            producer.set_many(users(100))
+            while buffer.snapshot().ledger["delivered"] < 100:
+                time.sleep(0.1)
+            before = series()
+            producer.set_many(users(count, 100))
+            while buffer.snapshot().ledger["delivered"] < count:
+                time.sleep(0.5)
+            after = series()
+    results.add(
+        "series of a worker, and of the exporter",
+        f"{after[0]} and {after[1]} after {count:,} users; {before[0]} and {before[1]} after 100",
+        "the same",
+        after == before,
+    )

@@ -8,6 +8,7 @@ much. A ticket that is lost costs nothing but time: the users stay in their lane
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
@@ -32,6 +33,21 @@ HORIZON = 0.5
 RECLAIM_EVERY, FORGET_EVERY = 1.0, 0.1
 #: Seconds between two checks that ledger and lanes agree with the records: keys may have been deleted or evicted.
 REPAIR_EVERY = 10.0
+
+
+@dataclass(slots=True)
+class _Chore:
+    """What the leader does now and then, every so many seconds of its turns."""
+
+    every: float
+    do: Callable[[], object]
+    due_in: float = 0.0
+
+    def after(self, seconds: float) -> None:
+        self.due_in -= seconds
+        if self.due_in <= 0:
+            self.due_in = self.every
+            self.do()
 
 
 class Dispatcher(LeaderLoop):
@@ -65,7 +81,12 @@ class Dispatcher(LeaderLoop):
         self._quota = max(1, round(quota))
         self._batch_size, self._linger = batch_size, linger
         self._is_short_of_memory, self._meter = is_short_of_memory, meter or Meter()
-        self._reclaim_in = self._forget_in = self._repair_in = self._sample_in = 0.0
+        self._chores = [
+            _Chore(RECLAIM_EVERY, self._reclaim),
+            _Chore(FORGET_EVERY, self._forget),
+            _Chore(REPAIR_EVERY, self._repair),
+            _Chore(EVERY, self._fleet.sample),
+        ]
 
     def sign_of_life(self) -> None:
         self._on_turn()
@@ -74,7 +95,7 @@ class Dispatcher(LeaderLoop):
         self._on_answer()
 
     def lead(self) -> float:
-        """Issue the tickets that are due, and reclaim expired leases now and then."""
+        """Issue the tickets that are due, and do the chores now and then."""
         tick = self._buffer.tick(
             size=self._batch_size,
             linger=self._linger,
@@ -89,23 +110,12 @@ class Dispatcher(LeaderLoop):
                 self._buffer.release_tickets(tick.tickets[position:])
                 raise
         pause = TURN if tick.next_due is None else min(TURN, tick.next_due)
-        self._reclaim_in -= pause
-        if self._reclaim_in <= 0:
-            self._reclaim_in = RECLAIM_EVERY
-            self._reclaim()
-        self._forget_in -= pause
-        if self._forget_in <= 0:
-            self._forget_in = FORGET_EVERY
-            self._buffer.forget(make_room=self._is_short_of_memory())
-        self._repair_in -= pause
-        if self._repair_in <= 0:
-            self._repair_in = REPAIR_EVERY
-            self._repair()
-        self._sample_in -= pause
-        if self._sample_in <= 0:
-            self._sample_in = EVERY
-            self._fleet.sample()
+        for chore in self._chores:
+            chore.after(pause)
         return pause
+
+    def _forget(self) -> None:
+        self._buffer.forget(make_room=self._is_short_of_memory())
 
     def _repair(self) -> None:
         lost, joined = self._buffer.repair()

@@ -5,6 +5,7 @@ What is permitted and what is done are two things: `rate` is what the shared clo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ BESIDE_A_CALL, USUAL_CALL = 0.02, 0.1
 
 
 def read(redis: Redis, settings: Settings) -> dict[str, Any]:
-    """Count everything at one instant. Times are ISO 8601 in UTC, durations and ages seconds."""
+    """Count everything. Times are ISO 8601 in UTC, durations and ages seconds.
+
+    The lanes and the ledger are of one instant, the rest of the moments after it.
+    """
     keys = Keys(settings.sdkappid)
     snapshot = Buffer(redis, keys).snapshot()
     seconds, micros = redis.time()
@@ -53,22 +57,9 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     # The lowest quota that any process has named rules.
     quota = min([settings.quota, *rate.quotas])
     limit = min(rate.limit or quota, quota)
-    apart = max(rate.apart, SPACING / limit)
-    current = round(1 / apart, 1) if line.state == "open" else 0.0
-    users = snapshot.pending + snapshot.in_flight
-    fleet = Fleet(redis, keys)
-    samples = _up_to_now(fleet.samples(round(max(WINDOWS.values()) / EVERY) + 2), now)
-    lately = pace(samples, WINDOWS["1min"])
-    # While nothing may be sent, the pace of the last minute says nothing about the next.
-    is_moving = line.state == "open" and lately is not None and lately.users > 0
-    eta = 0.0 if not users else users / lately.users if lately and is_moving else None
-    intake = read_intake(redis, keys)
-    roles = {
-        "dispatcher": keys.dispatcher,
-        "stream_consumer": keys.consumer,
-        "queue_consumer": keys.queue_consumer,
-    }
+    current = round(1 / max(rate.apart, SPACING / limit), 1) if line.state == "open" else 0.0
     return {
+        "at": iso(now),
         "line": {
             "state": line.state,
             "reason": line.reason,
@@ -95,31 +86,50 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         "quarantine": snapshot.quarantine,
         "refused": Refused(redis, keys).count(),
         "rate": {"quota": quota, "limit": limit, "current": current},
-        "measured": {name: _measured(pace(samples, seconds)) for name, seconds in WINDOWS.items()},
-        "series": _series(samples),
-        "threads_wanted": _threads_wanted(current, lately) if users else 0,
-        "workers": [
-            {"name": one.name, "threads": one.threads, "busy": one.busy, "version": one.version}
-            for one in fleet.workers()
-        ],
-        "leaders": {role: current_leader(redis, key) for role, key in roles.items()},
+        **_pace(Fleet(redis, keys), snapshot.pending + snapshot.in_flight, current, now),
+        "leaders": {role: current_leader(redis, key) for role, key in _roles(keys).items()},
         "tickets": redis.zcard(keys.tickets),
-        "intake": intake.queue,
-        "ways": {
-            "accepted": {
-                **intake.ways,
-                "other": max(0, snapshot.ledger["accepted"] - sum(intake.ways.values())),
-            },
-            "refused": intake.refused,
-        },
-        "stream": intake.stream,
+        **_ways_in(redis, keys, snapshot.ledger["accepted"]),
         "imports": _imports(redis, keys, now),
         "stops": [_stop(event) for event in _last_stops(History(redis, keys).newest(EVENTS))],
         "redis": {"servers": snapshot.servers, "updates_lost": snapshot.lost_with_servers},
         "calls": snapshot.calls,
         "ledger": {**snapshot.ledger, "imbalance": snapshot.imbalance, "balanced": snapshot.balanced},
-        "eta_s": None if eta is None else round(eta, 1),
-        "at": iso(now),
+    }
+
+
+def _pace(fleet: Fleet, users: int, rate: float, now: float) -> dict[str, Any]:
+    """What the fleet does, and until when that takes for so many users, if anything may be sent at all."""
+    samples = _up_to_now(fleet.samples(round(max(WINDOWS.values()) / EVERY) + 2), now)
+    lately = pace(samples, WINDOWS["1min"])
+    # While nothing may be sent, the pace of the last minute says nothing about the next.
+    eta = users / lately.users if lately and lately.users and rate else None
+    return {
+        "measured": {name: _measured(pace(samples, seconds)) for name, seconds in WINDOWS.items()},
+        "series": _series(samples),
+        "threads_wanted": _threads_wanted(rate, lately) if users else 0,
+        "workers": [dataclasses.asdict(worker) for worker in fleet.workers()],
+        "eta_s": 0.0 if not users else None if eta is None else round(eta, 1),
+    }
+
+
+def _ways_in(redis: Redis, keys: Keys, accepted: int) -> dict[str, Any]:
+    """What came in by which way, and what waits to be taken."""
+    intake = read_intake(redis, keys)
+    # Producers of the version before do not say how their updates came.
+    ways: dict[str, int] = dict(intake.ways) | {"other": max(0, accepted - sum(intake.ways.values()))}
+    return {
+        "intake": intake.queue,
+        "ways": {"accepted": ways, "refused": intake.refused},
+        "stream": intake.stream,
+    }
+
+
+def _roles(keys: Keys) -> dict[str, str]:
+    return {
+        "dispatcher": keys.dispatcher,
+        "stream_consumer": keys.consumer,
+        "queue_consumer": keys.queue_consumer,
     }
 
 
