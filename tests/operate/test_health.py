@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,3 +73,15 @@ def test_a_worker_that_the_broker_does_not_know_is_not_ready(page: Page) -> None
 )
 def test_the_page_has_its_paths(page: Page, path: str, status: int) -> None:
     assert page.get(path)[0] == status
+
+
+def test_the_page_is_there_by_ipv6_as_well(page: Page) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    assert requests.get(f"http://[::1]:{page.port}/livez", timeout=5).ok
+    assert page.get("livez")[0] == 200
+
+
+def test_a_port_that_is_taken_is_an_error_that_says_so(page: Page) -> None:
+    with pytest.raises(OSError, match="in use"):
+        health.serve(page.port, {})

@@ -15,7 +15,7 @@ from worker.operate import health
 @click.option(
     "--port", default=9464, show_default=True, type=click.IntRange(1, 65_535), help="Port of the page."
 )
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address of the interface.")  # noqa: S104
+@click.option("--host", default="", help="Address to listen on. [default: all interfaces]")
 @explained
 def exporter(port: int, host: str) -> None:
     """Serve the fleet's metrics to Prometheus.
@@ -28,7 +28,7 @@ def exporter(port: int, host: str) -> None:
             server = health.serve(port, fleet.pages(redis, settings), host=host)
         except OSError as error:
             fail(FAILED, f"port {port}: {error.strerror}")
-        out.print(f"metrics of app {settings.sdkappid} at http://{host}:{port}/metrics")
+        out.print(f"metrics of app {settings.sdkappid} at http://{host or '127.0.0.1'}:{port}/metrics")
         while not stopped():
             time.sleep(0.2)
         server.shutdown()

@@ -14,8 +14,11 @@ from worker.operate import status
 from worker.operate.why import explain, facts
 from worker.state.connection import Redis
 from worker.state.keys import Keys
-from worker.state.refused import MOST, Refused, RefusedUpdate
+from worker.state.refused import Refused, RefusedUpdate
 from worker.state.users import look
+
+#: Refused updates that are searched for those of a user, the newest first.
+REFUSED = 1000
 
 
 @click.command()
@@ -43,7 +46,7 @@ def why(user: str, name: str, as_json: bool) -> None:
 
 
 def _refused(redis: Redis, keys: Keys, user: UserId) -> list[RefusedUpdate]:
-    return [one for one in Refused(redis, keys).newest(MOST) if one.user == user]
+    return [one for one in Refused(redis, keys).newest(REFUSED) if one.user == user]
 
 
 @click.group("user")

@@ -8,6 +8,8 @@ takes work: it is registered at the broker, and Redis has answered it lately.
 from __future__ import annotations
 
 import json
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,14 +31,35 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class _Server(ThreadingHTTPServer):
+    """Listens on IPv6, too, if the machine has it: some clusters have nothing else."""
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        if ":" in host or (not host and socket.has_dualstack_ipv6()):
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Not that of `HTTPServer`, which asks the name service who we are, and waits for it.
+        socketserver.TCPServer.server_bind(self)
+
+
 #: The page at each path, from what the client accepts (`Accept`) to its answer.
 Pages = Mapping[str, Callable[[str], Answer]]
 
 
 def serve(port: int, pages: Pages, *, host: str = "") -> ThreadingHTTPServer:
-    """Serve the pages in threads of their own until `shutdown`. Raises `OSError` if the port cannot be had."""
+    """Serve the pages in threads of their own until `shutdown`; on all interfaces without a `host`.
+
+    Raises `OSError` if the port cannot be had.
+    """
 
     class Handler(BaseHTTPRequestHandler):
+        #: Seconds that a client may take to ask: a connection that says nothing must not keep a thread.
+        timeout = 10
+
         def do_GET(self) -> None:
             page = pages.get(self.path.partition("?")[0])
             if page is None:
@@ -52,7 +75,7 @@ def serve(port: int, pages: Pages, *, host: str = "") -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             """Probes come every few seconds; they are not worth a log line."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    server = _Server(host, port, Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server
 
