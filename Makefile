@@ -55,6 +55,9 @@ chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYN
 failovers: $(STAMP) ## Fail Redis over again and again (REDIS=sentinel, REPLICAS=1, TIMES=30)
 	$(BIN)/python -m tests.chaos.failovers --redis $(or $(REDIS),sentinel) --replicas $(or $(REPLICAS),0) --times $(or $(TIMES),30)
 
+alerts: $(STAMP) ## Play what can go wrong under a real Prometheus: which alerts fire (needs prometheus)
+	$(BIN)/python -m tests.monitoring
+
 soak: $(STAMP) ## Run at full rate; nothing may grow (MINUTES=30)
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
@@ -116,4 +119,4 @@ $(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos soak bench manifests image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests image lock clean

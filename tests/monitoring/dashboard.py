@@ -206,9 +206,10 @@ ROWS = (
     Row(
         "Who runs?",
         (
-            Panel("Workers", "Alive in the last 15 seconds; and those that Prometheus scrapes, by version.", [
+            Panel("Workers", "Alive in the last 15 seconds; those that Prometheus scrapes; and the versions of whatever it scrapes.", [
                 Query(fleet(catalog.WORKERS), "alive"),
-                Query(f"count by (sdkappid, version) ({_selector(catalog.BUILD_INFO.name, {})})", "scraped, {{version}}"),
+                Query(f"count by (sdkappid) ({_selector(catalog.TURN.name, {})})", "scraped"),
+                Query(f"count by (sdkappid, version) ({_selector(catalog.BUILD_INFO.name, {})})", "parts of version {{version}}"),
             ], colours={"alive": GREEN}),
             Panel("Leaders", "1 while some worker leads in this.", [Query(fleet(catalog.LEADER, "role"), "{{role}}")], most=1.2),
             Panel("Redis", "Whether it answers, its replicas, and how often it failed over or was restarted.", [

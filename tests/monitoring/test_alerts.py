@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ import pytest
 from tests.conftest import planted
 from tests.monitoring import rules
 from tests.monitoring.promtool import Firing, Play, needs_promtool, promtool, run_tests
+from tests.monitoring.record import Recording, recordings
 from worker.operate.metric_catalog import FLEET, WORKER, Metric
 
 ROOT = Path(__file__).parent.parent.parent
@@ -299,8 +301,13 @@ CASES = [
         **NOBODY_DELIVERS,
         "slots_per_second": from_to(0, 30, 98.0),
     }, {89: [], 92: [("ImattrPaused", WARNING)]}),
-    Case("nobody takes from Celery's queue", 60, {
-        'queue_messages{queue="updates"}': growing(30, 100.0),
+    Case("nobody consumes Celery's queue", 60, {
+        'leader{role="queue_consumer"}': from_to(0, 30, 1.0),
+        'updates_accepted_total{way="celery"}': from_to(0, 30, 100.0),
+    }, {34: [], 37: [("ImattrIntakeStuck", CRITICAL)]}),
+    Case("workers that do not consume Celery's queue", 120, {'leader{role="queue_consumer"}': 0.0}),
+    Case("no room for what is in Celery's queue", 60, {
+        'queue_messages{queue="updates"}': after(30, 100.0),
         'updates_accepted_total{way="celery"}': from_to(0, 30, 100.0),
     }, {38: [], 42: [("ImattrIntakeStuck", CRITICAL)]}),
     Case("nobody takes from the stream", 60, {
@@ -320,7 +327,7 @@ CASES = [
         29: [], 31: [("ImattrUpdatesLost", CRITICAL)], 89: [("ImattrUpdatesLost", CRITICAL)], 92: [],
     }),
     Case("the ledger does not balance", 60, {"ledger_imbalance": after(30, -3.0)}, {
-        30: [], 32: [("ImattrLedgerDrift", CRITICAL)],
+        30: [], 34: [("ImattrLedgerDrift", CRITICAL)],
     }),
     Case("Redis is down", 60, {
         **{name: gone(30, 50, 1.0) for name in ('leader{role="dispatcher"}', "workers")},
@@ -483,3 +490,23 @@ def test_every_alert_has_a_scenario() -> None:
     played = {alert for case in CASES for firing in case.firing.values() for alert in firing}
 
     assert played == {(rule.name, rule.severity) for rule in rules.alerts()}
+
+
+@needs_promtool
+@pytest.mark.parametrize("recording", recordings(), ids=lambda recording: recording.name)
+def test_real_runs_replayed_fire_what_they_fired(recording: Recording, tmp_path: Path) -> None:
+    """The series of `make alerts`, as the workers and the exporter served them, on the rules as they are now."""
+    (tmp_path / "rules.json").write_text(rules.faster_rules())
+    document = {"rule_files": ["rules.json"], "evaluation_interval": "1s", "tests": [recording.document]}
+    (tmp_path / "tests.json").write_text(json.dumps(document))
+
+    complaint = promtool("test", "rules", str(tmp_path / "tests.json"))
+
+    assert not complaint, complaint
+    assert recording.held
+
+
+def test_every_alert_has_fired_in_a_real_run() -> None:
+    fired = {alert for recording in recordings() for alert in recording.fired}
+
+    assert fired == {(rule.name, rule.severity) for rule in rules.alerts()}
