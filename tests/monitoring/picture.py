@@ -26,7 +26,7 @@ from tests.monitoring.system import System
 PICTURE = Path(__file__).parent.parent.parent / "docs" / "dashboard.svg"
 
 #: Seconds between two points, and of the windows of rates.
-STEP, WINDOW = 3, "10s"
+STEP, WINDOW = 4, "10s"
 
 #: What a query answers: value by time, by the series' names in the legend. Times in seconds since the begin.
 Curves = dict[str, list[tuple[float, float]]]
@@ -43,37 +43,36 @@ def story(system: System) -> None:
                 system.keys.updates, {"user": f"stream{number}", "attrs": '{"level": "Gold"}'}
             )
         )
-        wait(40)
+        wait(30)
         # An import, which fills the quota.
-        system.send(350_000, prefix="import", lane="backfill")
-        wait(50)
+        system.send(800_000, prefix="import", lane="backfill")
+        wait(10)
         # A quarter of the quota is somebody else's, for a while.
         system.control("quirks", {"quota": 75})
-        wait(40)
-        system.control("quirks", {"quota": 100, "accounts_must_exist": False})
-        wait(20)
+        wait(30)
+        system.control("quirks", {"quota": 100})
+        wait(60)
         # The service fails.
         system.control("faults", [{"kind": "status", "code": 502, "times": None}])
         wait(25)
         system.control("faults", [])
-        wait(50)
+        wait(40)
         # A producer sends users who have no account.
-        bad = [
-            {"kind": "user_code", "user": f"stranger{number}", "code": 70107, "times": None}
-            for number in range(40)
-        ]
+        strangers = [f"stranger{number}" for number in range(40)]
+        faults = [{"kind": "user_code", "user": user, "code": 70107, "times": None} for user in strangers]
         system.control("quirks", {"bad_user": "list"})
-        system.control("faults", bad)
+        system.control("faults", faults)
         client.xadd(system.keys.updates, {"user": "refused", "attrs": "no JSON"})
-        for number in range(40):
-            client.xadd(system.keys.updates, {"user": f"stranger{number}", "attrs": '{"level": "Gold"}'})
-        wait(20)
+        for user in strangers:
+            client.xadd(system.keys.updates, {"user": user, "attrs": '{"level": "Gold"}'})
+            wait(0.4)
         system.control("faults", [])
+        wait(15)
         # A person.
         system.imattr("pause", "--reason", "maintenance")
         wait(15)
         system.imattr("resume")
-        wait(50)  # fmt: skip
+        wait(40)
 
 
 def run(directory: Path) -> Data:
@@ -145,6 +144,7 @@ def draw(data: Data) -> str:
     }
     with matplotlib.rc_context(options):  # fmt: skip
         figure = Figure(figsize=(24 * WIDTH, rows * HEIGHT))
+        figure.patch.set_alpha(0)
         figure.text(0.004, 1 - 0.8 / rows, CAPTION, fontsize=9, color=_INK)
         found = {panel["title"] + panel["type"]: panel for panel in document}
         for row in ROWS:
@@ -157,7 +157,7 @@ def draw(data: Data) -> str:
                 curves = data[f"{row.title} {panel.title} {panel.shape}"]
                 _panel(figure, panel, place, rows, curves, _end(data))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     head, _, rest = buffer.getvalue().replace(_INK, "currentColor").partition("<defs>")
     svg = head[head.index("<svg") :].partition("<metadata>")[0] + _STYLE + "\n<defs>" + rest
     # Tenths of a point are enough for the eye.
@@ -260,15 +260,14 @@ def _graph(axes: Any, panel: Panel, curves: Curves) -> None:
     else:
         for name, points in shown.items():
             # Nothing is drawn where there is nothing.
-            for piece in _pieces(points):
+            for number, piece in enumerate(_pieces(points)):
                 axes.plot(
                     *zip(*piece, strict=True),
                     color=colours[name],
                     linewidth=1.1,
-                    label=name,
+                    label="" if number else name,
                     marker="" if len(piece) > 1 else ".",
                 )
-                name = f"_{name}"
     axes.yaxis.set_major_formatter(lambda value, _: _shown(panel.unit)(value))
     axes.yaxis.set_major_locator(_ticks(5))
     low, high = axes.get_ylim()
@@ -277,7 +276,7 @@ def _graph(axes: Any, panel: Panel, curves: Curves) -> None:
     axes.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.5)
     if shown:
         axes.legend(
-            loc="upper left", bbox_to_anchor=(-0.1, -0.13), ncols=min(5, len(shown)), fontsize=6.5, frameon=False,
+            loc="upper left", bbox_to_anchor=(-0.1, -0.18), ncols=min(5, len(shown)), fontsize=6.5, frameon=False,
             handlelength=1, columnspacing=0.9, borderpad=0, handletextpad=0.4,
         )  # fmt: skip
 

@@ -82,6 +82,15 @@ def test_panels_do_not_overlap_and_fill_their_rows() -> None:
     assert len({panel["id"] for panel in panels()}) == len(panels())
 
 
+def test_the_runbook_names_panels_that_are_there() -> None:
+    titles = [panel["title"].lower() for panel in panels()]
+    named = re.findall(r"(?<![*\w])\*([^*\s][^*\n]*)\*(?!\*)", (docs.DOCS / "runbook.md").read_text())
+
+    assert len(named) > 15
+    for name in named:
+        assert any(title.startswith(name.lower()) for title in titles), name
+
+
 def test_the_page_on_metrics_has_all_of_them() -> None:
     text = docs.metrics()
 
