@@ -160,6 +160,7 @@ def draw(data: Data) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     head, _, rest = buffer.getvalue().replace(_INK, "currentColor").partition("<defs>")
     svg = head[head.index("<svg") :].partition("<metadata>")[0] + _STYLE + "\n<defs>" + rest
+    svg = re.sub(r"('[^';\"]+', )+(sans-serif|'sans-serif')", "sans-serif", svg)
     # Tenths of a point are enough for the eye.
     svg = re.sub(
         r"\d+\.\d{2,}",
@@ -244,8 +245,9 @@ def _graph(axes: Any, panel: Panel, curves: Curves) -> None:
     # A legend of what is always 0 helps nobody.
     shown = {name: points for name, points in finite.items() if any(value for _, value in points)}
     shown = shown or dict(list(finite.items())[:3])
-    colours = dict(zip(shown, _PALETTE * 5, strict=False))
-    colours |= {name: _COLOURS.get(colour, colour) for name, colour in panel.colours.items() if name in shown}
+    colours = {name: _COLOURS.get(colour, colour) for name, colour in panel.colours.items() if name in shown}
+    left = [colour for colour in _PALETTE if colour not in colours.values()]
+    colours |= dict(zip((name for name in shown if name not in colours), left * 5, strict=False))
     if panel.stacked:
         times = sorted({at for points in shown.values() for at, _ in points})
         values = [[dict(points).get(at, 0.0) for at in times] for points in shown.values()]

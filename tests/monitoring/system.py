@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import redis
+from redis import Redis, RedisError
 
 from worker.errors import ImattrError
 from worker.producer import Producer
@@ -163,8 +163,8 @@ class System:
         with urllib.request.urlopen(request, timeout=10):
             pass
 
-    def redis(self) -> redis.Redis:
-        return redis.Redis.from_url(self.sandbox.redis_url, socket_timeout=10)
+    def redis(self) -> Redis:
+        return Redis.from_url(self.sandbox.redis_url, socket_timeout=10)
 
     def send(self, users: int, *, prefix: str = "user", lane: Any = "live", value: str = "Gold") -> list[str]:
         """Send updates of so many users who have none yet; returns their ids."""
@@ -184,13 +184,13 @@ class System:
                 owed, last = owed + a_second * (now - last), now
                 users, owed = int(owed), owed - int(owed)
                 # Those of Redis and of a full buffer are the scenario's.
-                with contextlib.suppress(redis.RedisError, ImattrError):
+                with contextlib.suppress(RedisError, ImattrError):
                     self.send(users, prefix=prefix)
 
         self._threads.append(threading.Thread(target=run, daemon=True))
         self._threads[-1].start()
 
-    def repeat(self, action: Callable[[redis.Redis, int], object], every: float = 0.2) -> None:
+    def repeat(self, action: Callable[[Redis, int], object], every: float = 0.2) -> None:
         """Do something to Redis in the background until the end."""
 
         def run() -> None:
@@ -198,7 +198,7 @@ class System:
                 for number in itertools.count():
                     if self._stop.wait(every):
                         return
-                    with contextlib.suppress(redis.RedisError):
+                    with contextlib.suppress(RedisError):
                         action(client, number)
 
         self._threads.append(threading.Thread(target=run, daemon=True))
