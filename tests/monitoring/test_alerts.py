@@ -510,3 +510,36 @@ def test_every_alert_has_fired_in_a_real_run() -> None:
     fired = {alert for recording in recordings() for alert in recording.fired}
 
     assert fired == {(rule.name, rule.severity) for rule in rules.alerts()}
+
+
+@needs_promtool
+@pytest.mark.parametrize("severity", [CRITICAL, WARNING])
+def test_the_texts_of_alerts_can_be_made(severity: str, tmp_path: Path) -> None:
+    """What promtool says it got, when it is told to expect no text."""
+    places: dict[str, tuple[Case, float]] = {}
+    for case in CASES:
+        for minute, firing in case.firing.items():
+            for name, level in firing:
+                if level == severity and name != "ImattrExporterSilent":
+                    places.setdefault(name, (case, minute))
+    documents = []
+    for name, (case, minute) in places.items():
+        document = Play(case.name, case.interval, series_of(case), {}).document()
+        wanted = {"eval_time": f"{minute * 60:.0f}s", "alertname": name, "exp_alerts": []}
+        documents.append(document | {"alert_rule_test": [wanted]})
+    (tmp_path / "rules.yml").write_text(rules.RULES.read_text())
+    path = tmp_path / "tests.json"
+    path.write_text(
+        json.dumps({"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": documents})
+    )
+
+    got = promtool("test", "rules", str(path))
+
+    texts = re.findall(r'(?:summary|description)="((?:[^"\\]|\\.)*)"', got)
+    # Of one with two severities, both are told.
+    assert len(texts) >= 2 * len(places)
+    for text in texts:
+        assert "<" not in text, text
+        assert "{" not in text, text
+        assert "NaN" not in text, text
+        assert "no value" not in text, text
