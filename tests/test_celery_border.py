@@ -30,6 +30,7 @@ from worker import transport
 from worker.celery import PrivateTask, worst_outcome
 from worker.delivery.loop import MOST_BATCHES
 from worker.delivery.meter import Summary
+from worker.errors import SandboxError
 from worker.intake.brokers import RabbitQueue, Taken
 from worker.intake.celery_message import MOST_BYTES
 from worker.operate import doctor
@@ -533,6 +534,16 @@ def test_a_worker_is_not_ready_while_redis_is_away_and_lives_on(tmp_path: Path) 
         finally:
             os.kill(system.sandbox.pids()["redis"], signal.SIGCONT)
         wait_until(lambda: status("readyz") == 200)
+
+
+def test_a_health_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        plan = Plan(workers=1, concurrency=2, flower=False)
+
+        words = rf"status 2[\s\S]*IMATTR_HEALTH_PORT: port {port}: Address"
+        with pytest.raises(SandboxError, match=words), running(tmp_path, plan, IMATTR_HEALTH_PORT=port):
+            pass
 
 
 def test_flower_does_not_call_a_stopped_batch_a_success(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class DispatcherStep(_ThreadStep):
         leader, buffer, self._fleet, memory = runtime.build_dispatch(settings, _name(worker))
         self._report = partial(_report, self._fleet, worker)
         if settings.health_port:
-            self._page = health.serve(settings.health_port, self._pages(worker, leader))
+            self._page = _serve(settings.health_port, self._pages(worker, leader))
         return Dispatcher(
             leader,
             buffer,
@@ -154,6 +154,14 @@ class DispatcherStep(_ThreadStep):
         self._last_turn = time.monotonic()
         if self._intake:
             self._intake.look()
+
+
+def _serve(port: int, pages: health.Pages) -> ThreadingHTTPServer:
+    try:
+        return health.serve(port, pages)
+    except OSError as error:
+        print(f"imattr cannot start:\n  IMATTR_HEALTH_PORT: port {port}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _is_registered(worker: Any) -> bool:
