@@ -27,9 +27,10 @@ REFUSED = 1000
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @explained
 def why(user: str, name: str, as_json: bool) -> None:
-    """Say why the API has USER's newest value of attribute NAME, or has not.
+    """Say where USER's attribute NAME is, and why.
 
-    With what that rests on. Values are not shown; see imattr user show --values.
+    Whether the API has the newest value, why not if it has not, and what that rests on. Values are not shown; see imattr user
+    show --values.
     """
     with state() as (redis, settings):
         keys = Keys(settings.sdkappid)
