@@ -231,16 +231,17 @@ CASES = [
     Case("an outage of the API", 120, stopped("outage", 30, 80), {
         44: [], 46: [("ImattrOutage", WARNING)], 79: [("ImattrOutage", WARNING)], 86: [], 120: [],
     }),
-    Case("no dispatcher", 60, NOBODY_DELIVERS | {'leader{role="dispatcher"}': from_to(0, 30, 1.0), "workers": from_to(0, 30, 2.0)}, {
+    Case("no dispatcher", 60, NOBODY_DELIVERS | {'leader{role="dispatcher"}': from_to(0, 30, 1.0), 'leader{role="queue_consumer"}': from_to(0, 30, 1.0), "workers": from_to(0, 30, 2.0)}, {
         31: [], 33: [("ImattrNoDispatcher", CRITICAL)], 60: [("ImattrNoDispatcher", CRITICAL)],
     }),
-    Case("held up by Redis", 60, {
+    Case("held up by Redis", 120, {
         'line_state{state="paused"}': after(30, 1.0),
         'line_state{state="open"}': from_to(0, 30, 1.0),
         "line_next_probe_timestamp_seconds": lambda minute: 60 * minute + 1 if minute >= 30 else 0.0,
+        "line_since_timestamp_seconds": after(30, 1800.0),
         **NOBODY_DELIVERS,
         "slots_per_second": from_to(0, 30, 98.0),
-    }, {34: [], 36: [("ImattrHeldUp", CRITICAL)], 60: [("ImattrHeldUp", CRITICAL)]}),
+    }, {34: [], 36: [("ImattrHeldUp", CRITICAL)], 120: [("ImattrHeldUp", CRITICAL)]}),
     Case("too few threads", 120, {
         **waiting(30),
         'users{state="live"}': growing(30, 500.0, 250.0),
@@ -249,10 +250,24 @@ CASES = [
         "settled_calls_total": from_to(0, 30, 12.0, 6.0),
         **delivered(from_to(0, 30, 500.0, 250.0), from_to(0, 32, 500.0)),
     }, {
-        40: [],
+        34: [],
         # What follows from it, and why.
         60: [("ImattrStarved", CRITICAL), ("ImattrTooLate", CRITICAL), ("ImattrTooLate", WARNING)],
         120: [("ImattrStarved", CRITICAL), ("ImattrTooLate", CRITICAL), ("ImattrTooLate", WARNING)],
+    }),
+    Case("too few threads, then a pause", 120, {
+        **waiting(30),
+        "settled_calls_total": lambda minute: 12.0 if minute < 30 else from_to(30, 60, 6.0)(minute),
+        **delivered(lambda minute: 500.0 if minute < 30 else from_to(30, 60, 250.0)(minute), from_to(0, 30, 500.0)),
+        "slots_per_second": from_to(0, 60, 98.0),
+        'line_state{state="paused"}': after(60, 1.0),
+        'line_state{state="open"}': from_to(0, 60, 1.0),
+        "line_since_timestamp_seconds": after(60, 3600.0),
+    }, {
+        59: [("ImattrStarved", CRITICAL), ("ImattrTooLate", CRITICAL), ("ImattrTooLate", WARNING)],
+        # The windows of the burn rates pass; the pause has no reason to be called a lack of threads.
+        62: [("ImattrTooLate", CRITICAL), ("ImattrTooLate", WARNING)],
+        110: [],
     }),
     Case("one user waits and nobody comes for it", 60, {
         **dict.fromkeys(delivered(0.0), 0.0),
