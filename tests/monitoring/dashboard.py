@@ -7,7 +7,6 @@ everything, who runs. Nothing is by instance: the number of pods does not matter
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -413,16 +412,6 @@ def expressions() -> list[str]:
 def filled_in(expr: str, sdkappid: str, window: str) -> str:
     """An expression with Grafana's variables replaced, as Prometheus takes it."""
     return expr.replace(APP, sdkappid).replace(WINDOW, window)
-
-
-def series_names() -> set[str]:
-    """The metrics that the dashboard shows."""
-    found = (
-        re.findall(r"imattr_\w+", expr)
-        for expr in expressions()
-        if not expr.startswith("sdkappid:")
-    )  # fmt: skip
-    return {name for names in found for name in names}
 
 
 def text() -> str:
