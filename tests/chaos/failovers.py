@@ -97,8 +97,8 @@ class _Watch:
         with connect(self._system.fleet.url, key=key, timeout=1, connect_timeout=1) as client:
             id, *others = client.hmget(key, fields)
             rate = self._system.keys.rate
-            reason, paused_at, until = client.hmget(rate, ("reason", "paused_at", "paused_until"))
-        words = f"{text(reason or b'?')} ({number(until) - number(paused_at)} us)"
+            reason = client.hget(rate, "reason")
+        words = text(reason or b"?")
         if not self._reasons or self._reasons[-1][1] != words:
             self._reasons.append((time.monotonic(), words))
         return (id, *map(number, others))
