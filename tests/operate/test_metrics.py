@@ -9,7 +9,7 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.config import Settings
+from worker.config import Secret, Settings
 from worker.delivery.answers import Failure, NoReply, Reply
 from worker.delivery.meter import Summary
 from worker.models import Acked, Batch, BatchId, ClaimedUser, DeadLettered
@@ -125,8 +125,8 @@ def test_the_number_of_series_does_not_depend_on_who_is_delivered(page: WorkerPa
 
 
 @pytest.fixture
-def settings(keys: Keys) -> Settings:
-    return Settings(sdkappid=keys.sdkappid, region="frankfurt")
+def settings(keys: Keys, server: Any) -> Settings:
+    return Settings(sdkappid=keys.sdkappid, redis_url=Secret(server.url), region="frankfurt")
 
 
 def exported(client: redis.Redis, settings: Settings) -> Series:

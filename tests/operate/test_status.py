@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import redis
+from kombu.transport.redis import Channel
 
-from worker.config import Settings
+from worker.config import Secret, Settings
 from worker.models import BatchId
 from worker.operate import status
 from worker.producer import Producer
 from worker.ratelimit import SPACING
+from worker.state.intake import PRIORITIES
 from worker.state.keys import Keys
 from worker.state.line import Line
 
@@ -19,8 +22,8 @@ BATCH = BatchId("batch")
 
 
 @pytest.fixture
-def settings(keys: Keys) -> Settings:
-    return Settings(sdkappid=keys.sdkappid)
+def settings(keys: Keys, server: Any) -> Settings:
+    return Settings(sdkappid=keys.sdkappid, redis_url=Secret(server.url))
 
 
 def line_of(client: redis.Redis, settings: Settings) -> dict[str, Any]:
@@ -99,3 +102,28 @@ def test_a_lower_limit_shows_in_the_rate(
 )
 def test_a_span_is_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
     assert status.span(seconds) == text
+
+
+def test_the_queue_is_as_long_as_it_is_now(client: redis.Redis, server: Any, keys: Keys) -> None:
+    prefix = f"{keys.sdkappid}."
+    settings = Settings(sdkappid=keys.sdkappid, redis_url=Secret(server.url), broker_prefix=prefix)
+    client.hset(keys.intake, "waiting", 7)
+    for queue in ("updates", "updates\x06\x163"):
+        client.lpush(prefix + queue, "message", "message")
+
+    assert status.read(client, settings)["intake"]["waiting"] == 4
+
+    elsewhere = dataclasses.replace(settings, broker_url=Secret(server.url.replace("/0", "/3")))
+    assert status.read(client, elsewhere)["intake"]["waiting"] == 0
+
+    nowhere = dataclasses.replace(settings, broker_url=Secret("redis://127.0.0.1:1/0"))
+    assert status.read(client, nowhere)["intake"]["waiting"] == 7
+    client.delete(prefix + "updates", prefix + "updates\x06\x163")
+
+
+def test_the_lists_of_a_queue_are_those_of_kombu() -> None:
+    channel = Channel.__new__(Channel)
+    named: Any = channel._q_for_pri
+    found = [named("updates", step) for step in channel.priority_steps]
+
+    assert found == [f"updates{priority}" for priority in PRIORITIES]

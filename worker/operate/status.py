@@ -16,10 +16,10 @@ from typing import Any
 from worker.config import Settings
 from worker.ratelimit import SPACING, RateState, read_rate
 from worker.state.buffer import Buffer
-from worker.state.connection import Redis
+from worker.state.connection import Redis, RedisError, connect
 from worker.state.fleet import EVERY, Fleet, Pace, Sample, pace
 from worker.state.history import Event, History
-from worker.state.intake import read_intake
+from worker.state.intake import queue_length, read_intake
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
 from worker.state.line import Line, LineState
@@ -39,6 +39,8 @@ WINDOWS = {"10s": 10.0, "1min": 60.0, "15min": 900.0}
 POINTS = 50
 #: How many of the last stops are shown, among how many events they are looked for.
 STOPS, EVENTS = 3, 100
+#: Celery's queue of updates, and the seconds that its broker may take to say how long it is.
+QUEUE, BROKER_PATIENCE = "updates", 1.0
 #: Seconds a batch takes beside its call, and a call if none was made lately.
 BESIDE_A_CALL, USUAL_CALL = 0.02, 0.1
 
@@ -89,7 +91,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         **_pace(Fleet(redis, keys), snapshot.pending + snapshot.in_flight, current, now),
         "leaders": {role: current_leader(redis, key) for role, key in _roles(keys).items()},
         "tickets": redis.zcard(keys.tickets),
-        **_ways_in(redis, keys, snapshot.ledger["accepted"]),
+        **_ways_in(redis, settings, snapshot.ledger["accepted"]),
         "imports": _imports(redis, keys, now),
         "stops": [_stop(event) for event in _last_stops(History(redis, keys).newest(EVENTS))],
         "redis": {"servers": snapshot.servers, "updates_lost": snapshot.lost_with_servers},
@@ -113,16 +115,32 @@ def _pace(fleet: Fleet, users: int, rate: float, now: float) -> dict[str, Any]:
     }
 
 
-def _ways_in(redis: Redis, keys: Keys, accepted: int) -> dict[str, Any]:
+def _ways_in(redis: Redis, settings: Settings, accepted: int) -> dict[str, Any]:
     """What came in by which way, and what waits to be taken."""
-    intake = read_intake(redis, keys)
+    intake = read_intake(redis, Keys(settings.sdkappid))
+    waiting = _queued(redis, settings)
     # Producers of the version before do not say how their updates came.
     ways: dict[str, int] = dict(intake.ways) | {"other": max(0, accepted - sum(intake.ways.values()))}
     return {
-        "intake": intake.queue,
+        # Else as its consumer last counted, which is old when there is none.
+        "intake": {**intake.queue, "waiting": intake.queue["waiting"] if waiting is None else waiting},
         "ways": {"accepted": ways, "refused": intake.refused},
         "stream": intake.stream,
     }
+
+
+def _queued(redis: Redis, settings: Settings) -> int | None:
+    """How many messages are in Celery's queue of updates; None if the broker is no Redis, or does not say."""
+    place, queue = settings.broker, settings.celery_prefix + QUEUE
+    if place is None:
+        return None
+    try:
+        if place == settings.redis:
+            return queue_length(redis, queue)
+        with connect(place, key=queue, timeout=BROKER_PATIENCE, connect_timeout=BROKER_PATIENCE) as broker:
+            return queue_length(broker, queue)
+    except RedisError:
+        return None
 
 
 def _roles(keys: Keys) -> dict[str, str]:

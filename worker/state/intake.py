@@ -26,6 +26,18 @@ def record_intake(redis: Redis, keys: Keys, counts: Mapping[str, int], waiting: 
         pipe.execute()
 
 
+#: What follows the name of a queue in the keys of its lists, one for each priority: kombu's steps and separator.
+PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+
+
+def queue_length(broker: Redis, queue: str) -> int:
+    """How many messages are in a queue of Celery's at a Redis broker; `queue` with the broker's prefix."""
+    with broker.pipeline(transaction=False) as pipe:
+        for priority in PRIORITIES:
+            pipe.llen(queue + priority)
+        return sum(pipe.execute())
+
+
 class Intake(NamedTuple):
     """What came in so far, and what waits to be taken.
 
