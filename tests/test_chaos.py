@@ -15,7 +15,7 @@ import pytest
 
 from tests.chaos import writers
 from tests.chaos.__main__ import run
-from tests.chaos.faults import COMMON, FLEET, GROUPS, SINGLE, faults_of
+from tests.chaos.faults import COMMON, FLEET, GROUPS, LINKS, SINGLE, faults_of
 from tests.chaos.proxy import Proxy
 from tests.history import Answer
 from worker.sandbox.redis_server import free_port
@@ -29,7 +29,7 @@ def test_nothing_is_lost_or_stale_or_over_the_quota_whatever_breaks(tmp_path: Pa
     )
 
 
-@pytest.mark.slow  # the same, and what happens to a fleet of servers
+@pytest.mark.slow  # what happens to a fleet of servers; one replica of two may be the one that is not promoted
 @pytest.mark.timeout(300)
 def test_promotions_lose_and_overwrite_nothing_that_replicas_have(tmp_path: Path) -> None:
     assert run(
@@ -41,12 +41,12 @@ def test_promotions_lose_and_overwrite_nothing_that_replicas_have(tmp_path: Path
         rabbitmq=False,
         only=FLEET,
         store="sentinel",
-        replicas=1,
+        replicas=2,
     )
 
 
 def test_every_fault_says_what_it_does_and_stands_in_the_schedule_once() -> None:
-    faults = COMMON + SINGLE + FLEET
+    faults = COMMON + SINGLE + FLEET + LINKS
     assert all(fault.__doc__ for fault in faults)
     assert len(set(faults)) == len(faults)
     assert sum(map(len, GROUPS)) == len(set.union(*GROUPS) & set(faults))

@@ -201,6 +201,14 @@ def test_flower_asks_for_a_login_and_is_for_this_machine_only(tmp_path: Path) ->
         assert not [text for text in environ if text.startswith("IMATTR_SECRET_KEY")]
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal() -> None:
+    """What is started here must not inherit that signals are ignored, as under nohup or in the background of a script."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 UP = [sys.executable, "-m", "worker.cli", "up", "--workers", "0", "--no-flower", "--no-metrics"]
 
 
