@@ -6,6 +6,7 @@ import pytest
 import redis
 
 from tests.state.test_dead_letters import Case
+from worker.errors import InvalidUpdate
 from worker.models import BatchId, Update
 from worker.state import history
 from worker.state.buffer import Buffer
@@ -13,6 +14,8 @@ from worker.state.dead_letters import DeadLetters
 from worker.state.history import History
 from worker.state.keys import Keys
 from worker.state.line import Line
+from worker.state.quarantine import Quarantine
+from worker.state.refused import Refused
 
 BATCH = BatchId("batch")
 
@@ -121,3 +124,22 @@ def test_the_history_is_capped(told: History, monkeypatch: pytest.MonkeyPatch) -
         told.note("event", "test", number=number)
 
     assert len(told.newest(1000)) < 500
+
+
+def test_what_is_thrown_away_is_told_once(client: redis.Redis, keys: Keys, told: History) -> None:
+    refused, quarantine = Refused(client, keys), Quarantine(client, keys)
+    refused.keep("stream", [(InvalidUpdate("ann", "a rule"), {})])
+    client.hset(keys.quarantine, "pending:1:ann", "{")
+    newest = refused.newest(1)[0].id
+    for _ in range(2):
+        refused.purge(newest, by="ann@host")
+        quarantine.drop([b"pending:1:ann"], by="ann@host")
+
+    dropped, purged = told.newest(10)
+
+    assert (purged.event, purged.by, purged.details) == ("refused_purged", "ann@host", {"updates": "1"})
+    assert (dropped.event, dropped.by, dropped.details) == (
+        "quarantine_dropped",
+        "ann@host",
+        {"records": "1"},
+    )

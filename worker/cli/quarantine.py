@@ -10,7 +10,7 @@ from itertools import islice
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.keys import Keys
 from worker.state.quarantine import Quarantine, Unreadable
@@ -91,4 +91,4 @@ def drop_entries(user: str | None, yes: bool) -> None:
         ids = [entry.id for entry in kept.find() if user in (None, entry.user)]
         if ids and not yes:
             click.confirm(f"Delete {counted(len(ids), 'record')} for good?", abort=True)
-        out.print(f"{kept.drop(ids):,} deleted")
+        out.print(f"{kept.drop(ids, by=actor()):,} deleted")

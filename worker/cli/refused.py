@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.keys import Keys
 from worker.state.refused import Refused, RefusedUpdate
@@ -88,5 +88,5 @@ def purge_refused(yes: bool) -> None:
         if count and not yes:
             click.confirm(f"Delete {counted(count, 'refused update')} for good?", abort=True)
         # Those that came since the question stay.
-        purged = refused.purge(newest[0].id) if newest else 0
+        purged = refused.purge(newest[0].id, by=actor()) if newest else 0
         out.print(f"{purged:,} deleted")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from worker.intake.celery_message import MOST_BYTES, Envelope
 from worker.state import scripts
 from worker.state.connection import Redis
+from worker.state.intake import queue_length
 from worker.state.keys import Keys
 
 #: Most messages, and bytes, of one taking: while a script takes more, everybody else waits for Redis.
@@ -82,10 +83,7 @@ class RedisQueue:
         self._redis.blmove(self._lists[0], self._lists[0], seconds, "RIGHT", "RIGHT")  # type: ignore[arg-type]
 
     def waiting(self) -> int:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for key in self._lists:
-                pipe.llen(key)
-            return sum(pipe.execute())
+        return queue_length(self._redis, self._lists)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -19,7 +19,7 @@ from worker.state.buffer import Buffer
 from worker.state.connection import Redis, RedisError, connect
 from worker.state.fleet import EVERY, Fleet, Pace, Sample, pace
 from worker.state.history import Event, History
-from worker.state.intake import queue_length, read_intake
+from worker.state.intake import PRIORITIES, queue_length, read_intake
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
 from worker.state.line import Line, LineState
@@ -131,14 +131,14 @@ def _ways_in(redis: Redis, settings: Settings, accepted: int) -> dict[str, Any]:
 
 def _queued(redis: Redis, settings: Settings) -> int | None:
     """How many messages are in Celery's queue of updates; None if the broker is no Redis, or does not say."""
-    place, queue = settings.broker, settings.celery_prefix + QUEUE
+    place, lists = settings.broker, [settings.celery_prefix + QUEUE + priority for priority in PRIORITIES]
     if place is None:
         return None
     try:
         if place == settings.redis:
-            return queue_length(redis, queue)
-        with connect(place, key=queue, timeout=BROKER_PATIENCE, connect_timeout=BROKER_PATIENCE) as broker:
-            return queue_length(broker, queue)
+            return queue_length(redis, lists)
+        with connect(place, key=lists[0], timeout=BROKER_PATIENCE, connect_timeout=BROKER_PATIENCE) as broker:
+            return queue_length(broker, lists)
     except RedisError:
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, get_args
 
 from redis import Redis
@@ -30,11 +30,11 @@ def record_intake(redis: Redis, keys: Keys, counts: Mapping[str, int], waiting: 
 PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 
 
-def queue_length(broker: Redis, queue: str) -> int:
-    """How many messages are in a queue of Celery's at a Redis broker; `queue` with the broker's prefix."""
+def queue_length(broker: Redis, lists: Iterable[str]) -> int:
+    """How many messages are in the lists of a queue of Celery's, at a Redis broker."""
     with broker.pipeline(transaction=False) as pipe:
-        for priority in PRIORITIES:
-            pipe.llen(queue + priority)
+        for key in lists:
+            pipe.llen(key)
         return sum(pipe.execute())
 
 

@@ -11,7 +11,9 @@ from typing import Any, Self
 
 from redis import Redis
 
+from .history import History
 from .keys import Keys
+from .line import SOMEBODY
 from .scripts import number, text
 
 #: Entries read or dropped at a time.
@@ -39,7 +41,7 @@ class Quarantine:
     """The quarantine of one app."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._key = redis, keys.quarantine
+        self._redis, self._key, self._history = redis, keys.quarantine, History(redis, keys)
 
     def count(self) -> int:
         return int(self._redis.hlen(self._key))
@@ -50,6 +52,10 @@ class Quarantine:
         for id, raw in found:
             yield Unreadable.of(id, raw)
 
-    def drop(self, ids: Sequence[bytes]) -> int:
+    def drop(self, ids: Sequence[bytes], *, by: str = SOMEBODY) -> int:
         """Delete these for good; returns how many there were."""
-        return sum(int(self._redis.hdel(self._key, *ids[at : at + PAGE])) for at in range(0, len(ids), PAGE))
+        pages = (ids[at : at + PAGE] for at in range(0, len(ids), PAGE))
+        dropped = sum(int(self._redis.hdel(self._key, *page)) for page in pages)
+        if dropped:
+            self._history.note("quarantine_dropped", by, records=dropped)
+        return dropped

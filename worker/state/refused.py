@@ -18,7 +18,9 @@ from redis import Redis
 
 from ..errors import InvalidUpdate
 from . import scripts
+from .history import History
 from .keys import Keys
+from .line import SOMEBODY
 from .scripts import text
 
 #: About this many are kept.
@@ -73,6 +75,7 @@ class Refused:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis, self._key, self._keys = redis, keys.refused, [keys.refused, keys.scheduled, keys.intake]
         self._keep = scripts.load(redis, "keep")
+        self._history = History(redis, keys)
 
     def keep(
         self,
@@ -104,7 +107,10 @@ class Refused:
     def count(self) -> int:
         return int(self._redis.xlen(self._key))
 
-    def purge(self, newest: str) -> int:
+    def purge(self, newest: str, *, by: str = SOMEBODY) -> int:
         """Delete those up to this id; returns how many there were."""
         at, _, number = newest.partition("-")
-        return int(self._redis.xtrim(self._key, minid=f"{at}-{int(number) + 1}", approximate=False))
+        purged = int(self._redis.xtrim(self._key, minid=f"{at}-{int(number) + 1}", approximate=False))
+        if purged:
+            self._history.note("refused_purged", by, updates=purged)
+        return purged
