@@ -165,13 +165,23 @@ class SentinelFleet(_Fleet):
         return Node(place, port, str(place / "sentinel.conf"), "--sentinel")
 
     def is_whole(self) -> bool:
+        """Whether both replicas follow the primary, every sentinel knows it, and no failover is under way.
+
+        The servers themselves are asked: what a sentinel says of a replica may be 10 s old.
+        """
         states = [node.client().sentinel_master(SERVICE) for node in self.sentinels]
-        return all(
-            state["num-slaves"] == 2 and state["num-other-sentinels"] == 2 and not state["is_sdown"]
+        if any(
+            state["num-slaves"] != 2
+            or state["num-other-sentinels"] != 2
+            or {"s_down", "o_down", "failover_in_progress"} & set(state["flags"].split(","))
             for state in states
-        ) and all(
-            replica["master-link-status"] == "ok"
-            for replica in self.sentinels[0].client().sentinel_slaves(SERVICE)
+        ):
+            return False
+        [primary, *others] = {int(state["port"]) for state in states}
+        roles = {node.public: node.client().role() for node in self.servers}
+        return not others and all(
+            role[0] == b"master" if port == primary else role[2:4] == [primary, b"connected"]
+            for port, role in roles.items()
         )
 
     def primary(self, key: str = "") -> Node:

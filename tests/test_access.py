@@ -418,7 +418,7 @@ def test_the_password_of_sentinels_may_have_any_characters_and_is_another(tmp_pa
             f"port {port}\nbind 127.0.0.1\nsentinel monitor mine 127.0.0.1 {server.port} 1\n"
             "sentinel auth-user mine admin\nsentinel auth-pass mine admin\n"
             # As `imattr doctor --acl` says.
-            f"user asks reset on #{digest} resetchannels -@all +sentinel|master\n"
+            f"user asks reset on #{digest} resetchannels -@all +sentinel|get-master-addr-by-name +sentinel|master\n"
         )
         sentinel = Node(tmp_path, port, str(tmp_path / "sentinel.conf"), "--sentinel")
         try:

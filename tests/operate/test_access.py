@@ -71,7 +71,10 @@ def test_sentinels_have_a_user_of_their_own_if_they_have_one_at_all() -> None:
 
     _, sentinels = named("redis+sentinel://app@a,b/mine?sentinel_username=asks&sentinel_password=hunter22")
 
-    assert sentinels.line == "ACL SETUSER asks reset on >PASSWORD resetchannels -@all +sentinel|master"
+    assert (
+        sentinels.line
+        == "ACL SETUSER asks reset on >PASSWORD resetchannels -@all +sentinel|get-master-addr-by-name +sentinel|master"
+    )
 
 
 def test_whoever_waits_for_replicas_may_do_so() -> None:

@@ -163,5 +163,5 @@ def _sentinels(places: Iterable[RedisUrl]) -> Iterator[Access]:
     """The users of sentinels, which are servers of their own."""
     users = {place.sentinel_username: place for place in places if place.sentinel_username}
     for user, place in users.items():
-        rules = "reset on >PASSWORD resetchannels -@all +sentinel|master"
+        rules = "reset on >PASSWORD resetchannels -@all +sentinel|get-master-addr-by-name +sentinel|master"
         yield Access(f"the sentinels of {place.service}", user, rules)

@@ -137,17 +137,18 @@ class SentinelLocator:
         reason = "none of the sentinels answers"
         for sentinel in list(self._sentinels):
             try:
-                state: Any = sentinel.sentinel_master(self._service)
+                state, (host, port) = self._look(sentinel)
             except ResponseError:
                 reason = f"the sentinels do not know a service {self._service}"
                 continue
             except RedisError:
                 unreachable.append(sentinel)
                 continue
-            if state["is_sdown"] or state["is_odown"]:
+            watched = (state["ip"], int(state["port"])) == (host, port)
+            if watched and (state["is_sdown"] or state["is_odown"]):
                 reason = "the sentinels say that the primary is down"
                 continue
-            answers.append((int(state.get("config-epoch", 0)), (state["ip"], int(state["port"]))))
+            answers.append((int(state.get("config-epoch", 0)), (host, port)))
             if 2 * len(answers) > len(self._sentinels):
                 break
         # Those that do not answer are asked last next time: each costs its timeout.
@@ -155,6 +156,15 @@ class SentinelLocator:
         if not answers:
             raise ConnectionError(reason)
         return max(answers)[1]
+
+    def _look(self, sentinel: Redis) -> tuple[Any, tuple[str, int]]:
+        # The sentinel that leads a failover counts it as done, and names the new primary, while what it watches is still
+        # the old one: until the other replicas follow, which may take seconds. Clients of the old one lose what they write.
+        with sentinel.pipeline(transaction=False) as pipe:
+            pipe.sentinel_master(self._service)
+            pipe.sentinel_get_master_addr_by_name(self._service)
+            state, (host, port) = pipe.execute()
+        return state, (text(host), int(port))
 
     def current(self) -> tuple[str, int] | None:
         if time.monotonic() < self._look_at or not self._lock.acquire(blocking=False):
