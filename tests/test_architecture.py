@@ -28,9 +28,10 @@ ROOMS = [
     {"worker.producer", "worker.ratelimit"},
     {"worker.async_producer"},
     {"worker.intake", "worker.delivery"},
+    {"worker.readback"},
     {"worker.runtime"},
     {"worker.operate", "worker.sandbox"},
-    {"worker.steps", "worker.transport"},
+    {"worker.steps", "worker.transport", "worker.console"},
     {"worker.celery"},
     {"worker.queue_process", "worker.cli", "tasks"},
 ]
@@ -47,6 +48,9 @@ BORDERS = {
     "rich": {"worker.cli"},
     "babel": {"worker.sandbox.demo_events"},
     "prometheus_client": {"worker.operate"},
+    "starlette": {"worker.console"},
+    "uvicorn": {"worker.console"},
+    "jinja2": {"worker.console"},
 }
 
 

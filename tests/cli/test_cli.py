@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from tests.conftest import SECRET_KEY
 from tests.simulation import Simulation, simulation
 from tests.state.test_dead_letters import Case
-from worker.cli import console as cli
+from worker.cli import terminal as cli
 from worker.cli.main import main
 from worker.clock import SystemClock
 from worker.errors import InvalidUpdate

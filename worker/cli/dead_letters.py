@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.dead_letters import DeadLetters, Filter, Letter, as_updates
 from worker.state.keys import Keys

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import FAILED, echo_json, environment, err, explained, out
+from worker.cli.terminal import FAILED, echo_json, environment, err, explained, out
 from worker.config import Settings
 from worker.operate import access, doctor
 from worker.operate.doctor import Finding

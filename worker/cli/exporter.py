@@ -6,7 +6,7 @@ import time
 
 import click
 
-from worker.cli.console import FAILED, explained, fail, out, state, until_stopped
+from worker.cli.terminal import FAILED, explained, fail, out, state, until_stopped
 from worker.operate import exporter as fleet
 from worker.operate import health
 

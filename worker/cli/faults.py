@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 from rich.table import Table
 
-from worker.cli.console import echo_json, environment, explained, out
+from worker.cli.terminal import echo_json, environment, explained, out
 from worker.config import PREFIX
 from worker.errors import SandboxError
 from worker.sandbox import faults as notation

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import echo_json, explained, out, plain, state
+from worker.cli.terminal import echo_json, explained, out, plain, state
 from worker.operate import status
 from worker.state.history import Event, History
 from worker.state.keys import Keys

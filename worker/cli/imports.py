@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from worker.cli.console import (
+from worker.cli.terminal import (
     REFUSED,
     STOPPED,
     as_duration,

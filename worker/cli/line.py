@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from worker.cli.console import FAILED, NO_PERMIT, actor, environment, explained, fail, out, state
+from worker.cli.terminal import FAILED, NO_PERMIT, actor, environment, explained, fail, out, state
 from worker.config import Settings
 from worker.operate import status
 from worker.ratelimit import RateLimiter

@@ -25,7 +25,7 @@ from worker.cli import (
     status,
     users,
 )
-from worker.cli.console import replace_what_cannot_be_encoded, with_directory
+from worker.cli.terminal import replace_what_cannot_be_encoded, with_directory
 from worker.version import VERSION
 
 EPILOG = """\b

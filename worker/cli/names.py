@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from worker import runtime
-from worker.cli.console import echo_json, environment, explained, out
+from worker.cli.terminal import echo_json, environment, explained, out
 from worker.config import Settings
 from worker.delivery.attribute_catalog import AttributeCatalog
 from worker.models import check_names

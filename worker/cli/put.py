@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from worker.cli.console import environment, explained, out
+from worker.cli.terminal import environment, explained, out
 from worker.intake.import_source import event_time
 from worker.producer import Producer
 

@@ -10,7 +10,7 @@ from itertools import islice
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.keys import Keys
 from worker.state.quarantine import Quarantine, Unreadable

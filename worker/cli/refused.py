@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 from rich.table import Table
 
-from worker.cli.console import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
 from worker.operate import status
 from worker.state.keys import Keys
 from worker.state.refused import Refused, RefusedUpdate

@@ -14,7 +14,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import (
+from worker.cli.faults import read_faults
+from worker.cli.terminal import (
     FAILED,
     NO_SANDBOX,
     SANDBOX,
@@ -25,7 +26,6 @@ from worker.cli.console import (
     progress,
     until_stopped,
 )
-from worker.cli.faults import read_faults
 from worker.config import PREFIX, Settings
 from worker.sandbox import simulator
 from worker.sandbox.faults import Fault, Faults

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import counted, echo_json, explained, out, state
+from worker.cli.terminal import counted, echo_json, explained, out, state
 from worker.config import Settings
 from worker.operate import status
 from worker.operate.status import span

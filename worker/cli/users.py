@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.console import echo_json, explained, out, state
+from worker.cli.terminal import echo_json, explained, out, state
 from worker.models import UserId, check_user
 from worker.operate import status
 from worker.operate.why import explain, facts
