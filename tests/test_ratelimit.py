@@ -32,6 +32,8 @@ from worker.ratelimit import (
     ClockSync,
     Permit,
     RateLimiter,
+    read_rate,
+    reads,
 )
 from worker.sandbox.redis_server import EmbeddedServer
 from worker.state import scripts
@@ -58,7 +60,9 @@ def reserve(client: redis.Redis, keys: Keys) -> Reserve:
     script = scripts.load(client, "reserve")
 
     def call(now: int) -> tuple[bool, int]:
-        granted, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
+        granted, wait, *_ = script(
+            limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0, "next_isolating")
+        )
         return bool(granted), wait
 
     return call
@@ -87,7 +91,9 @@ def test_a_slot_leaves_its_caller_the_time_that_it_needs(
     script = scripts.load(client, "reserve")
 
     def reserve(now: int) -> int:
-        _, wait, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, notice))
+        _, wait, *_ = script(
+            limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, notice, "next_isolating")
+        )
         return now + int(wait)
 
     # Those who ask one after another wait no longer than one alone: nobody's slot is lost.
@@ -120,7 +126,11 @@ def test_no_rolling_second_has_more_slots_than_the_quota(client: redis.Redis, ga
     with client.pipeline(transaction=False) as pipe:
         for gap in gaps:
             now += gap
-            reserve(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0), client=pipe)
+            reserve(
+                limiter_keys(keys),
+                (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0, "next_isolating"),
+                client=pipe,
+            )
         for granted, wait, now, *_ in pipe.execute():
             if granted:
                 slots.append(now + wait)
@@ -274,7 +284,9 @@ def test_slots_of_many_threads_on_the_servers_own_clock_never_overlap(
 
     def take() -> None:
         for _ in range(10):
-            granted, wait, now, *_ = script(limiter_keys(keys), ("", 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
+            granted, wait, now, *_ = script(
+                limiter_keys(keys), ("", 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0, "next_isolating")
+            )
             assert granted
             slots.append(now + wait)
 
@@ -349,7 +361,7 @@ class Service:
                 answered, refused = answers.pop(0)
                 self.limiter.pause(1.0, "too many", 60007, refused=refused, now_us=answered)
             seen = "" if self.times.spread is None else round(self.times.spread * 1e6)
-            args = (self.now, *self.slots, 0, DWELL_US, seen, 0, 0, 0)
+            args = (self.now, *self.slots, 0, DWELL_US, seen, 0, 0, 0, "next_isolating")
             granted, wait, _, _, *made_for = self.reserve(limiter_keys(self.keys), args)
             if not granted:
                 self.now += max(wait, 1000)
@@ -461,7 +473,7 @@ def test_a_limit_that_nobody_uses_up_does_not_climb(client: redis.Redis, keys: K
 
     for _ in range(15):
         now += 1_000_000
-        script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0))
+        script(limiter_keys(keys), (now, 100, PATIENCE, 0, DWELL_US, "", 0, 0, 0, "next_isolating"))
 
     assert client.hget(keys.rate, "limit") == b"20", "a call a second proves nothing about thirty"
 
@@ -516,21 +528,65 @@ def test_calls_that_isolate_get_every_tenth_slot_while_others_wait(client: redis
     while now < START + 10_000_000:
         # Others keep half a second of slots reserved.
         while True:
-            granted = script(limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0, 0))[0]
+            granted = script(
+                limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0, 0, "next_isolating")
+            )[0]
             if not granted:
                 break
             others += 1
-        granted, *_ = script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0, 0))
+        granted, *_ = script(
+            limiter_keys(keys), (now, 100, PATIENCE, 10, DWELL_US, "", 0, 0, 0, "next_isolating")
+        )
         isolating += granted
         now += 5000
 
     assert 0.07 <= isolating / (isolating + others) <= 0.1
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(0.05, 0.03, 0.05), (0.0, 0.0, 0.0), (1.0, 0.2, 1.0)])
+def test_reads_get_their_share_while_deliveries_wait(
+    client: redis.Redis, keys: Keys, share: float, least: float, most: float
+) -> None:
+    script, now, kind = scripts.load(client, "reserve"), START, reads(share)
+    found, others = 0, 0
+    while now < START + 10_000_000:
+        while script(limiter_keys(keys), (now, 100, 500_000, 0, DWELL_US, "", 0, 0, 0, "next_isolating"))[0]:
+            others += 1
+        found += script(limiter_keys(keys), (now, 100, PATIENCE, kind[0], DWELL_US, "", 0, 0, 0, kind[1]))[0]
+        now += 5000
+
+    assert least <= found / (found + others) <= most
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_reads_get_every_slot_that_deliveries_leave_free(
+    client: redis.Redis, keys: Keys, share: float
+) -> None:
+    script, kind = scripts.load(client, "reserve"), reads(share)
+    for number in range(50):
+        args = (START + number * INTERVAL, 100, PATIENCE, kind.one_in, DWELL_US, "", 0, 0, 0, kind.field)
+        assert script(limiter_keys(keys), args)[:2] == [1, 0]
+
+
+def test_reads_with_a_quota_of_their_own_take_nothing_from_deliveries(
+    client: redis.Redis, keys: Keys
+) -> None:
+    deliveries = limiter(client, keys, ManualClock())
+    apart = RateLimiter(client, keys, quota=10, patience=2.0, clock=ManualClock(), apart=True)
+    while apart.reserve(now_us=START):
+        pass
+    apart.pause(5.0, "too many", 60007, now_us=START)
+
+    assert deliveries.reserve(now_us=START)
+    assert read_rate(client, keys).quotas == (100,)
+
+
 def test_calls_that_isolate_get_every_slot_while_nobody_waits(client: redis.Redis, keys: Keys) -> None:
     script, now, granted = scripts.load(client, "reserve"), START, 0
     for _ in range(50):
-        granted += script(limiter_keys(keys), (now, 100, PATIENCE, 1, DWELL_US, "", 0, 0, 0))[0]
+        granted += script(
+            limiter_keys(keys), (now, 100, PATIENCE, 10, DWELL_US, "", 0, 0, 0, "next_isolating")
+        )[0]
         now += 2 * INTERVAL
 
     assert granted == 50
@@ -591,7 +647,7 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
     script = scripts.load(client, "reserve")
 
     def ask(patience: int) -> Any:
-        return script(limiter_keys(keys), (START, 100, patience, 0, DWELL_US, "", 0, 0, 0))
+        return script(limiter_keys(keys), (START, 100, patience, 0, DWELL_US, "", 0, 0, 0, "next_isolating"))
 
     while ask(PATIENCE)[0]:
         pass
@@ -604,7 +660,9 @@ def test_an_impatient_caller_changes_nothing(client: redis.Redis, keys: Keys, pa
 def test_nobody_reserves_beyond_the_horizon_however_patient(client: redis.Redis, keys: Keys) -> None:
     script = scripts.load(client, "reserve")
     waits = []
-    while (answer := script(limiter_keys(keys), (START, 100, 10**8, 0, DWELL_US, "", 0, 0, 0)))[0]:
+    while (
+        answer := script(limiter_keys(keys), (START, 100, 10**8, 0, DWELL_US, "", 0, 0, 0, "next_isolating"))
+    )[0]:
         waits.append(answer[1])
 
     assert max(waits) <= HORIZON * 1e6
@@ -616,7 +674,7 @@ def test_the_lowest_quota_named_lately_is_everybodys(client: redis.Redis, keys: 
     script = scripts.load(client, "reserve")
 
     def limit(quota: int, at: float) -> Any:
-        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "", 0, 0, 0)
+        args = (START + round(at * 1e6), quota, PATIENCE, 0, DWELL_US, "", 0, 0, 0, "next_isolating")
         return script(limiter_keys(keys), args)[5]
 
     assert limit(first, 0) == first

@@ -94,6 +94,16 @@ def _seconds(most: float, least: float = 0.0, *, above: bool = False) -> Callabl
     return parse
 
 
+def _share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError("must be a number from 0 to 1")
+    return share
+
+
 def _prefix(value: str) -> str:
     """Return a prefix of keys and channels. Celery subscribes to patterns that begin with it, and no ACL rule may have a space."""
     if re.search(r"[\s*?\[\]\\]", value):
@@ -238,6 +248,14 @@ class Settings:
         _readable_file, "", "file that holds the password of BROKER_URL, if that is a Redis"
     )
     quota: int = _setting(_whole(1, 1000), 100, "calls a second that the API allows the app")
+    read_quota: int = _setting(
+        _whole(0, 1000),
+        0,
+        "calls a second for reading attributes back; 0 = reads share QUOTA with deliveries",
+    )
+    read_share: float = _setting(
+        _share, 0.05, "the part of a shared QUOTA that reads may take while deliveries need all of it"
+    )
     batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
     linger: float = _setting(_seconds(60), 0.25, "how long the oldest user waits for company")
     max_attempts: int = _setting(_whole(1, 1000), 8, "attempts before a failing user becomes a dead letter")

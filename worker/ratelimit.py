@@ -39,7 +39,7 @@ import random
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from .clock import Clock, SystemClock
 from .redis_url import RedisUrl, with_password_file
@@ -89,6 +89,21 @@ class Permit:
     due: float
     epoch: int
     limit: int = 0
+
+
+class Kind(NamedTuple):
+    """A kind of call: one in how many slots it gets while others wait, 0 = every one, -1 = none, and the field that counts."""
+
+    one_in: int
+    field: str
+
+
+DELIVERS, ISOLATES = Kind(0, "next_isolating"), Kind(10, "next_isolating")
+
+
+def reads(share: float) -> Kind:
+    """Calls that read: they get this part of the slots, from 0 to 1, while others wait."""
+    return Kind(0 if share >= 1 else round(1 / share) if share > 0 else -1, "next_reading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +190,20 @@ class RateLimiter:
         patience: float,
         clock: Clock,
         needs_replica: bool = False,
+        kind: Kind = DELIVERS,
+        apart: bool = False,
     ) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait for a permit.
 
-        If the primary `needs_replica`, nobody gets a slot while none is in step with it.
+        If the primary `needs_replica`, nobody gets a slot while none is in step with it. `apart` for reads that have a
+        quota of their own.
         """
-        self._redis, self._clock, self._patience, self._needs_replica = (
-            redis,
-            clock,
-            patience,
-            int(needs_replica),
-        )
-        self._rate = keys.rate
-        self._keys = [keys.rate, keys.quotas, keys.server, keys.tickets, keys.ledger]
+        self._redis, self._clock, self._patience = redis, clock, patience
+        self._needs_replica = int(needs_replica)
+        self._kind = kind
+        own = (keys.read_rate, keys.read_quotas, keys.read_server)
+        self._rate, *others = own if apart else (keys.rate, keys.quotas, keys.server)
+        self._keys = [self._rate, *others, keys.tickets, keys.ledger]
         self._reserve = scripts.load(redis, "reserve")
         self._pause = scripts.load(redis, "pause")
         #: The rate that the last permit was made for.
@@ -231,25 +247,29 @@ class RateLimiter:
 
     def acquire(self) -> bool:
         """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""
+        return self.take() is not None
+
+    def take(self) -> Permit | None:
+        """The same, and return the permit: `sent`, `answered` and a refusal are about it."""
         give_up_at = self._clock.monotonic() + self._patience
         left = self._patience
         while left >= 0:
-            granted = self._ask(0, None, left)
+            granted = self._ask(self._kind, None, left)
             if isinstance(granted, Permit):
                 if self._confirm(granted) and self.redeem(granted):
-                    return True
+                    return granted
             elif granted is not None:
                 # Everybody who waits for the horizon to move would ask at the same moment.
                 wait = granted + random.uniform(0, CHECK_BEFORE)
                 if self._clock.monotonic() + granted > give_up_at:
-                    return False
+                    return None
                 self._clock.sleep(wait)
             left = give_up_at - self._clock.monotonic()
-        return False
+        return None
 
     def reserve(self, *, now_us: int | None = None) -> Permit | None:
         """Reserve the next slot; None if none is free within patience, or `HORIZON`."""
-        granted = self._ask(0, now_us, self._patience)
+        granted = self._ask(self._kind, now_us, self._patience)
         return granted if isinstance(granted, Permit) else None
 
     def reserve_isolating(self) -> Permit | None:
@@ -258,13 +278,15 @@ class RateLimiter:
         None if none comes soon, because threads that wait here deliver nothing else meanwhile.
         """
         give_up_at = self._clock.monotonic() + max(ISOLATING_PATIENCE, 15 / self._limit)
-        while (granted := self._ask(1, None, self._patience)) is not None and not isinstance(granted, Permit):
+        while True:
+            granted = self._ask(ISOLATES, None, self._patience)
+            if granted is None or isinstance(granted, Permit):
+                return granted
             if self._clock.monotonic() + granted > give_up_at:
                 return None
             self._clock.sleep(granted)
-        return granted
 
-    def _ask(self, isolating: int, now_us: int | None, patience: float) -> Permit | float | None:
+    def _ask(self, kind: Kind, now_us: int | None, patience: float) -> Permit | float | None:
         """Return a permit, or the seconds until asking again is worthwhile; None if Redis' clock has jumped."""
         asked = self._clock.monotonic()
         spread = self._answers.spread
@@ -274,12 +296,13 @@ class RateLimiter:
             now,
             self._quota,
             _us(patience),
-            isolating,
+            kind.one_in,
             _us(DWELL),
             seen,
             self._server,
             self._needs_replica,
             _us(self._notice()),
+            kind.field,
         )
         granted, wait_us, answered_us, server, *made_for = self._reserve(self._keys, args)
         heard = self._clock.monotonic()
@@ -300,7 +323,7 @@ class RateLimiter:
             return max(float(wait_us) / 1e6, 0.001)
         if unsure:
             # A first answer came late: our slot may be anywhere in that time, and in a second that is full.
-            return self._ask(isolating, now_us, patience)
+            return self._ask(kind, now_us, patience)
         permit = Permit(due, *made_for)
         self._limit, self._epoch = permit.limit, max(self._epoch, permit.epoch)
         return permit

@@ -23,7 +23,8 @@ from worker.intake.brokers import Queue, RabbitQueue
 from worker.intake.celery_queue import QueueConsumer
 from worker.intake.stream import StreamConsumer
 from worker.producer import Memory, Producer
-from worker.ratelimit import RateLimiter
+from worker.ratelimit import DELIVERS, RateLimiter, reads
+from worker.readback.reader import Reader
 from worker.state import connection
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import Buffer
@@ -126,6 +127,26 @@ def build_limiter(settings: Settings, redis: Redis) -> RateLimiter:
         clock=SystemClock(),
         needs_replica=settings.needs_replica,
     )
+
+
+def build_read_limiter(settings: Settings, redis: Redis) -> RateLimiter:
+    """The slots of reads: what deliveries leave of the quota, or a quota of their own."""
+    apart = settings.read_quota > 0
+    return RateLimiter(
+        redis,
+        Keys(settings.sdkappid),
+        quota=settings.read_quota or settings.quota,
+        patience=settings.patience,
+        clock=SystemClock(),
+        needs_replica=settings.needs_replica and not apart,
+        kind=DELIVERS if apart else reads(settings.read_share),
+        apart=apart,
+    )
+
+
+def build_reader(settings: Settings, redis: Redis, stopping: Callable[[], bool] = lambda: False) -> Reader:
+    limiter = build_read_limiter(settings, redis)
+    return Reader(build_api(settings), limiter, SystemClock(), stopping=stopping)
 
 
 def build_attribute_catalog(settings: Settings, redis: Redis) -> AttributeCatalog:

@@ -15,7 +15,8 @@ from worker import runtime
 from worker.clock import SystemClock
 from worker.config import Secret, Settings
 from worker.delivery.answers import Failure, NoReply, Reply
-from worker.delivery.attribute_catalog import FIXES, AttributeCatalog
+from worker.delivery.attribute_catalog import AttributeCatalog
+from worker.delivery.explanations import FIXES
 from worker.delivery.policy import TABLE
 from worker.errors import CallFailed
 from worker.models import BatchId

@@ -298,7 +298,9 @@ def test_numbers_that_are_none_block_nothing(client: redis.Redis, table: str) ->
         for second in range(8):
             now = (house.now + second * 1000) * 1000
             limiter = [keys.rate, keys.quotas, keys.server, keys.tickets, keys.ledger]
-            answer = steps["reserve"](limiter, (now, 100, 2_000_000, 0, 1_500_000, "", 0, 0, 0))
+            answer = steps["reserve"](
+                limiter, (now, 100, 2_000_000, 0, 1_500_000, "", 0, 0, 0, "next_isolating")
+            )
         steps["pause"]([keys.rate], (now, 1000, "x", 60007, "", 100, 1, 1, 1))
         line.read()
         if table == "line":

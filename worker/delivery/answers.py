@@ -1,6 +1,6 @@
 """What the API answers, as values.
 
-Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/60565 (`timpush/set_attr`) and 1047/34620 (rules
+Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/37169 (`im_get_attr`), 1047/60565 (`timpush/set_attr`) and 1047/34620 (rules
 for all calls). The API answers HTTP 200 even on failure; the truth is in `ErrorCode` and, under a successful
 `ErrorCode`, in `ErrorList`.
 """
@@ -45,6 +45,8 @@ class Reply:
     request_id: str = ""
     #: The app's attribute names, if the call asked for them.
     names: frozenset[str] = frozenset()
+    #: What the users have, name -> value, if the call asked for that. Users the API does not know are not in it.
+    values: Mapping[UserId, Mapping[str, str]] = field(default_factory=dict)
     #: When the UserSig of the call was made, seconds since 1970.
     signed_at: int = field(default=0, compare=False)
     #: Seconds that the other side asks to wait.
@@ -89,7 +91,8 @@ def read_reply(body: bytes) -> Answer:
     if not isinstance(answer, dict) or type(answer.get("ErrorCode")) is not int:
         return NoReply(Failure.UNREADABLE)
     entries, names = answer.get("ErrorList") or [], answer.get("AttrNames") or {}
-    if not isinstance(entries, list) or not isinstance(names, dict):
+    values = _values(answer.get("UserAttrs") or [])
+    if not isinstance(entries, list) or not isinstance(names, dict) or values is None:
         return NoReply(Failure.UNREADABLE)
     code = _code(answer["ErrorCode"])
     if code == 0 and answer.get("ActionStatus") != "OK":
@@ -100,7 +103,27 @@ def read_reply(body: bytes) -> Answer:
         errors=dict(filter(None, map(_user_error, entries))),
         request_id=_words(answer.get("RequestId")),
         names=frozenset(name for name in names.values() if isinstance(name, str)),
+        values=values,
     )
+
+
+def _values(entries: Any) -> dict[UserId, Mapping[str, str]] | None:
+    """What `im_get_attr` says of each user (1047/37169), in any order; None if any of it is not what it should be.
+
+    Half an answer is worse than none: who is missing in it would seem to be unknown to the API.
+    """
+    found: dict[UserId, Mapping[str, str]] = {}
+    for entry in entries if isinstance(entries, list) else [None]:
+        user, attrs = (
+            (entry.get("To_Account"), entry.get("Attrs")) if isinstance(entry, dict) else (None, None)
+        )
+        attrs = {} if attrs is None else attrs
+        if not isinstance(user, str) or not isinstance(attrs, dict):
+            return None
+        if not all(isinstance(value, str) for value in attrs.values()):
+            return None
+        found[user] = attrs
+    return found
 
 
 def _user_error(entry: Any) -> tuple[UserId, UserError] | None:

@@ -5,8 +5,8 @@
     call.send()                         # one write
     answer = call.answer()              # one deadline
 
-Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/37171 (`im_remove_attr`), 1047/37167 and 1047/37168
-(attribute names), 1047/60565 (their twins under `timpush`), 1047/34620 (URL, parameters, HTTP status).
+Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/37171 (`im_remove_attr`), 1047/37169 (`im_get_attr`),
+1047/37167 and 1047/37168 (attribute names), 1047/60565 (their twins under `timpush`), 1047/34620 (URL, parameters, HTTP status).
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class ChatApi:
     def prepare_remove(self, users: Iterable[tuple[UserId, Sequence[str]]]) -> Call | NoReply:
         """Prepare a call that removes attributes by name."""
         return self._prepare("remove_attr", {"UserAttrs": _entries(users)})
+
+    def prepare_get(self, users: Sequence[UserId]) -> Call | NoReply:
+        """Prepare a call that asks what up to 100 users have."""
+        return self._prepare("get_attr", {"To_Account": list(users)})
 
     def prepare_get_names(self) -> Call | NoReply:
         """Prepare a call that asks for the app's attribute names."""

@@ -25,7 +25,7 @@ _EVERYWHERE = {"ping", "evalsha", "script|load"}
 #: Commands for the state's keys, beside those in its scripts.
 _STATE = _EVERYWHERE | {
     *("del", "get", "set", "pttl", "info", "time"),
-    *("hdel", "hget", "hgetall", "hincrby", "hlen", "hmget", "hscan", "hset"),
+    *("hdel", "hget", "hgetall", "hincrby", "hlen", "hmget", "hrandfield", "hscan", "hset"),
     *("sadd", "smembers", "srem"),
     *("xack", "xadd", "xdel", "xlen", "xrange", "xreadgroup", "xrevrange", "xtrim"),
     *("zadd", "zcard", "zrange", "zrangebyscore", "zrem", "zscan"),

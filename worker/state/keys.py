@@ -132,7 +132,7 @@ class Keys:
 
     @property
     def rate(self) -> str:
-        """hash: "next" free slot us and "next_isolating"; "paused_at", "paused_until" us with "reason" and
+        """hash: "next" free slot us, "next_isolating" and "next_reading"; "paused_at", "paused_until" us with "reason" and
         "code"; "epoch", raised by each pause; while below the quota also the "limit" in calls a second
         and how it climbs: "good", "bad", "step", "granted", "climb_at" us, "hold" us; how far slots are "apart" us,
         because of the "jitter" us, corrected by the "stretch" us, which falls at "stretch_at" us and not sooner again
@@ -153,6 +153,21 @@ class Keys:
     def quotas(self) -> str:
         """zset: quota in calls a second, scored by `rate`'s "busy" when a process last named it; the lowest rules."""
         return self._key("quotas")
+
+    @property
+    def read_rate(self) -> str:
+        """hash, as `rate`: the slots of reads, if they have a quota of their own."""
+        return self._key("read_rate")
+
+    @property
+    def read_quotas(self) -> str:
+        """zset, as `quotas`, for that quota."""
+        return self._key("read_quotas")
+
+    @property
+    def read_server(self) -> str:
+        """hash, as `server`: which server the slots of `read_rate` belong to."""
+        return self._key("read_server")
 
     @property
     def line(self) -> str:

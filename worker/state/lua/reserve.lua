@@ -20,10 +20,10 @@ doubles each time the next step is refused again.
 Where updates count as accepted only once replicas have them, nobody sends while none is in step: a primary that is cut
 off from all of them may already have a successor. A server that does not list them is believed.
 
-Calls that isolate bad users get at most every tenth slot while others wait for slots, too.
+Calls of some kinds, which isolate bad users or read, get at most one in so many slots while others wait for slots, too.
 
-KEYS[1]  hash, rate: "next" free slot us, "next_isolating" us, "paused_at" us, "paused_until" us, "epoch"; "limit", "good",
-         "bad", "step" calls a second, "granted" since "limit" was set, "climb_at" us, "hold" us; "apart" us
+KEYS[1]  hash, rate: "next" free slot us, "next_isolating" and "next_reading" us, "paused_at" us, "paused_until" us, "epoch";
+         "limit", "good", "bad", "step" calls a second, "granted" since "limit" was set, "climb_at" us, "hold" us; "apart" us
          between slots, "jitter" us, "stretch" us, "stretch_at" us, "stretch_hold" us, "stretch_jitter" us;
          "busy" us, the slots granted so far, end to end
 KEYS[2]  zset, quotas: calls a second -> "busy" when somebody last named it
@@ -33,19 +33,20 @@ KEYS[5]  hash, ledger
 ARGV[1]  now in us, empty = the server's clock
 ARGV[2]  the quota that the caller was configured with, calls a second
 ARGV[3]  patience, us
-ARGV[4]  1 for a call that isolates, else 0
+ARGV[4]  one in how many slots this kind of call may take while others wait; 0 = every slot, -1 = none
 ARGV[5]  how long a limit is tried before the next one, us
 ARGV[6]  by how much the times of the caller's answers differ, us; empty = unknown
 ARGV[7]  the number of the server that the caller knows, 0 = none
 ARGV[8]  1 if a replica must be in step, else 0
 ARGV[9]  the least time, us, that the caller needs from now to its slot
+ARGV[10] the field of `rate` that says when the next slot of this kind is, "next_isolating" or "next_reading"
 Returns  {1, us until the slot, now in us, number of this server, epoch, limit}, or {0, us until asking again is
          worthwhile, now in us, number of this server}
 ]]
 local rate, quotas, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local isolating, dwell, seen = ARGV[4] == '1', tonumber(ARGV[5]), tonumber(ARGV[6])
-local server_seen, needs_replica, notice = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9])
+local one_in, dwell, seen = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local server_seen, needs_replica, notice, turn = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9]), ARGV[10]
 
 -- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
 -- like a network that does.
@@ -68,8 +69,8 @@ if needs_replica then
     return { 0, SECOND, now, number }
   end
 end
-local slot, paused_at, paused_until, epoch, limit, isolate_from, busy =
-  numbers(redis.call('HMGET', rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', 'next_isolating', 'busy'))
+local slot, paused_at, paused_until, epoch, limit, turn_at, busy =
+  numbers(redis.call('HMGET', rate, 'next', 'paused_at', 'paused_until', 'epoch', 'limit', turn, 'busy'))
 
 local others = math.huge
 for _, quota in ipairs(redis.call('ZRANGEBYSCORE', quotas, whole(busy - LATELY), '+inf')) do
@@ -141,19 +142,23 @@ if slot > math.max(paused, horizon + 2 * SECOND / limit) then
   redis.call('HSET', rate, 'next', whole(slot))
 end
 patience = math.min(patience, horizon - now)
+local others_wait = slot > now
 slot = math.max(slot, now + math.min(notice, patience), paused)
 if slot - now > patience then
   return { 0, slot - now - patience, now, number }
 end
-if isolating and slot > now and slot < isolate_from and isolate_from <= slot + 30 * SECOND / limit then
-  return { 0, isolate_from - slot, now, number }
+-- A turn further away than any is from before the clock was set back.
+if others_wait and one_in < 0 then
+  return { 0, slot - now, now, number }
+elseif others_wait and one_in > 0 and slot < turn_at and turn_at <= slot + 3 * one_in * SECOND / limit then
+  return { 0, math.min(turn_at - slot, slot - now), now, number }
 end
 if limit < quota then
   climb()
 end
 local apart = width()
 redis.call('HSET', rate, 'next', whole(slot + apart), 'busy', whole(busy + apart))
-if isolating then
-  redis.call('HSET', rate, 'next_isolating', whole(slot + 10 * apart))
+if one_in > 0 then
+  redis.call('HSET', rate, turn, whole(slot + one_in * apart))
 end
 return { 1, slot - now, now, number, epoch, limit }
