@@ -56,6 +56,8 @@ class ClaimedUser(NamedTuple):
     suspect: bool = False
     #: Whether only a backfill asked for it.
     backfill: bool = False
+    #: Whether the last call with this user may have been applied: there was no answer to it.
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,13 @@ class Acked:
 class Retried:
     """Send again after `delay` seconds; costs an attempt.
 
-    If not `proven`, only once a call that was claimed later has succeeded: the service may be to blame.
+    If not `proven`, only once a call that was claimed later has succeeded: the service may be to blame. `unknown` if the call
+    may have been applied.
     """
 
     delay: float
     proven: bool = True
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ def build_delivery(settings: Settings, redis: Redis) -> Delivery:
         rng=random.Random(),
         stopping=stopping.is_set,
         meter=meter,
+        reads=build_read_limiter(settings, redis) if settings.read_quota else None,
     )
 
 

@@ -142,7 +142,7 @@ def test_the_back_off_doubles_has_full_jitter_and_a_bound(attempts: int, jitter:
 def test_after_an_unknown_outcome_the_hold_comes_on_top(attempts: int, jitter: float) -> None:
     held = policy().retry_uncounted(RetryUncounted(hold=True), attempts, jitter)
 
-    assert held == Retried(5.0 + policy().backoff(attempts, jitter), proven=False)
+    assert held == Retried(5.0 + policy().backoff(attempts, jitter), proven=False, unknown=True)
 
 
 def test_only_a_failure_that_is_not_the_services_costs_an_attempt_at_once() -> None:

@@ -32,7 +32,17 @@ from hypothesis.stateful import (
 
 from tests.conftest import drawn, new_keys, planted
 from tests.schedules.wire import Wire
-from worker.models import Acked, Attributes, BatchId, DeadLettered, Outcome, Retried, Snoozed, Update
+from worker.models import (
+    Acked,
+    Attributes,
+    BatchId,
+    ClaimedUser,
+    DeadLettered,
+    Outcome,
+    Retried,
+    Snoozed,
+    Update,
+)
 from worker.state import buffer, scripts
 from worker.state.buffer import Buffer
 from worker.state.dead_letters import DeadLetters, Redriven
@@ -58,12 +68,14 @@ class Record:
     suspect: bool = False
     backfill: bool = False
     values: Values = field(default_factory=dict)
+    #: Whether its last call may have been applied.
+    unknown: bool = False
 
     @classmethod
     def read(cls, packed: bytes) -> Record:
         raw = json.loads(packed)
         values = {name: (value or None, version) for name, (value, version) in raw["a"].items()}
-        return cls(raw["t"], raw.get("n", 0), raw.get("f", 0), "s" in raw, "b" in raw, values)
+        return cls(raw["t"], raw.get("n", 0), raw.get("f", 0), "s" in raw, "b" in raw, values, "u" in raw)
 
 
 @dataclass
@@ -192,6 +204,7 @@ class Model:
                 if isinstance(outcome, Retried):
                     record.attempts = self.attempts(record) + outcome.proven
                     record.failed_at = 0 if outcome.proven else now
+                    record.unknown = outcome.unknown
                 else:
                     record.suspect |= outcome.suspect
                 if newer:
@@ -242,6 +255,30 @@ class Model:
         if not sent:
             self.enter_lane(user, record)
         return True
+
+    def reassert(self, late: dict[str, Attributes], now: int) -> int:
+        """How many users have newer values than those of a late call, which are sent again."""
+        users = 0
+        for user, values in late.items():
+            record, sent = self.pending.get(user), self.flight.get(user)
+            newest = {
+                name: known
+                for name, value in values.items()
+                if (known := (sent and sent.values.get(name)) or self.shadow.get(user, {}).get(name))
+                and known[0] not in (value, UNKNOWN)
+                and not (record and name in record.values)
+            }
+            if not newest:
+                continue
+            users += 1
+            if record:
+                record.values |= newest
+                continue
+            self.ledger["redriven"] += 1
+            self.pending[user] = Record(now, values=newest)
+            if not sent:
+                self.lanes["live"][user] = now
+        return users
 
     def balanced(self) -> bool:
         accepted, redriven, *out = self.ledger.values()
@@ -296,6 +333,7 @@ delays = st.sampled_from([0.0, 0.5, 5.0])
 outcomes = st.one_of(
     st.just(Acked()),
     st.builds(Retried, delays, st.booleans()),
+    st.builds(Retried, delays, st.just(False), st.just(True)),
     st.builds(Snoozed, delays, st.booleans()),
     st.just(DeadLettered(90033, "refused")),
 )
@@ -326,6 +364,8 @@ class BufferMachine(RuleBasedStateMachine):
         #: The newest accepted value of every attribute: highest version, among equals the last.
         self.newest: dict[tuple[str, str], tuple[str | None, int]] = {}
         self.delivered: dict[tuple[str, str], int] = {}
+        #: What each batch was about to send.
+        self.sent: dict[str, tuple[ClaimedUser, ...]] = {}
 
     def teardown(self) -> None:
         if hasattr(self, "patch"):
@@ -410,7 +450,8 @@ class BufferMachine(RuleBasedStateMachine):
             record = self.model.flight[claimed.user]
             assert claimed.attrs == {name: pair[0] for name, pair in record.values.items()}
             assert (claimed.attempts, claimed.since_ms) == (self.model.attempts(record), record.since)
-            assert claimed.suspect is record.suspect
+            assert (claimed.suspect, claimed.unknown) == (record.suspect, record.unknown)
+        self.sent[batch.id] = batch.users
         assert self.buffer.claim(ticket, size, now_ms=self.now) is None, "a ticket is good for one claim"
         return multiple(batch.id) if expected else multiple()
 
@@ -450,6 +491,22 @@ class BufferMachine(RuleBasedStateMachine):
         assert self.buffer.settle(batch, named, rest=rest, now_ms=self.now) is None
 
         assert read(self.client, self.buffer) == before
+
+    @rule(batch=ended)
+    def a_late_call_lands(self, batch: BatchId) -> None:
+        """A worker was frozen, sent its batch after it was taken over, and finds out."""
+        late = {user.user: user.attrs for user in self.sent.get(batch, ())}
+        expected = self.model.reassert(late, self.now)
+
+        assert self.buffer.reassert(self.sent.get(batch, ()), now_ms=self.now) == expected
+
+        # Whatever newer values it may have replaced are on their way again.
+        for user, values in late.items():
+            for name, value in values.items():
+                given_up = name in self.model.dead.get(user, {}) or user not in self.model.shadow
+                newest, _ = self.newest[user, name]
+                if newest != value and not given_up:
+                    assert name in self.model.pending[user].values
 
     @precondition(lambda self: self.model.dead)
     @rule(data=st.data())
@@ -583,6 +640,16 @@ BUGS = {
     "a suspect is forgotten": ("settle", "record.s = 1", "local _ = 0"),
     "a worker goes on though there is no full batch": ("settle", "ready >= size", "ready >= 1"),
     "a partial batch is not noted": ("dispatch", "redis.call('SET', partial_at, now)", "local _ = 0"),
+    "a late call's value stays": ("reassert", "known[1] ~= value", "false"),
+    "what is in flight counts as sent after a late call": (
+        "reassert",
+        "in_flight[name] or delivered[name]",
+        "not sent and delivered[name]",
+    ),
+    "a late call hides what is pending": ("reassert", "not newest.a[name] and", ""),
+    "a user sent again enters a lane while in flight": ("reassert", "if not sent then", "if true then"),
+    "users sent again are not counted": ("reassert", "created = created + 1", "local _ = 0"),
+    "an unknown outcome is forgotten": ("settle", "unknown == 1 and 1 or nil", "nil"),
     "nobody learns that the service works": ("settle", "'ok_at', claimed", "'ok_at', 0"),
 }
 

@@ -13,9 +13,12 @@
 Between claim and settle everything may fail or die at any point: the lease then runs out, and the users are reclaimed. A
 user is sent again rather than lost; setting a value twice is harmless, and what is sent is the newest.
 
-Weakness: a worker frozen between its last look at the lease and the socket, for longer than the lease lasts, can still
-land an old value late. That window is microseconds wide. Reading the attributes back (`im_get_attr`) after such a
-pause would close it.
+A worker frozen between its last look at the lease and the socket, for longer than the lease lasts, still lands an old value
+late. That window is microseconds wide. When the worker goes on, it finds its batch gone; once its call has landed, it has the
+newest values sent again (`reassert`). Reading first what the API has would cost a call to save one.
+
+Weakness: a worker that is frozen in that window, sends, and is then killed before it has looked at its batch; and values
+newer than the late ones of which nothing is remembered (`IMATTR_SHADOW_TTL`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ from typing import Any, Literal, assert_never
 import structlog
 
 from worker.clock import Clock
-from worker.delivery.answers import Answer, Failure, NoReply, Reply
+from worker.delivery.answers import UNREACHABLE, Answer, Failure, NoReply, Reply
 from worker.delivery.api import Call, ChatApi
 from worker.delivery.meter import Meter, Operation, Summary
 from worker.delivery.plan import (
     ACKED,
     AskNames,
+    AskValues,
     End,
     HandBack,
     Part,
@@ -47,7 +51,7 @@ from worker.delivery.plan import (
     begin,
     blames_service,
 )
-from worker.delivery.policy import Policy, rule_for
+from worker.delivery.policy import Pause, Policy, decide, rule_for
 from worker.models import Acked, Batch, BatchId, DeadLettered, Outcome, Retried, Snoozed, UserId
 from worker.ratelimit import DWELL, Permit, RateLimiter
 from worker.state.attribute_names import AttributeNames
@@ -98,6 +102,9 @@ class _Claim:
     #: Calls made since users were last settled, and the seconds until their answers.
     calls: int = 0
     call_seconds: float = 0.0
+    #: Whether something was written, and whether the last of it may still take effect.
+    wrote: bool = False
+    landing: bool = False
 
 
 class Delivery:
@@ -119,11 +126,14 @@ class Delivery:
         rng: random.Random,
         stopping: Callable[[], bool] = lambda: False,
         meter: Meter | None = None,
+        reads: RateLimiter | None = None,
     ) -> None:
         """`lease` in seconds, the same as the buffer's; `quota` in calls a second, the same as the limiter's.
 
-        `rng` spreads retries out; `stopping` turns true when this worker shuts down; `meter` is told what happens.
+        `rng` spreads retries out; `stopping` turns true when this worker shuts down; `meter` is told what happens; `reads` has
+        the slots of reads, if they are not those of the limiter.
         """
+        self._reads = reads
         self._meter = meter or Meter()
         self._buffer, self._limiter, self._line, self._names = buffer, limiter, line, names
         self._api, self._policy, self._clock, self._rng = api, policy, clock, rng
@@ -186,7 +196,8 @@ class Delivery:
         if claim.batch.probe:
             self._api.renew_signature()
         self._api.adopt_signature(claim.batch.signed_at)
-        plan = begin(claim.batch, self._policy, self._rng.getrandbits(32))
+        seed, apart = self._rng.getrandbits(32), self._reads is not None
+        plan = begin(claim.batch, self._policy, seed, reads_apart=apart)
         while plan.todo:
             answer = self._ask(claim, plan)
             if isinstance(answer, Reply | NoReply):
@@ -198,7 +209,8 @@ class Delivery:
             if end is None and plan.todo and self._stopping():
                 end = HandBack("handed_back")
             if end == "fenced":
-                log.warning("batch_fenced", batch=claim.batch.id)
+                again = self._send_newest_again(claim)
+                log.warning("batch_fenced", batch=claim.batch.id, sent_again=again)
                 return end
             if end:
                 rest = Snoozed(end.delay, suspect=plan.bisecting)
@@ -206,6 +218,14 @@ class Delivery:
                 claim.summary.snoozed += settled.users if settled else 0
                 return end.outcome
         return _outcome_of(claim.summary)
+
+    def _send_newest_again(self, claim: _Claim) -> int:
+        """Have newer values than ours sent once more, if ours may have been applied after them."""
+        if not claim.wrote:
+            return 0
+        if claim.landing:
+            self._clock.sleep(self._policy.hold)
+        return self._buffer.reassert(claim.batch.users)
 
     def _hold(self, batch: Batch) -> None:
         """Send the users again after a hold, since we may have failed after a send. Our defect is not their fault."""
@@ -233,6 +253,8 @@ class Delivery:
                     # More of them, or others, than an app can have.
                     return NoReply(Failure.UNREADABLE)
             return answer
+        if isinstance(call, AskValues):
+            return self._read(claim, [user.user for user in call.users])
         if claim.permit_used and (plan.bisecting or self._policy.suspects(call.users[0])):
             end = self._renew_permit(claim, self._limiter.reserve_isolating(), SUSPECTS_WAIT)
             if end:
@@ -240,6 +262,28 @@ class Delivery:
         if call.removing:
             return self._send(claim, "remove", lambda: self._api.prepare_remove(call.entries()))
         return self._send(claim, "set", lambda: self._api.prepare_set(call.entries()))
+
+    def _read(self, claim: _Claim, users: list[UserId]) -> Answer | HandBack | Fenced:
+        """Ask what users have: in the slot that the batch has, or in one of the reads' own, without waiting long for it."""
+        if self._reads is None:
+            return self._send(claim, "get", lambda: self._api.prepare_get(users))
+        call = self._api.prepare_get(users)
+        if isinstance(call, NoReply):
+            return call
+        permit = self._reads.take()
+        if permit is None:
+            call.abandon()
+            return UNREACHABLE
+        call.send()
+        self._reads.sent(permit)
+        sent_at = self._clock.monotonic()
+        answer = call.answer()
+        self._meter.call("get", answer, self._clock.monotonic() - sent_at)
+        action = decide(answer)
+        if isinstance(action, Pause) and isinstance(answer, Reply):
+            reason = rule_for(answer.code).meaning
+            self._reads.pause(action.seconds, reason, answer.code, refused=permit)
+        return answer
 
     def _send(
         self, claim: _Claim, operation: Operation, prepare: Callable[[], Call | NoReply]
@@ -256,7 +300,9 @@ class Delivery:
         call.send()
         self._limiter.sent(claim.permit)
         sent_at = self._clock.monotonic()
+        claim.wrote = claim.wrote or operation in ("set", "remove")
         answer = call.answer()
+        claim.landing = isinstance(answer, NoReply)
         seconds = self._clock.monotonic() - sent_at
         # Refusals come sooner than successes.
         if isinstance(answer, Reply) and not answer.code:
@@ -335,6 +381,8 @@ class Delivery:
     def _note(self, claim: _Claim, plan: Plan, answer: Answer) -> None:
         """Report an answer; decides nothing."""
         call, summary = plan.todo[0], claim.summary
+        if isinstance(call, AskValues):
+            return
         if isinstance(answer, NoReply):
             summary.failure = answer.failure.value
             return
@@ -346,7 +394,7 @@ class Delivery:
 
     def _failures(self, plan: Plan, answer: Answer) -> int:
         """How many calls of the fleet have failed in a row; 0 if this one did not fail through the service's fault."""
-        if isinstance(plan.todo[0], AskNames) or not blames_service(answer):
+        if not isinstance(plan.todo[0], Part) or not blames_service(answer):
             return 0
         # Pieces of one batch fail for one reason: only its first call says something about the service.
         return self._line.failures() if plan.answers else self._line.record_failure()
@@ -360,7 +408,7 @@ class Delivery:
             if self._extend(claim) == "lost":
                 return step.plan, "fenced"
             self._clock.sleep(step.hold)
-        if step.outcomes and not self._settle(claim, step.outcomes):
+        if step.outcomes and not self._settle(claim, step.outcomes, by_reading=step.by_reading):
             return step.plan, "fenced"
         end: End | None = step.end
         if step.if_too_many and self._are_too_many(step):
@@ -376,19 +424,19 @@ class Delivery:
         letters = [end for end in step.outcomes.values() if isinstance(end, DeadLettered)]
         return self._line.record_dead_letters(letters[0].code, len(letters))
 
-    def _settle(self, claim: _Claim, outcomes: Mapping[UserId, Outcome]) -> bool:
+    def _settle(self, claim: _Claim, outcomes: Mapping[UserId, Outcome], *, by_reading: bool = False) -> bool:
         """Settle users; False if the batch is no longer ours."""
         # The usual end, everyone delivered, needs no list of names.
         all_acked = len(outcomes) == len(claim.batch.users) and set(outcomes.values()) == {ACKED}
         named, rest = ({}, ACKED) if all_acked else (outcomes, None)
-        claimed_ms = claim.batch.claimed_ms
+        claimed_ms = 0 if by_reading else claim.batch.claimed_ms
         # Only a batch that was delivered whole is proof that another one can be.
         settled = self._end_claim(
             claim,
             named,
             rest=rest,
             claimed_ms=claimed_ms,
-            successor=claim.successor if all_acked else None,
+            successor=claim.successor if all_acked and not by_reading else None,
             size=self._batch_size,
         )
         if settled is None:
@@ -397,6 +445,7 @@ class Delivery:
         self._meter.settled(claim.batch, outcomes, self._clock.monotonic() - claim.claimed_at)
         summary, ends = claim.summary, outcomes.values()
         summary.acked += sum(isinstance(end, Acked) for end in ends)
+        summary.found += len(outcomes) if by_reading else 0
         summary.retried += sum(isinstance(end, Retried) for end in ends)
         summary.snoozed += sum(isinstance(end, Snoozed) for end in ends)
         summary.dead_lettered += sum(isinstance(end, DeadLettered) for end in ends)

@@ -10,7 +10,7 @@ from worker.delivery.answers import NoReply, Reply
 from worker.models import Batch, BatchId, Outcome, UserId
 from worker.state.line import Kind
 
-Operation = Literal["set", "remove", "names"]
+Operation = Literal["set", "remove", "names", "get"]
 Fate = Literal["used", "late", "none", "empty"]
 
 
@@ -24,6 +24,8 @@ class Summary:
     number: int = 0
     users: int = 0
     acked: int = 0
+    #: Those of them whom the API was found to have right, after a call whose outcome was unknown.
+    found: int = 0
     retried: int = 0
     snoozed: int = 0
     dead_lettered: int = 0

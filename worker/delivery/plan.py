@@ -74,6 +74,13 @@ class AskNames:
 
 
 @dataclass(frozen=True, slots=True)
+class AskValues:
+    """Ask what these users have: a call whose outcome is unknown may have been applied."""
+
+    users: tuple[ClaimedUser, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is still to be done with a batch, and what is known about it."""
 
@@ -82,7 +89,7 @@ class Plan:
     #: Makes the back-offs of two batches differ; any number.
     seed: int
     #: The calls to be made, the next one first. None of their users is settled or refused.
-    todo: tuple[Part | AskNames, ...]
+    todo: tuple[Part | AskNames | AskValues, ...]
     #: How many answers there have been.
     answers: int = 0
     #: Whether the calls to be made are pieces of a request that was refused.
@@ -165,6 +172,8 @@ class Step:
     hold: float = 0.0
     #: How users are settled, each exactly once in the life of the plan.
     outcomes: Mapping[UserId, Outcome] = field(default_factory=dict)
+    #: Whether users are settled because they were read, which says nothing about writing.
+    by_reading: bool = False
     #: Stop the line, if the dead letters among the outcomes are too many for the fleet.
     if_too_many: StopLine | None = None
     #: End the batch here,
@@ -173,11 +182,28 @@ class Step:
     otherwise: Step | None = None
 
 
-def begin(batch: Batch, policy: Policy, seed: int) -> Plan:
-    """The plan of a batch that was just claimed. Suspects are kept apart, except in a probe."""
+def begin(batch: Batch, policy: Policy, seed: int, *, reads_apart: bool = False) -> Plan:
+    """The plan of a batch that was just claimed. Suspects are kept apart, except in a probe.
+
+    Users whose last call may have been applied are read first, where that costs less than sending them again.
+    `reads_apart` if reads have a quota of their own.
+    """
     suspects = () if batch.probe else tuple(user for user in batch.users if policy.suspects(user))
     others = tuple(user for user in batch.users if user not in suspects) if suspects else batch.users
-    return Plan(batch, policy, seed, (*_parts(others), *_parts(suspects)))
+    parts = (*_parts(others), *_parts(suspects))
+    # What was held back is claimed when its old call can no longer land, so what is read stays as it is.
+    unknown = tuple(user for user in batch.users if user.unknown)
+    if not unknown or batch.probe:
+        return Plan(batch, policy, seed, parts)
+    # Reading takes one call, sending as many as there are parts, and more for suspects who must be isolated.
+    spared = {user.user for user in unknown}
+    calls = sum(spared.issuperset(user.user for user in part.users) for part in parts)
+    pays = (
+        reads_apart
+        or calls > 1
+        or (calls > 0 and spared.issuperset(user.user for user in suspects) and suspects)
+    )
+    return Plan(batch, policy, seed, (AskValues(unknown), *parts) if pays else parts)
 
 
 def blames_service(answer: Answer) -> bool:
@@ -194,6 +220,8 @@ def advance(plan: Plan, answer: Answer, failures: int = 0) -> Step:
     plan = replace(plan, todo=plan.todo[1:], answers=plan.answers + 1)
     if isinstance(call, AskNames):
         step = _names_known(plan, call, answer)
+    elif isinstance(call, AskValues):
+        step = _values_known(plan, call, answer)
     else:
         step = _answered(plan, call, answer, failures)
     return _finished(step)
@@ -221,6 +249,18 @@ def _answered(plan: Plan, part: Part, answer: Answer, failures: int) -> Step:
             assert_never(action)
     # A code about the rate or about users shows that the API has let us in.
     return replace(step, reopen=signed_at) if plan.batch.probe in ("error", "outage") else step
+
+
+def _values_known(plan: Plan, call: AskValues, answer: Answer) -> Step:
+    """Settle who has already what was to be sent. Whatever else the answer says, the calls that follow will find out."""
+    if not isinstance(answer, Reply) or answer.code:
+        return Step(plan)
+    outcomes = {user.user: ACKED for user in call.users if _has_all(answer.values.get(user.user), user)}
+    return Step(plan.without(outcomes), outcomes=outcomes, by_reading=True)
+
+
+def _has_all(values: Mapping[str, str] | None, user: ClaimedUser) -> bool:
+    return values is not None and all(values.get(name) == value for name, value in user.attrs.items())
 
 
 def letter_of(answer: Answer) -> DeadLettered:
@@ -396,8 +436,10 @@ def _parts(users: Sequence[ClaimedUser]) -> Iterator[Part]:
     return (part for part in (Part(setting), Part(removing, removing=True)) if part.users)
 
 
-def _without(call: Part | AskNames, users: Mapping[UserId, object]) -> Part | AskNames | None:
-    if isinstance(call, AskNames):
+def _without(
+    call: Part | AskNames | AskValues, users: Mapping[UserId, object]
+) -> Part | AskNames | AskValues | None:
+    if not isinstance(call, Part):
         return call
     left = tuple(user for user in call.users if user.user not in users)
     return replace(call, users=left) if left else None

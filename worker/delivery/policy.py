@@ -294,7 +294,7 @@ class Policy:
     def retry_uncounted(self, action: RetryUncounted, attempts: int, jitter: float) -> Retried:
         """The outcome if the service may be to blame. After a hold, the old call can no longer land."""
         hold = self.hold if action.hold else 0.0
-        return Retried(self.backoff(attempts, jitter) + hold, proven=False)
+        return Retried(self.backoff(attempts, jitter) + hold, proven=False, unknown=action.hold)
 
     def decide_user(self, code: int, info: str, attempts: int, jitter: float) -> Outcome:
         """The outcome of a user that the API refused by name, in `ErrorList`."""

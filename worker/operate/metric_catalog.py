@@ -191,7 +191,7 @@ FLEET = (
 CALLS = _counter(
     "calls",
     "Calls of the API, by what was asked and how it ended: the verdict on the code, or no answer.",
-    operation=("set", "remove", "names"),
+    operation=("set", "remove", "names", "get"),
     outcome=(
         "ok",
         "partial",
@@ -214,7 +214,7 @@ CALL_DURATION = _histogram(
     "call_duration_seconds",
     "Seconds from a call's slot to the end of its answer.",
     (0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10),
-    operation=("set", "remove", "names"),
+    operation=("set", "remove", "names", "get"),
 )
 BATCHES = _counter(
     "batches",

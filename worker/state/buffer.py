@@ -253,8 +253,8 @@ def _outcome(outcome: Outcome) -> list[str | int]:
     match outcome:
         case Acked():
             return ["ack"]
-        case Retried(delay, proven):
-            return ["retry", round(delay * 1000), int(proven)]
+        case Retried(delay, proven, unknown):
+            return ["retry", round(delay * 1000), int(proven), int(unknown)]
         case Snoozed(delay, suspect):
             return ["snooze", round(delay * 1000), int(suspect)]
         case DeadLettered(code, message):
@@ -303,6 +303,7 @@ class Buffer:
         self._settle_keys += [k.quarantine, k.imports, k.forgotten_at, k.server, k.rate]
         self._extend = scripts.load(redis, "extend")
         self._reclaim = scripts.load(redis, "reclaim")
+        self._reassert = scripts.load(redis, "reassert")
         self._forget = scripts.load(redis, "forget")
         self._snapshot = scripts.load(redis, "snapshot")
         self._repair = scripts.load(redis, "repair")
@@ -427,6 +428,16 @@ class Buffer:
             return None
         self.settle(successor, {}, rest=Snoozed(), now_ms=now_ms)
         return BatchId(expired.decode())
+
+    def reassert(self, users: Iterable[ClaimedUser], *, now_ms: int | None = None) -> int:
+        """Send the newest values of users again, since a call with these older ones may have been applied after them.
+
+        Returns of how many users newer values are known, and will be sent. The late call must have landed.
+        """
+        k = self._keys
+        keys = [k.pending, k.live, k.flight, k.shadow, k.shadow_at, k.server, k.ledger]
+        late = [[user.user, {name: value or False for name, value in user.attrs.items()}] for user in users]
+        return int(self._reassert(keys, (_argument(now_ms), _encode(late))))
 
     def forget(self, *, make_room: bool = False, now_ms: int | None = None) -> int:
         """Forget what was delivered long ago, up to `MOST_FORGOTTEN` users; returns how many that were.
@@ -563,4 +574,6 @@ def _claimed(user: bytes, record: dict[str, Any], outage_ended_at: int, ok_at: i
     attempts = record.get("n", 0) + (outage_ended_at < failed_at < ok_at)
     if not attrs or not math.isfinite(since + failed_at) or not 0 <= attempts <= MOST_ATTEMPTS:
         raise ValueError
-    return ClaimedUser(user.decode(), attrs, int(attempts), since, "s" in record, "b" in record)
+    return ClaimedUser(
+        user.decode(), attrs, int(attempts), since, "s" in record, "b" in record, "u" in record
+    )

@@ -6,12 +6,13 @@ before run beside these.
 
 A *record* is what is known about one user and not delivered yet, as JSON::
 
-    {"t": 1700000000000, "n": 2, "f": 1700000060000, "s": 1, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
+    {"t": 1700000000000, "n": 2, "f": 1700000060000, "u": 1, "s": 1, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
 
 ``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt only if a call
-claimed later succeeds, ``s`` present if the user is a suspect, ``b`` present if only a backfill asked for it, ``a``
-attribute name -> [value, version], with the value false to remove the attribute. A version is the event time (ms) the
-producer gave, else Redis' clock at arrival. The names are short because a million pending users have a million records.
+claimed later succeeds, ``u`` present if the last call may have been applied, ``s`` present if the user is a suspect, ``b`` present if only a
+backfill asked for it, ``a`` attribute name -> [value, version], with the value false to remove the attribute. A version is
+the event time (ms) the producer gave, else Redis' clock at arrival. The names are short because a million pending users have
+a million records.
 
 What was delivered is remembered as such a record, too, with ``c``, the number of the claim that delivered it.
 

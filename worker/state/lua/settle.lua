@@ -11,7 +11,7 @@ belongs to an outage: until then the record has its time ("f").
 What was delivered is remembered until `forget.lua` forgets it; while an import is unfinished, even with a memory of no
 length. What an import delivered is remembered as of its own time.
 
-Outcomes: ["ack"], ["retry", delay ms, 1 = costs an attempt at once, else 0],
+Outcomes: ["ack"], ["retry", delay ms, 1 = costs an attempt at once, else 0, 1 = the call may have been applied, else 0],
 ["snooze", delay ms, 1 = must not share a call with others from now on, else 0], ["dead_letter", code, message],
 ["quarantine"]. Records that cannot be read are set aside, whatever their outcome.
 
@@ -124,7 +124,7 @@ local function dead_letter(user, record, newer, code, message)
 end
 
 for i, user in ipairs(users) do
-  local verb, first, second = unpack(outcomes[user] or rest)
+  local verb, first, second, unknown = unpack(outcomes[user] or rest)
   local newer = waiting[i] and readable(waiting[i])
   if waiting[i] and not newer then
     withdraw(now, user, waiting[i])
@@ -145,7 +145,7 @@ for i, user in ipairs(users) do
       local failed_at = record.f
       local cost = second + (failed_at and outage_ended_at < failed_at and failed_at < ok_at and 1 or 0)
       record.n = (record.n or cost > 0) and (record.n or 0) + cost or nil
-      record.f = second == 0 and now or nil
+      record.f, record.u = second == 0 and now or nil, unknown == 1 and 1 or nil
     elseif second == 1 then
       record.s = 1
     end
