@@ -1063,3 +1063,13 @@ def test_arrivals_are_told_in_order_even_if_noted_out_of_order() -> None:
         arrivals.arrive(at)
 
     assert arrivals.times == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("reads", "passed"), [("shared", 3), ("apart", 6)])
+def test_reads_share_the_quota_or_have_one_for_themselves(api: Api, reads: Any, passed: int) -> None:
+    api.quirks = Quirks(quota=3, reads=reads)
+    read = SET.replace("set_attr", "get_attr")
+
+    answers = [ask(api, {}, path=path, now=1.0)["ErrorCode"] for path in [SET, read] * 4]
+
+    assert sum(code != 60007 for code in answers) == passed

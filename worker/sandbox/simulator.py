@@ -81,6 +81,8 @@ class Quirks:
     bad_user: Literal["batch", "list", "silent"] = "batch"
     #: The quota counts in every rolling second, or from one full second to the next.
     window: Literal["rolling", "fixed"] = "rolling"
+    #: Whether reads of attributes share the quota of the other calls, or have the same number for themselves.
+    reads: Literal["shared", "apart"] = "shared"
     #: Whether refused calls count against the quota.
     refused_count: bool = True
     empty_values: Literal["refuse", "accept"] = "refuse"
@@ -238,7 +240,8 @@ class Api:
         self.accounts: set[str] = set()
         self.writes: list[Write] = []
         self.counts = Counts()
-        self.arrivals = Arrivals()
+        #: All calls, except reads that have a quota for themselves.
+        self.arrivals, self.reads = Arrivals(), Arrivals()
         self._known_signatures: set[tuple[str, str]] = set()
         self._refused_signatures, self._closed_until = 0, 0.0
         self._types: dict[str, int] = {}
@@ -254,6 +257,13 @@ class Api:
             for prefix in ("all_member_push/im_", "timpush/")
             for name, command in commands.items()
         }
+
+    def _clock_of(self, path: str) -> Arrivals:
+        return self.reads if self.quirks.reads == "apart" and path.endswith("get_attr") else self.arrivals
+
+    def arrive(self, path: str, now: float) -> None:
+        """Count a call, whatever becomes of it."""
+        self._clock_of(path).arrive(now)
 
     def handle(
         self,
@@ -276,7 +286,7 @@ class Api:
             self._check_url(query, now)
             if not self.quirks.feature_on:
                 raise Refused(90045, "push to all users is not enabled")
-            if not self.arrivals.admit(now, self.quirks):
+            if not self._clock_of(path).admit(now, self.quirks):
                 raise Refused(60007, "call frequency over the limit")
             push = path.startswith("/v4/timpush/")
             request = self._parse(body)
@@ -521,6 +531,7 @@ class Api:
             "calls": self.arrivals.total,
             "worst_rolling_second": self.arrivals.worst,
             "seconds": round(self.arrivals.seconds, 3),
+            "reads_apart": {"calls": self.reads.total, "worst_rolling_second": self.reads.worst},
             "names": self.names,
             "quirks": dataclasses.asdict(self.quirks),
         }
@@ -583,7 +594,7 @@ class _ApiHandler(tornado.web.RequestHandler):
         if on_its_way := network.delay(api.quirks.network, now, self._faults.rng):
             now += on_its_way
             await asyncio.sleep(now - time.monotonic())
-        api.arrivals.arrive(now)
+        api.arrive(request.path, now)
         api.counts.requests += 1
         query = {
             name: values[-1].decode(errors="replace") for name, values in request.query_arguments.items()
@@ -685,7 +696,7 @@ class _ControlHandler(tornado.web.RequestHandler):
         elif what == "key":
             self._api.rotate_key(given)
         elif what == "reset-arrivals":
-            self._api.arrivals = Arrivals()
+            self._api.arrivals, self._api.reads = Arrivals(), Arrivals()
         else:
             self.send_error(404)
             return
