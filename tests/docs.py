@@ -74,6 +74,7 @@ _DEFAULTS = {
     "broker_url": "`REDIS_URL`",
     "log_format": "text on a terminal",
     "health_port": "off",
+    "console_proxy_header": "off",
 }
 
 
@@ -103,6 +104,8 @@ def settings() -> str:
         "([document 1047/34620](https://www.tencentcloud.com/document/product/1047/34620)): until then a call without an answer",
         "may still be applied.",
         "",
+        "What starts with `CONSOLE_` is for [the console](console.md) alone.",
+        "",
         "What `REDIS_URL` and `BROKER_URL` may be, what `REPLICAS` promises, and what `ALLOW_EVICTION` allows is in [Redis](redis.md).",
         "",
     ]
@@ -115,6 +118,8 @@ def _default(field: dataclasses.Field[object]) -> str:
     default = field.default
     if isinstance(default, bool):
         return str(int(default))
+    if isinstance(default, tuple):
+        return ", ".join(default) or "none"
     return f"{default:g}" if isinstance(default, float) else f"{default}" or "none"
 
 

@@ -21,6 +21,8 @@ IGNORED = (ROOT / ".gitignore").read_text().splitlines()
 SETTINGS = {PREFIX + field.name.upper() for field in dataclasses.fields(Settings)}
 #: It comes as a file, which no `inspect` shows.
 AS_A_FILE = "IMATTR_SECRET_KEY"
+#: What only the console needs.
+CONSOLE = {name for name in SETTINGS if name.startswith(f"{PREFIX}CONSOLE_")}
 #: What only those who call the API may have.
 KEY = {"IMATTR_SECRET_KEY", "IMATTR_SECRET_KEY_FILE"}
 
@@ -48,7 +50,7 @@ def settings(service: str) -> set[str]:
 
 
 def test_every_setting_reaches_the_workers() -> None:
-    assert settings("worker") == SETTINGS - {AS_A_FILE}
+    assert settings("worker") == SETTINGS - {AS_A_FILE} - CONSOLE
 
 
 @pytest.mark.parametrize("service", ["exporter", "flower"])

@@ -46,6 +46,8 @@ pytestmark = pytest.mark.skipif(
 OWN = {
     *("sdkappid", "region", "api_url", "secret_key", "secret_key_file", "redis_url", "redis_password_file"),
     *("broker_url", "broker_password_file", "health_port"),
+    *("console_host", "console_port", "console_prefix", "console_accounts_file", "console_proxy_header"),
+    *("console_proxy_operators", "console_proxies"),
 }
 #: Components that call the API, and so have its key.
 WITH_KEY = {"worker", "doctor"}

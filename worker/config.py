@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import difflib
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -175,6 +176,31 @@ def _readable_file(value: str) -> str:
     return value
 
 
+def _listed(value: str) -> tuple[str, ...]:
+    """The parts of a list that commas separate."""
+    return tuple(part for part in (part.strip() for part in value.split(",")) if part)
+
+
+def _networks(value: str) -> tuple[str, ...]:
+    """Addresses and networks, each as a network."""
+    try:
+        return tuple(str(ipaddress.ip_network(part)) for part in _listed(value))
+    except ValueError:
+        raise ValueError("must be addresses or networks, such as 10.0.0.7, 10.1.0.0/16") from None
+
+
+def _path_prefix(value: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) or re.search(r"/\.\.?(/|$)", value):
+        raise ValueError("must be a path such as /imattr, without a slash at its end")
+    return value
+
+
+def _header(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
+        raise ValueError("must be the name of an HTTP header, such as X-Forwarded-User")
+    return value
+
+
 def _account(value: str) -> str:
     if not (value.isascii() and value.isprintable() and len(value) <= MAX_USER_ID_BYTES):
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of printable ASCII")
@@ -280,6 +306,19 @@ class Settings:
     log_format: str = _setting(_choice("json", "text"), "", "json or text; default text on a terminal")
 
     health_port: int = _setting(_whole(1, 65_535), 0, "port of the worker's health page; default off")
+    console_host: str = _setting(_text, "127.0.0.1", "address on which the console listens")
+    console_port: int = _setting(_whole(1, 65_535), 8300, "its port")
+    console_prefix: str = _setting(_path_prefix, "", "path under which a proxy shows it, such as /imattr")
+    console_accounts_file: str = _setting(_text, "", "file with the accounts that may use it")
+    console_proxy_header: str = _setting(
+        _header, "", "header in which a proxy that authenticates names the user; default off"
+    )
+    console_proxy_operators: tuple[str, ...] = _setting(
+        _listed, (), "names in that header, separated by commas, that are operators; all others are viewers"
+    )
+    console_proxies: tuple[str, ...] = _setting(
+        _networks, (), "addresses or networks, separated by commas, from which that header and X-Forwarded-* are believed"
+    )
 
     @property
     def base_url(self) -> str:
@@ -396,6 +435,10 @@ class Settings:
             found.append("IMATTR_REPLICAS_FSYNC needs IMATTR_REPLICAS")
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
+        if self.console_proxy_header and not self.console_proxies:
+            found.append("IMATTR_CONSOLE_PROXY_HEADER needs IMATTR_CONSOLE_PROXIES: whose header is believed")
+        if self.console_proxy_operators and not self.console_proxy_header:
+            found.append("IMATTR_CONSOLE_PROXY_OPERATORS needs IMATTR_CONSOLE_PROXY_HEADER")
         if self.patience < 2 / self.quota:
             found.append(f"IMATTR_PATIENCE must be at least {2 / self.quota:g} at this IMATTR_QUOTA")
         return found
