@@ -317,7 +317,9 @@ class Settings:
         _listed, (), "names in that header, separated by commas, that are operators; all others are viewers"
     )
     console_proxies: tuple[str, ...] = _setting(
-        _networks, (), "addresses or networks, separated by commas, from which that header and X-Forwarded-* are believed"
+        _networks,
+        (),
+        "addresses or networks, separated by commas, from which that header and X-Forwarded-* are believed",
     )
 
     @property

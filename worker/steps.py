@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from worker.delivery.dispatcher import Dispatcher
 from worker.intake.backpressure import Backpressure
 from worker.models import BatchId
 from worker.operate import health
+from worker.operate.settings_in_force import changed
 from worker.state import fleet
 from worker.state.connection import RedisError
 from worker.state.fleet import Fleet
@@ -106,7 +107,7 @@ class DispatcherStep(_ThreadStep):
                 runtime.producer().has_room, partial(_take_updates, worker), SystemClock()
             )
         leader, buffer, self._fleet, memory = runtime.build_dispatch(settings, _name(worker))
-        self._report = partial(_report, self._fleet, worker)
+        self._report = partial(_report, self._fleet, worker, changed(settings))
         if settings.health_port:
             self._page = _serve(settings.health_port, self._pages(worker, leader))
         return Dispatcher(
@@ -170,9 +171,10 @@ def _is_registered(worker: Any) -> bool:
     return bool(getattr(getattr(worker, "consumer", None), "task_consumer", None))
 
 
-def _report(to: Fleet, worker: Any) -> None:
-    """Say that this worker is alive, and how busy its pool is."""
-    to.report(_name(worker), threads=worker.concurrency, busy=len(active_requests), version=VERSION)
+def _report(to: Fleet, worker: Any, settings: Mapping[str, str]) -> None:
+    """Say that this worker is alive, how busy its pool is, and how it is set up."""
+    threads, busy = worker.concurrency, len(active_requests)
+    to.report(_name(worker), threads=threads, busy=busy, version=VERSION, settings=settings)
 
 
 def _publish(app: Any, ticket: BatchId) -> None:

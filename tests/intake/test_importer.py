@@ -27,6 +27,7 @@ from tests.conftest import ManualClock, new_keys
 from tests.state.test_dead_letters import Case
 from worker.config import Settings
 from worker.errors import CannotImport
+from worker.intake import importer
 from worker.intake.hyperloglog import HyperLogLog
 from worker.intake.import_progress import ImportJournal, ImportOptions, Progress
 from worker.intake.import_source import MAX_LINE, Line, Source, Unreadable, _rows
@@ -37,6 +38,7 @@ from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import MAX_UPDATES_PER_ADD, Added, Buffer
 from worker.state.dead_letters import as_updates
+from worker.state.import_pauses import ImportPauses
 from worker.state.keys import Keys
 from worker.state.scripts import text
 
@@ -878,3 +880,62 @@ def test_stdin_may_be_packed_and_refused_lines_stand_in_the_directory(
     assert values(client, keys) == BOTH
     assert known(client, keys)["ann"]["city"][1] == 1_704_067_200_000
     assert refusals(tmp_path / "imattr-import.refused.jsonl") == [(5, "?", "1 cells, the header has 4")]
+
+
+def test_an_import_waits_while_somebody_wants_it_to(
+    client: redis.Redis, settings: Settings, keys: Keys, tmp_path: Path, clock: ManualClock
+) -> None:
+    file = written(tmp_path / "users.jsonl", json_lines(ANN, BOB, {"user": "", "attrs": {}}))
+    options = ImportOptions(path=file)
+    pauses, seen = ImportPauses(client, keys), list[ImportStatus]()
+    Buffer(client, keys).begin_import(options.name, 1)
+    pauses.pause(options.name, "later", by="ann")
+
+    def show(status: ImportStatus) -> None:
+        seen.append(status)
+        if len(seen) == 3:
+            pauses.resume(options.name, by="bob")
+
+    done = Importer(settings, options, show=show, clock=clock, size=1).run()
+
+    assert [(status.state, status.pause and status.pause.by) for status in seen[:4]] == [
+        ("paused", "ann"),
+        ("paused", "ann"),
+        ("paused", "ann"),
+        ("accepting", None),
+    ]
+    assert clock.slept == [1.0, 1.0, 1.0]
+    assert (done.state, done.progress.accepted) == ("complete", 2)
+
+
+def test_an_import_that_is_paused_can_be_stopped_and_stays_paused(
+    client: redis.Redis, settings: Settings, keys: Keys, tmp_path: Path, clock: ManualClock
+) -> None:
+    options = ImportOptions(path=written(tmp_path / "users.jsonl", json_lines(ANN, BOB)))
+    pauses = ImportPauses(client, keys)
+    Buffer(client, keys).begin_import(options.name, 1)
+    pauses.pause(options.name, "later", by="ann")
+
+    done = Importer(settings, options, stopped=lambda: len(clock.slept) > 1, clock=clock).run()
+
+    assert (done.state, done.progress.accepted) == ("stopped", 0)
+    assert pauses.find(options.name)
+
+
+def test_the_last_refused_lines_can_be_looked_at_while_the_import_runs(
+    client: redis.Redis, settings: Settings, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = [{"user": f"u{n}", "attrs": {"city": "x" * 51}} for n in range(12)]
+    options = ImportOptions(path=written(tmp_path / "users.jsonl", json_lines(*bad, ANN)))
+    shown: list[Any] = []
+
+    def show(_: ImportStatus) -> None:
+        shown.append(client.hget(keys.import_progress, options.name))
+
+    monkeypatch.setattr(importer, "TELL_EVERY", 0.0)
+    Importer(settings, options, show=show, size=1).run()
+
+    refusals = json.loads(shown[-1])["refusals"]
+    assert [line for line, _, _ in refusals] == list(range(3, 13))
+    assert refusals[-1][1:] == ["u11", "the value of 'city' is 51 bytes, at most 50"]
+    assert "xxx" not in shown[-1].decode()

@@ -106,3 +106,44 @@ def test_a_worker_is_alive_for_a_while_after_each_report(
     fleet.leave("one")
 
     assert fleet.workers() == []
+
+
+def test_one_sample_of_each_minute_is_kept_for_a_day(client: redis.Redis, keys: Keys, fleet: Fleet) -> None:
+    fleet.sample()
+    fleet.sample()
+    (first,) = fleet.minutes_since(0)
+    client.delete(keys.samples_by_minute)
+    client.xadd(keys.samples_by_minute, {"calls": 1}, id=f"{round(first.at * 1000) - 60_000}-0")
+    fleet.sample()
+
+    assert [sample.at for sample in fleet.minutes_since(first.at - 1)] == [fleet.samples()[-1].at]
+    assert [sample.oldest for sample in fleet.minutes_since(0)] == [None, 0.0]
+
+
+def test_a_sample_says_how_long_the_oldest_user_has_waited(
+    client: redis.Redis, keys: Keys, fleet: Fleet
+) -> None:
+    now_ms = client.time()[0] * 1000
+    client.zadd(keys.live, {"a": now_ms - 5_000})
+    client.zadd(keys.backfill, {"b": now_ms - 90_000, "c": now_ms})
+
+    fleet.sample()
+
+    (found,) = fleet.samples()
+    assert found.oldest is not None
+    assert 90 <= found.oldest < 120
+
+
+def test_a_worker_says_which_settings_it_has(client: redis.Redis, keys: Keys, fleet: Fleet) -> None:
+    fleet.report("one", threads=1, busy=0, version="0.2", settings={"quota": "50"})
+    now = client.time()[0]
+    for name, settings in (("before", None), ("damaged", "[1]")):
+        about = {"at": now, "threads": 1, "busy": 0, "version": "0.1"} | (
+            {"settings": settings} if settings else {}
+        )
+        client.hset(keys.workers, name, json.dumps(about))
+
+    assert [(worker.name, worker.settings) for worker in fleet.workers()] == [
+        ("before", None),
+        ("one", {"quota": "50"}),
+    ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import click
 from rich.table import Table
 
-from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
-from worker.operate import status
-from worker.state.dead_letters import DeadLetters, Filter, Letter, as_updates
+from worker.cli.terminal import FAILED, actor, echo_json, explained, fail, out, state
+from worker.operate.kept import letter_facts
+from worker.operate.words import counted, plain
+from worker.state.dead_letters import DeadLetters, Filter, as_updates
 from worker.state.keys import Keys
 
 
@@ -42,18 +42,6 @@ def _letters(
         yield letters, Filter(user, code, before)
 
 
-def _facts(letter: Letter) -> dict[str, Any]:
-    return {
-        "user": letter.user,
-        "code": letter.code,
-        "message": letter.message,
-        "attempts": letter.attempts,
-        "first_update": status.iso(letter.since_ms / 1000),
-        "dead_since": status.iso(letter.at_ms / 1000),
-        "attributes": sorted(letter.values),
-    }
-
-
 @dead.command("list")
 @_filtered
 @click.option("--limit", default=100, show_default=True, help="Show at most this many, oldest first.")
@@ -64,7 +52,7 @@ def list_letters(
 ) -> None:
     """List dead letters, without their values."""
     with _letters(user, code, older_than) as (letters, wanted):
-        facts = [_facts(letter) for letter in islice(letters.find(wanted), limit)]
+        facts = [letter_facts(letter) for letter in islice(letters.find(wanted), limit)]
         count = letters.count()
     if as_json:
         for fact in facts:
@@ -87,7 +75,7 @@ def show_letter(user: str) -> None:
     with _letters(user) as (letters, wanted):
         for letter in letters.find(wanted):
             values = {name: value for name, (value, _) in letter.values.items()}
-            echo_json(_facts(letter) | {"attributes": values}, indent=2)
+            echo_json(letter_facts(letter) | {"attributes": values}, indent=2)
             return
     fail(FAILED, f"user {user} has no dead letter")
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
-
 import click
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.terminal import echo_json, explained, out, plain, state
+from worker.cli.terminal import echo_json, explained, out, state
 from worker.operate import status
-from worker.state.history import Event, History
+from worker.operate.words import details, moment, plain
+from worker.state.history import History
 from worker.state.keys import Keys
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def _since(given: str, now: float) -> float:
-    """The time that was given, in seconds since 1970: an age such as 90m, or ISO 8601."""
-    if match := re.fullmatch(r"(\d{1,6})([smhd])", given):
-        return now - int(match[1]) * _UNITS[match[2]]
     try:
-        moment = datetime.fromisoformat(given)
+        return moment(given, now)
     except ValueError:
         raise click.BadParameter(
             "must be an age such as 90m, 12h or 2d, or an ISO 8601 time", param_hint="--since"
         ) from None
-    return moment.astimezone().timestamp()
 
 
 @click.command()
@@ -64,18 +56,5 @@ def history(since: str | None, event: str | None, limit: int, as_json: bool) -> 
     table = Table("at (UTC)", "event", "by", "what", box=None, header_style="bold")
     for one in found:
         at = (status.iso(one.at_ms / 1000) or "")[:19].replace("T", " ")
-        table.add_row(at, one.event.replace("_", " "), plain(one.by), Text(plain(_details(one))))
+        table.add_row(at, one.event.replace("_", " "), plain(one.by), Text(plain(details(one))))
     out.print(table)
-
-
-def _details(one: Event) -> str:
-    """The details in words: durations in a unit that fits, counts with their names."""
-    words = []
-    for name, value in one.details.items():
-        if name.endswith("_ms") and value.isdecimal():
-            words.append(f"{name.removesuffix('_ms').replace('_', ' ')} {status.span(int(value) / 1000)}")
-        elif name == "reason":
-            words.insert(0, value)
-        elif not (name == "code" and value == "0"):
-            words.append(f"{name} {value}")
-    return ", ".join(words)

@@ -185,6 +185,8 @@ def _import_line(view: importer.ImportStatus, delivery: float | None) -> Text:
     bar = "" if view.share is None else f"{'━' * round(20 * view.share):<20} "
     refused = f"  refused {view.progress.refused:,}" if view.progress.refused else ""
     waiting = "  waiting for room" if view.state == "waiting for room" else ""
+    if view.pause:
+        waiting = f"  paused by {view.pause.by}: {view.pause.reason}"
     done = "checked" if view.state == "checking" else "accepted"
     end = "" if view.eta is None else f"  {done} in {as_duration(view.eta)}"
     delivered = "" if delivery is None else f"  delivered in {as_duration(delivery)}"

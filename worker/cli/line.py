@@ -12,18 +12,25 @@ from worker.cli.terminal import FAILED, NO_PERMIT, actor, environment, explained
 from worker.config import Settings
 from worker.operate import status
 from worker.ratelimit import RateLimiter
+from worker.state.import_pauses import ImportPauses
 from worker.state.keys import Keys
 from worker.state.line import Line
 
 
 @click.command()
 @click.option("--reason", required=True, help="Shown in the status.")
+@click.option(
+    "--import", "name", metavar="NAME", help="Pause this import instead, as imattr status names it."
+)
 @explained
-def pause(reason: str) -> None:
+def pause(reason: str, name: str | None) -> None:
     """Stop sending until `imattr resume`.
 
     Updates are still accepted and coalesced.
     """
+    if name is not None:
+        _pause_import(name, reason)
+        return
     with _line() as line:
         if line.pause(reason, by=actor()):
             out.print("paused; batches in flight will finish")
@@ -33,10 +40,27 @@ def pause(reason: str) -> None:
             out.print(f"paused already{by}, since {status.iso(now.since)}: {now.reason}")
 
 
+def _pause_import(name: str, reason: str) -> None:
+    with state() as (redis, settings):
+        pauses = ImportPauses(redis, Keys(settings.sdkappid))
+        if pauses.pause(name, reason, by=actor()):
+            out.print("paused; the lines on their way are still accepted")
+        elif now := pauses.find(name):
+            out.print(f"paused already by {now.by}, since {status.iso(now.at)}: {now.reason}")
+        else:
+            fail(FAILED, f"no import under way has the name {name}; imattr status has the names")
+
+
 @click.command()
+@click.option("--import", "name", metavar="NAME", help="Resume this import instead.")
 @explained
-def resume() -> None:
+def resume(name: str | None) -> None:
     """Send again after a pause or a stop."""
+    if name is not None:
+        with state() as (redis, settings):
+            resumed = ImportPauses(redis, Keys(settings.sdkappid)).resume(name, by=actor())
+        out.print("resumed" if resumed else "that import was not paused")
+        return
     with _line() as line:
         out.print("resumed" if line.resume(by=actor()) else "the line was already open")
 

@@ -10,8 +10,9 @@ from itertools import islice
 import click
 from rich.table import Table
 
-from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
+from worker.cli.terminal import FAILED, actor, echo_json, explained, fail, out, state
 from worker.operate import status
+from worker.operate.words import counted, plain
 from worker.state.keys import Keys
 from worker.state.quarantine import Quarantine, Unreadable
 

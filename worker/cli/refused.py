@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import click
 from rich.table import Table
 
-from worker.cli.terminal import FAILED, actor, counted, echo_json, explained, fail, out, plain, state
-from worker.operate import status
+from worker.cli.terminal import FAILED, actor, echo_json, explained, fail, out, state
+from worker.operate.kept import refused_facts
+from worker.operate.words import counted, plain
 from worker.state.keys import Keys
-from worker.state.refused import Refused, RefusedUpdate
+from worker.state.refused import Refused
 
 
 @click.group("refused")
@@ -28,16 +29,6 @@ def _refused() -> Iterator[Refused]:
         yield Refused(client, Keys(settings.sdkappid))
 
 
-def _refused_facts(kept: RefusedUpdate) -> dict[str, str | None]:
-    return {
-        "id": kept.id,
-        "refused_at": status.iso(kept.at_ms / 1000),
-        "source": kept.source,
-        "user": kept.user,
-        "rule": kept.rule,
-    }
-
-
 @refused_updates.command("list")
 @click.option(
     "--limit",
@@ -51,7 +42,7 @@ def _refused_facts(kept: RefusedUpdate) -> dict[str, str | None]:
 def list_refused(limit: int, as_json: bool) -> None:
     """List refused updates, without their content."""
     with _refused() as refused:
-        facts = [_refused_facts(kept) for kept in refused.newest(limit)]
+        facts = [refused_facts(kept) for kept in refused.newest(limit)]
         count = refused.count()
     if as_json:
         for fact in facts:
@@ -74,7 +65,7 @@ def show_refused(id: str) -> None:
         kept = refused.find(id)
     if kept is None:
         fail(FAILED, f"there is no refused update with id {id}")
-    echo_json(_refused_facts(kept) | {"payload": kept.payload}, indent=2)
+    echo_json(refused_facts(kept) | {"payload": kept.payload}, indent=2)
 
 
 @refused_updates.command("purge")

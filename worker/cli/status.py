@@ -13,10 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from worker.cli.terminal import counted, echo_json, explained, out, state
+from worker.cli.terminal import echo_json, explained, out, state
 from worker.config import Settings
 from worker.operate import status
 from worker.operate.status import span
+from worker.operate.words import counted
 from worker.state.connection import Redis, RedisError
 from worker.state.keys import LEDGER
 
@@ -167,12 +168,14 @@ def _workers(state: dict[str, Any]) -> Text:
 
 
 def _import(one: dict[str, Any]) -> str:
+    pause = one["paused"]
+    paused = f", paused by {pause['by']}: {pause['reason']}" if pause else ""
     if one.get("lines") is None:
-        return f"{one['name']}: begun, nothing heard of it"
+        return f"{one['name']}: begun, nothing heard of it{paused}"
     share = f", {one['share']:.0%} of the file" if one["share"] is not None else ""
     eta = f", done in {span(one['eta_s'])}" if one["eta_s"] is not None else ""
     old = f", last heard of {span(one['seen_s'])} ago" if (one["seen_s"] or 0) > 10 else ""
-    return f"{one['name']}: {one['state']}, {one['lines']:,} lines{share}{eta}{old}"
+    return f"{one['name']}: {one['state']}, {one['lines']:,} lines{share}{eta}{old}{paused}"
 
 
 def _listed(counts: dict[str, int], *, zeros: bool = False) -> str:

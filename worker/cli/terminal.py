@@ -33,6 +33,7 @@ from worker.errors import (
     NotConfirmed,
     SandboxError,
 )
+from worker.operate.words import is_shown, plain
 from worker.state.connection import Redis, RedisError, connect
 from worker.state.keys import Keys
 
@@ -46,18 +47,6 @@ SANDBOX = Path(".imattr")
 SETTINGS_FILE = "settings.env"
 
 P = ParamSpec("P")
-
-
-def plain(text: object) -> str:
-    """Return text that others wrote so that it can only be read: what a terminal would obey is shown as its code.
-
-    Control characters, and those that reverse, hide or join what is around them.
-    """
-    return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _is_shown(character: str) -> bool:
-    return character.isprintable() or character in "\n\u3000\xa0"
 
 
 class _SafeConsole(Console):
@@ -78,7 +67,7 @@ def echo_json(value: object, *, indent: int | None = None) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     # Only in texts is anything else than ASCII, or not printable, so an escape fits in its place.
-    click.echo("".join(c if (c.isascii() or utf8) and _is_shown(c) else json.dumps(c)[1:-1] for c in text))
+    click.echo("".join(c if (c.isascii() or utf8) and is_shown(c) else json.dumps(c)[1:-1] for c in text))
 
 
 def replace_what_cannot_be_encoded() -> None:
@@ -249,11 +238,6 @@ def print_rows(*rows: tuple[str, str]) -> None:
     for name, text in rows:
         table.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
     out.print(table)
-
-
-def counted(count: int, what: str) -> str:
-    """A number of things, in words."""
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def as_duration(seconds: float) -> str:

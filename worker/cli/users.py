@@ -9,16 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.cli.terminal import echo_json, explained, out, state
-from worker.models import UserId, check_user
+from worker.models import check_user
 from worker.operate import status
-from worker.operate.why import explain, facts
-from worker.state.connection import Redis
+from worker.operate.why import explain, facts, refusals_of
 from worker.state.keys import Keys
-from worker.state.refused import Refused, RefusedUpdate
 from worker.state.users import look
-
-#: Refused updates that are searched for those of a user, the newest first.
-REFUSED = 1000
 
 
 @click.command()
@@ -36,7 +31,7 @@ def why(user: str, name: str, as_json: bool) -> None:
         keys = Keys(settings.sdkappid)
         known = look(redis, keys, check_user(user))
         answer = explain(
-            known, name, status.read(redis, settings), _refused(redis, keys, user), settings.shadow_ttl
+            known, name, status.read(redis, settings), refusals_of(redis, keys, user), settings.shadow_ttl
         )
     if as_json:
         echo_json({"answer": answer.sentence, "proof": answer.proof})
@@ -44,10 +39,6 @@ def why(user: str, name: str, as_json: bool) -> None:
     out.print(Text(answer.sentence, style="bold"))
     for line in answer.proof:
         out.print(Text(f"  {line}", style="dim"))
-
-
-def _refused(redis: Redis, keys: Keys, user: UserId) -> list[RefusedUpdate]:
-    return [one for one in Refused(redis, keys).newest(REFUSED) if one.user == user]
 
 
 @click.group("user")

@@ -8,6 +8,7 @@ was interrupted since.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -25,16 +26,20 @@ from worker.models import Update, check_update
 from worker.producer import Producer
 from worker.ratelimit import SPACING
 from worker.state.buffer import MAX_UPDATES_PER_ADD, NOTHING_ADDED, RULES, Added
-from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError, RedisError
+from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError, RedisError, connect
+from worker.state.import_pauses import ImportPauses, Pause
+from worker.state.keys import Keys
 
 #: Seconds until updates without room are sent again; a chunk's worth is delivered meanwhile.
 WAIT = 0.05
 #: Seconds between two times that `imattr status` hears how far an import has come.
 TELL_EVERY = 1.0
-#: How many refusals a dry run shows.
-EXAMPLES = 5
+#: Seconds between two looks whether a person has paused the import.
+LOOK_EVERY = 1.0
+#: How many refusals a dry run shows, and how many of the last ones `imattr status` and the console can show.
+EXAMPLES, LAST_REFUSALS = 5, 10
 
-State = Literal["accepting", "waiting for room", "checking", "stopped", "complete"]
+State = Literal["accepting", "waiting for room", "paused", "checking", "stopped", "complete"]
 
 
 class ImportStatus(NamedTuple):
@@ -52,6 +57,8 @@ class ImportStatus(NamedTuple):
     eta: float | None
     #: How the file was understood, where that is not plain.
     notes: list[str]
+    #: Who has paused it.
+    pause: Pause | None = None
 
 
 class Estimate(NamedTuple):
@@ -100,7 +107,11 @@ class Importer:
         self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._settings, self._options, self._size = settings, options, size
         self._stopped, self._show, self._clock = stopped, show, clock or SystemClock()
-        self._tell_at = 0.0
+        redis, keys = connect(settings.redis, key=Keys(settings.sdkappid).pending), Keys(settings.sdkappid)
+        self._pauses = ImportPauses(redis, keys)
+        self._pause: Pause | None = None
+        self._refusals: deque[Refusal] = deque(maxlen=LAST_REFUSALS)
+        self._tell_at = self._look_at = 0.0
 
     def run(self) -> ImportStatus:
         """Import what no earlier run has; the final state is `complete` or `stopped`.
@@ -133,14 +144,29 @@ class Importer:
     ) -> bool:
         """Have chunks accepted one by one; False if stopped before the last."""
         for chunk in chunks:
+            self._wait_while_paused(watch)
             added = None if self._stopped() else self._offer(chunk, progress.as_of_ms, watch)
             if added is None:
                 return False
             _count(progress, chunk, added)
             journal.keep(progress, chunk.refusals)
+            self._refusals.extend(chunk.refusals)
             self._tell(watch.status("accepting"))
         # An abandoned pipe ends early.
         return not self._stopped()
+
+    def _wait_while_paused(self, watch: _Watch) -> None:
+        """Wait until nobody wants this import to wait, or it is stopped. A Redis that fails says so where it matters."""
+        if self._clock.monotonic() < self._look_at:
+            return
+        while True:
+            with suppress(RedisError):
+                self._pause = self._pauses.find(self._options.name)
+            if not self._pause or self._stopped():
+                break
+            self._tell(watch.status("paused")._replace(pause=self._pause))
+            self._clock.sleep(LOOK_EVERY)
+        self._look_at = self._clock.monotonic() + LOOK_EVERY
 
     def _tell(self, status: ImportStatus) -> None:
         """Show how far this has come: here at once, and to `imattr status` every second."""
@@ -156,6 +182,7 @@ class Importer:
             "refused": status.progress.refused,
             "share": status.share,
             "eta": status.eta,
+            "refusals": list(self._refusals),
         }
         # It is for people to look at: a Redis that fails will say so where it matters.
         with suppress(RedisError):

@@ -351,12 +351,7 @@ def app(redis: Redis, settings: Settings, service: Service | None = None) -> Ite
     """Whether updates of this app are delivered."""
     keys = Keys(settings.sdkappid)
     try:
-        yield workers(redis, keys)
-        yield line(Line(redis, keys).read())
-        yield quotas(read_rate(redis, keys), settings.quota)
-        yield from failover(redis, settings)
-        yield from leftovers(Quarantine(redis, keys).count(), Refused(redis, keys).count())
-        yield from unfinished_imports(redis, keys)
+        yield from fleet(redis, settings)
         delivered = number(redis.hget(keys.ledger, "delivered")) > 0
         catalog = runtime.build_attribute_catalog(settings, redis)
         yield from api(catalog, _host(settings.base_url), time.time, delivered=delivered)
@@ -365,6 +360,17 @@ def app(redis: Redis, settings: Settings, service: Service | None = None) -> Ite
         if service and service.scripts and isinstance(error, ResponseError):
             fix = service.scripts
         yield Finding("redis", "error", _words("refuses what a worker needs", error), fix)
+
+
+def fleet(redis: Redis, settings: Settings) -> Iterator[Finding]:
+    """What Redis alone tells of the workers and what they work on."""
+    keys = Keys(settings.sdkappid)
+    yield workers(redis, keys)
+    yield line(Line(redis, keys).read())
+    yield quotas(read_rate(redis, keys), settings.quota)
+    yield from failover(redis, settings)
+    yield from leftovers(Quarantine(redis, keys).count(), Refused(redis, keys).count())
+    yield from unfinished_imports(redis, keys)
 
 
 def workers(redis: Redis, keys: Keys) -> Finding:

@@ -19,6 +19,7 @@ from worker.state.buffer import Buffer
 from worker.state.connection import Redis, RedisError, connect
 from worker.state.fleet import EVERY, Fleet, Pace, Sample, pace
 from worker.state.history import Event, History
+from worker.state.import_pauses import ImportPauses
 from worker.state.intake import PRIORITIES, queue_length, read_intake
 from worker.state.keys import Keys
 from worker.state.leader import current_leader
@@ -187,6 +188,7 @@ def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
     """The unfinished imports, with how far they had come when last heard of."""
     found: Any = redis.zrange(keys.imports, 0, -1, withscores=True)
     seen = redis.hgetall(keys.import_progress)
+    pauses = ImportPauses(redis, keys).everyone() if found else {}
     imports = []
     for name, as_of_ms in found:
         try:
@@ -194,10 +196,12 @@ def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
             at, share, eta = about.get("at"), about.get("share"), about.get("eta")
             numbers = {"seen_s": now - at if at else None, "share": share, "eta_s": eta}
             rounded = {key: None if value is None else round(value, 3) for key, value in numbers.items()}
-            told = {"state": about.get("state"), "lines": about.get("lines"), **rounded}
+            told = {name: about.get(name) for name in ("state", "lines", "refused")} | rounded
         except (ValueError, TypeError, AttributeError):
             told = {}
-        imports.append({"name": text(name), "as_of": iso(as_of_ms / 1000), **told})
+        pause = pauses.get(text(name))
+        paused = pause and {"by": pause.by, "reason": pause.reason, "since": iso(pause.at)}
+        imports.append({"name": text(name), "as_of": iso(as_of_ms / 1000), **told, "paused": paused})
     return imports
 
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from worker.models import UserId
 from worker.operate.status import iso, span
-from worker.state.refused import RefusedUpdate
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+from worker.state.refused import Refused, RefusedUpdate
 from worker.state.users import UserState, Values
 
 
@@ -17,6 +20,15 @@ class Answer:
 
     sentence: str
     proof: tuple[str, ...]
+
+
+#: Refused updates that are searched for those of a user, the newest first.
+REFUSED = 1000
+
+
+def refusals_of(redis: Redis, keys: Keys, user: UserId) -> list[RefusedUpdate]:
+    """The updates of a user that were refused lately, newest first."""
+    return [one for one in Refused(redis, keys).newest(REFUSED) if one.user == user]
 
 
 def explain(

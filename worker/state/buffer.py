@@ -240,6 +240,15 @@ def read_added(reply: Sequence[Any]) -> tuple[Added, Known]:
     return Added(accepted, coalesced, unchanged, stale, full, refused), known
 
 
+def _without_users(about: bytes | str | None) -> str:
+    """What an import last said of itself, for the history: not which users it refused."""
+    try:
+        found = json.loads(about or b"")
+        return _encode({name: value for name, value in found.items() if name != "refusals"})
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+
+
 def new_batch_id() -> BatchId:
     """A fresh id for a ticket, its Celery task and its batch."""
     return BatchId(str(uuid.uuid4()))
@@ -462,8 +471,9 @@ class Buffer:
         """The import is finished, or will never be."""
         about = self._redis.hget(self._keys.import_progress, name)
         self._redis.hdel(self._keys.import_progress, name)
+        self._redis.hdel(self._keys.import_pauses, name)
         if self._redis.zrem(self._keys.imports, name):
-            self._history.note("import_ended", "import", name=name, last_seen=scripts.text(about or b""))
+            self._history.note("import_ended", "import", name=name, last_seen=_without_users(about))
 
     def tick(
         self,

@@ -44,10 +44,14 @@ class Filter:
     user: UserId | None = None
     code: int | None = None
     before_ms: int | None = None
+    since_ms: int | None = None
 
     def fits(self, letter: Letter) -> bool:
-        return (self.user is None or letter.user == self.user) and (
-            self.code is None or letter.code == self.code
+        return (
+            (self.user is None or letter.user == self.user)
+            and (self.code is None or letter.code == self.code)
+            and (self.before_ms is None or letter.at_ms < self.before_ms)
+            and (self.since_ms is None or letter.at_ms >= self.since_ms)
         )
 
 
@@ -92,7 +96,7 @@ class DeadLetters:
             yield from self._read([wanted.user], wanted)
             return
         latest = "+inf" if wanted.before_ms is None else f"({wanted.before_ms}"
-        earliest: str = "-inf"
+        earliest = "-inf" if wanted.since_ms is None else str(wanted.since_ms)
         seen: set[UserId] = set()
         while True:
             page: Any = self._redis.zrangebyscore(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 from redis import Redis
@@ -20,10 +21,12 @@ from .scripts import number, text
 
 #: Seconds between two samples, and between two signs of life.
 EVERY = 5.0
-#: Samples that are kept: a little more than an hour.
-SAMPLES = 800
+#: Samples that are kept: a little more than an hour; and those of a minute: a little more than a day.
+SAMPLES, MINUTES = 800, 1500
 #: Seconds after which a worker that has said nothing counts as gone, and after which it is forgotten.
 ALIVE, FORGOTTEN = 15.0, 3600.0
+
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +41,25 @@ class Sample:
     accepted: int
     pending: int
     in_flight: int
+    #: Seconds for which the oldest pending user had waited; None from a worker of the version before.
+    oldest: float | None = None
 
     @classmethod
     def _of(cls, entry: Any) -> Self:
         id, fields = entry
         found = {text(name): number(value) for name, value in fields.items()}
-        names = ("delivered", "accepted", "pending", "in_flight")
+        delivered, accepted, pending, in_flight = (
+            found.get(name, 0) for name in ("delivered", "accepted", "pending", "in_flight")
+        )
         return cls(
             int(id.partition(b"-")[0]) / 1000,
             found.get("calls", 0),
             found.get("call_ms", 0) / 1000,
-            *(found.get(name, 0) for name in names),
+            delivered,
+            accepted,
+            pending,
+            in_flight,
+            found["oldest_ms"] / 1000 if "oldest_ms" in found else None,
         )
 
 
@@ -69,6 +80,8 @@ class Worker:
     threads: int
     busy: int
     version: str
+    #: The settings that are not the defaults, without secrets; None if it does not say.
+    settings: Mapping[str, str] | None = None
 
 
 def pace(samples: Sequence[Sample], seconds: float) -> Pace | None:
@@ -100,15 +113,18 @@ class Fleet:
     def sample(self) -> None:
         """Take a sample, and forget workers that are long gone."""
         k = self._keys
-        self._sample([k.samples, k.history, k.pending, k.flight, k.ledger, k.server, k.rate], [SAMPLES])
+        keys = [k.samples, k.history, k.pending, k.flight, k.ledger, k.server, k.rate]
+        self._sample([*keys, k.samples_by_minute, k.live, k.backfill], [SAMPLES, MINUTES])
         gone = [name for name, (at, _) in self._reports().items() if self._now() - at > FORGOTTEN]
         if gone:
             self._redis.hdel(k.workers, *gone)
 
-    def report(self, name: str, *, threads: int, busy: int, version: str) -> None:
-        """Say that a worker is alive."""
+    def report(
+        self, name: str, *, threads: int, busy: int, version: str, settings: Mapping[str, str] = NO_SETTINGS
+    ) -> None:
+        """Say that a worker is alive, and which of its settings are not the defaults."""
         about = {"at": self._now(), "threads": threads, "busy": busy, "version": version}
-        self._redis.hset(self._keys.workers, name, json.dumps(about))
+        self._redis.hset(self._keys.workers, name, json.dumps(about | {"settings": dict(settings)}))
 
     def leave(self, name: str) -> None:
         """Say that a worker has ended."""
@@ -118,6 +134,18 @@ class Fleet:
         """The newest samples, oldest first."""
         found: Any = self._redis.xrevrange(self._keys.samples, count=most)
         return [Sample._of(entry) for entry in reversed(found)]
+
+    def samples_since(self, at: float) -> list[Sample]:
+        """The samples taken after this time, oldest first."""
+        return self._since(self._keys.samples, at)
+
+    def minutes_since(self, at: float) -> list[Sample]:
+        """Those of each minute, likewise."""
+        return self._since(self._keys.samples_by_minute, at)
+
+    def _since(self, key: str, at: float) -> list[Sample]:
+        found: Any = self._redis.xrange(key, round(at * 1000) + 1)
+        return [Sample._of(entry) for entry in found]
 
     def workers(self) -> list[Worker]:
         """The workers that are alive, by name."""
@@ -137,8 +165,17 @@ class Fleet:
         for name, packed in self._redis.hgetall(self._keys.workers).items():
             try:
                 about = json.loads(packed)
-                worker = Worker(text(name), int(about["threads"]), int(about["busy"]), str(about["version"]))
+                settings = about.get("settings")
+                worker = Worker(
+                    text(name),
+                    int(about["threads"]),
+                    int(about["busy"]),
+                    str(about["version"]),
+                    {str(key): str(value) for key, value in settings.items()}
+                    if settings is not None
+                    else None,
+                )
                 found[text(name)] = (float(about["at"]), worker)
-            except (ValueError, TypeError, KeyError, OverflowError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 found[text(name)] = (0.0, None)
         return found

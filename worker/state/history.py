@@ -28,6 +28,8 @@ class Event:
     event: str
     by: str
     details: Mapping[str, str]
+    #: What distinguishes it from others of the same millisecond.
+    id: str = ""
 
 
 class History:
@@ -36,10 +38,12 @@ class History:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis, self._key = redis, keys.history
 
-    def newest(self, limit: int, *, since_ms: int = 0, event: str | None = None) -> list[Event]:
-        """Up to `limit` events, newest first; with `event`, of that kind only."""
+    def newest(
+        self, limit: int, *, since_ms: int = 0, event: str | None = None, before: str | None = None
+    ) -> list[Event]:
+        """Up to `limit` events, newest first; with `event`, of that kind only; older than the one whose id is `before`."""
         found: list[Event] = []
-        before = "+"
+        before = f"({before}" if before else "+"
         while len(found) < limit:
             page: Any = self._redis.xrevrange(self._key, before, max(0, since_ms), count=max(limit, 100))
             found += [one for one in map(_event, page) if event in (None, one.event)]
@@ -63,6 +67,5 @@ def _event(entry: Any) -> Event:
     id, fields = entry
     found = {text(name): text(value) for name, value in fields.items()}
     event, by = found.pop("event", "?"), found.pop("by", "?")
-    return Event(
-        int(text(id).partition("-")[0]), event, by, {name: value for name, value in found.items() if value}
-    )
+    details = {name: value for name, value in found.items() if value}
+    return Event(int(text(id).partition("-")[0]), event, by, details, text(id))

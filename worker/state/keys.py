@@ -122,6 +122,11 @@ class Keys:
         return self._key("import_progress")
 
     @property
+    def import_pauses(self) -> str:
+        """hash: unfinished import that must wait -> JSON of who said so: "by", "reason", "at" s."""
+        return self._key("import_pauses")
+
+    @property
     def quarantine(self) -> str:
         """hash: "table:ms:user" -> the raw bytes that could not be read there."""
         return self._key("quarantine")
@@ -245,18 +250,35 @@ class Keys:
     @property
     def samples(self) -> str:
         """stream, capped: every few seconds "calls", "call_ms", "delivered" and "accepted" so far, users "pending" and
-        "in_flight", the "server"'s number, and the "limit" in calls a second, 0 = the quota."""
+        "in_flight", the "server"'s number, the "limit" in calls a second, 0 = the quota, and "oldest_ms", for how long the
+        oldest pending user has waited."""
         return self._key("samples")
 
     @property
+    def samples_by_minute(self) -> str:
+        """stream, capped: one of those a minute, for a day."""
+        return self._key("samples_by_minute")
+
+    @property
     def workers(self) -> str:
-        """hash: name of a worker -> JSON of its last sign of life: "at" s, "threads", "busy" ones, "version"."""
+        """hash: name of a worker -> JSON of its last sign of life: "at" s, "threads", "busy" ones, "version", and the
+        "settings" that are not the defaults, without secrets."""
         return self._key("workers")
 
     @property
     def history(self) -> str:
         """stream, capped: what happened to the line and the fleet: "event", "by" whom, and what else there is to say."""
         return self._key("history")
+
+    @property
+    def console_key(self) -> str:
+        """string: random text from which consoles make the tokens of forms for whoever has no session."""
+        return self._key("console_key")
+
+    @property
+    def console_sessions(self) -> str:
+        """hash: digest of a session's secret -> JSON of whose it is: "name", "until" s, "proof" of the account's line."""
+        return self._key("console_sessions")
 
     @property
     def refused(self) -> str:

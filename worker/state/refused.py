@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -25,6 +25,8 @@ from .scripts import text
 
 #: About this many are kept.
 MOST = 10_000
+#: How many are read, or deleted, at a time.
+PAGE = 500
 #: Characters of a payload that are kept.
 MAX_PAYLOAD = 1000
 
@@ -97,6 +99,16 @@ class Refused:
         """Return up to `limit` of them, newest first."""
         return [RefusedUpdate._of(entry) for entry in self._redis.xrevrange(self._key, count=limit) or ()]
 
+    def everyone(self, *, before_ms: int | None = None, since_ms: int = 0) -> Iterator[RefusedUpdate]:
+        """Yield those refused in [since, before), newest first, a page at a time."""
+        latest = "+" if before_ms is None else f"({max(1, before_ms)}-0"
+        while True:
+            page: Any = self._redis.xrevrange(self._key, latest, max(0, since_ms), count=PAGE)
+            if not page:
+                return
+            yield from map(RefusedUpdate._of, page)
+            latest = f"({text(page[-1][0])}"
+
     def find(self, id: str) -> RefusedUpdate | None:
         """Return the one with this id, if it is still kept."""
         if not _ID.fullmatch(id):
@@ -106,6 +118,13 @@ class Refused:
 
     def count(self) -> int:
         return int(self._redis.xlen(self._key))
+
+    def purge_these(self, ids: Iterable[str], *, by: str = SOMEBODY) -> int:
+        """Delete these; returns how many of them were still there."""
+        purged = sum(int(self._redis.xdel(self._key, *page)) for page in scripts.pages(ids, PAGE))
+        if purged:
+            self._history.note("refused_purged", by, updates=purged)
+        return purged
 
     def purge(self, newest: str, *, by: str = SOMEBODY) -> int:
         """Delete those up to this id; returns how many there were."""
