@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from worker.cli import (
+    console,
     dead_letters,
     doctor,
     exporter,
@@ -73,6 +74,7 @@ for command in (
     users.why,
     users.users,
     exporter.exporter,
+    console.console,
     faults.faults,
 ):
     main.add_command(with_directory(command))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import io
-import json
 import os
 import signal
 import socket
@@ -33,7 +32,7 @@ from worker.errors import (
     NotConfirmed,
     SandboxError,
 )
-from worker.operate.words import is_shown, plain
+from worker.operate.words import json_text, plain
 from worker.state.connection import Redis, RedisError, connect
 from worker.state.keys import Keys
 
@@ -64,10 +63,8 @@ err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False, soft
 
 def echo_json(value: object, *, indent: int | None = None) -> None:
     """Print a value as JSON that any terminal and any encoding leaves as it is."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    # Only in texts is anything else than ASCII, or not printable, so an escape fits in its place.
-    click.echo("".join(c if (c.isascii() or utf8) and is_shown(c) else json.dumps(c)[1:-1] for c in text))
+    click.echo(json_text(value, indent=indent, ascii_only=not utf8))
 
 
 def replace_what_cannot_be_encoded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 
@@ -22,6 +23,15 @@ def plain(text: object) -> str:
 def is_shown(character: str) -> bool:
     """Whether a character is shown as it is."""
     return character.isprintable() or character in "\n\u3000\xa0"
+
+
+def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """A value as JSON in which every character can be shown."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    # Only in texts is anything else than ASCII, or not printable, so an escape fits in its place.
+    return "".join(
+        c if (c.isascii() or not ascii_only) and is_shown(c) else json.dumps(c)[1:-1] for c in text
+    )
 
 
 def counted(count: int, what: str) -> str:

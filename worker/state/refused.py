@@ -116,6 +116,11 @@ class Refused:
         found = self._redis.xrange(self._key, id, id)
         return RefusedUpdate._of(found[0]) if found else None
 
+    def now_ms(self) -> int:
+        """Redis' clock."""
+        seconds, micros = self._redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
     def count(self) -> int:
         return int(self._redis.xlen(self._key))
 

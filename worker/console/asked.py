@@ -1,0 +1,173 @@
+"""What a page is given: who asks, for what, and what it needs to answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+
+from worker.config import Settings
+from worker.console.accounts import Role
+from worker.console.caller import Caller, cookie_name
+from worker.console.curves import Remembered
+from worker.console.door import Identity
+from worker.console.look import Look
+from worker.console.render import render
+from worker.console.sight import Sight
+from worker.operate.words import age, json_text
+from worker.state.connection import Redis
+from worker.state.keys import Keys
+
+#: What may follow a path of ours: no other host, no second line.
+_LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]*")
+#: The cookies: of a session, of a visitor without one, of the choice between dark and light, and of what was done on the page
+#: before, with its numbers.
+SESSION, VISITOR, THEME, FLASH = "session", "visitor", "theme", "flash"
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all pages have in common."""
+
+    settings: Settings
+    redis: Redis
+    keys: Keys
+    samples: Remembered
+    look: Look[Sight]
+
+
+class BadRequest(Exception):
+    """Raised when what was sent breaks a rule; says which field, and which rule."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request, from somebody who may make it."""
+
+    request: Request
+    shared: Shared
+    caller: Caller
+    identity: Identity | None
+    #: The token that a form must bring back.
+    token: str
+    form: Mapping[str, str]
+    #: Cookies to set with the answer: name -> value, or None to delete it.
+    cookies: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        return self.shared.settings.console_prefix
+
+    def cookie(self, what: str) -> str | None:
+        """What one of our cookies says."""
+        return self.caller.cookies.get(cookie_name(what, self.shared.settings.sdkappid, self.caller))
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        return self.request.query_params
+
+    @property
+    def actor(self) -> str:
+        return self.identity.actor if self.identity else "nobody@console"
+
+    @property
+    def wants_json(self) -> bool:
+        return "application/json" in self.request.headers.get("accept", "")
+
+    def given(self, name: str) -> str:
+        """What a field says, in a form or in the query; empty if it is not there."""
+        return (self.form or self.query).get(name, "").strip()
+
+    def number(self, name: str, most: int = 10**15) -> int | None:
+        """A whole number in a field, None if it is empty; raises `BadRequest`."""
+        given = self.given(name)
+        if not given:
+            return None
+        if not re.fullmatch(r"-?[0-9]{1,16}", given) or int(given) > most:
+            raise BadRequest(f"{name} must be a whole number")
+        return int(given)
+
+    def age(self, name: str) -> int | None:
+        """An age such as 90m in a field, in seconds, None if it is empty; raises `BadRequest`."""
+        try:
+            return age(self.given(name)) if self.given(name) else None
+        except ValueError as rule:
+            raise BadRequest(f"{name} {rule}") from None
+
+    # Answers.
+
+    def page(self, template: str, status: int = 200, **context: Any) -> Response:
+        return HTMLResponse(self.html(template, **context), status)
+
+    def html(self, template: str, **context: Any) -> str:
+        """The text of a page."""
+        about = {
+            "me": self.identity,
+            "app": self.shared.settings.sdkappid,
+            "at": self.prefix,
+            "token": self.token,
+            "theme": self.theme,
+            "here": self.request.url.path,
+            "here_again": local(f"{self.request.url.path}?{self.request.url.query}".rstrip("?"), "/"),
+            "flash": None,
+        }
+        return render(template, about | context)
+
+    @property
+    def theme(self) -> str:
+        found = self.cookie(THEME)
+        return found if found and found in ("light", "dark") else ""
+
+    def back_to(self, path: str) -> Response:
+        """Show another page of ours."""
+        return RedirectResponse(self.prefix + path, 303)
+
+    def done(self, path: str, what: str, *numbers: int) -> Response:
+        """Show another page of ours, which says what was done; tell a program so in JSON."""
+        self.shared.look.forget()
+        log.info("acted", action=what, by=self.actor, numbers=list(numbers))
+        if self.wants_json:
+            return JSONResponse({"done": what, "numbers": list(numbers)})
+        self.cookies[FLASH] = ".".join([what, *map(str, numbers)])
+        return self.back_to(path)
+
+    def flash(self) -> tuple[str, list[int]] | None:
+        """What was done on the page before, once."""
+        found = self.cookie(FLASH)
+        if found is None:
+            return None
+        self.cookies[FLASH] = None
+        what, *numbers = found.split(".")
+        if not re.fullmatch(r"[a-z_]{1,40}", what) or not all(
+            re.fullmatch("[0-9]{1,12}", one) for one in numbers
+        ):
+            return None
+        return what, [int(one) for one in numbers]
+
+    def download(self, name: str, values: Iterable[object]) -> Response:
+        """JSON lines, as a file."""
+        lines = (f"{json_text(value)}\n".encode(errors="replace") for value in values)
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
+
+
+def local(path: str, otherwise: str) -> str:
+    """A path of ours that somebody has sent, to go back to; `otherwise` if it could lead elsewhere."""
+    return path if _LOCAL.fullmatch(path) else otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page: its path, who may see it (None = everybody), and what answers."""
+
+    path: str
+    answer: Callable[[Asked], Response]
+    needs: Role | None = "viewer"
+    method: str = "GET"

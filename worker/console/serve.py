@@ -1,0 +1,89 @@
+"""Serves the console over HTTP until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import structlog
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from worker.config import Settings
+from worker.console.app import build_app
+from worker.errors import ConfigError
+from worker.state import connection
+from worker.state.keys import Keys
+
+#: Connections at once; seconds in which a request's headers must have arrived, and for which an idle connection is kept.
+CONNECTIONS, ARRIVES_IN, KEPT = 256, 15.0, 15
+#: Seconds that Redis may take: people wait for the page.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.5, 4.0
+#: Bytes of a request's headers.
+MOST_HEADERS = 16_384
+
+log = structlog.get_logger()
+
+
+class _Impatient(H11Protocol):
+    """Closes a connection on which no request arrives: uvicorn would wait for the rest of its headers for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch(None)
+
+    def _watch(self, before: object) -> None:
+        cycle = self.cycle
+        waits = cycle is None or cycle.response_complete
+        if waits and (before is not None and before == (cycle,)) and not self.transport.is_closing():
+            self.transport.close()
+        if not self.transport.is_closing():
+            self._timer = self.loop.call_later(ARRIVES_IN, self._watch, (cycle,) if waits else None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+
+def serve(settings: Settings) -> None:
+    """Serve the console; raises `ConfigError` if it may not, and `OSError` if the port cannot be had."""
+    key = Keys(settings.sdkappid).pending
+    with connection.connect(
+        settings.redis, key=key, timeout=ANSWER_TIMEOUT, connect_timeout=CONNECT_TIMEOUT
+    ) as redis:
+        app = build_app(settings, redis)
+        listener = _listen(settings.console_host, settings.console_port)
+        config = uvicorn.Config(
+            app,
+            http=_Impatient,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            # What a proxy says is believed in `caller`, from our proxies alone.
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=KEPT,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=MOST_HEADERS,
+        )
+        log.info("console_started", host=settings.console_host, port=settings.console_port)
+        asyncio.run(uvicorn.Server(config).serve([listener]))
+        log.info("console_stopped")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not host:
+        return socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+            dualstack_ipv6=socket.has_dualstack_ipv6(),
+            backlog=128,
+        )
+    try:
+        [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        raise ConfigError([f"IMATTR_CONSOLE_HOST: {host} is no address of this machine"]) from None
+    return socket.create_server((host, port), family=family, backlog=128)
