@@ -34,7 +34,7 @@ Opened = Callable[..., TestClient]
 
 
 @pytest.fixture
-def browser(server: EmbeddedServer, client: redis.Redis, keys: Keys, clock: ManualClock) -> Iterator[Opened]:
+def browser(server: EmbeddedServer, client: redis.Redis, keys: Keys, clock: ManualClock) -> Opened:
     """Opens a browser at a console with these settings; `peer` is the address that it has."""
 
     def open_browser(url: str = LOOPBACK, peer: str = "127.0.0.1", **environ: str) -> TestClient:

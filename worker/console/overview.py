@@ -27,8 +27,7 @@ _PAGES = {
 
 def show(asked: Asked) -> Response:
     """The whole page. Its main part is the one that `live` answers, too."""
-    about = _about(asked)
-    return asked.page("overview.html", flash=asked.flash(), live=asked.html("live.html", **about), **about)
+    return asked.page("overview.html", flash=asked.flash(), **_about(asked))
 
 
 def live(asked: Asked) -> Response:
@@ -67,7 +66,7 @@ def _charts(asked: Asked, sight: Sight, window: Window) -> list[Chart]:
             limit=sight.state["rate"]["quota"],
             **given,
         ),
-        Chart("users", "Users delivered a second", found.users, unit="users/s", **given),
+        Chart("users", "Users a second", found.users, unit="users/s", **given),
         Chart("left", "Backlog", found.left, unit="users", **given),
         Chart("oldest", "Age of the oldest", found.oldest, unit="", **given),
     ]
