@@ -14,7 +14,7 @@ def run(fleet: Fleet) -> Figures:
         if fleet.world.rng.random() > 0.3:
             return None
         unanswered += 1
-        changes = [(entry["To_Account"], entry["Attrs"]) for entry in request.body["UserAttrs"]]
+        changes = [(entry["To_Account"], entry["Attrs"]) for entry in request.body.get("UserAttrs", ())]
         late = 4 * fleet.world.rng.random()
         fleet.world.later(late, lambda: fleet.api.write(changes, request.at, 0))
         return NoReply(Failure.BROKEN)
