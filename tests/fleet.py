@@ -61,6 +61,8 @@ class Limits:
     """The settings that matter here, with their defaults, as `worker/config.py` has them."""
 
     quota: int = 100
+    #: Calls a second for reads alone; 0 = they share the quota.
+    read_quota: int = 0
     batch_size: int = 100
     linger: float = 0.25
     patience: float = 2.0
@@ -183,9 +185,10 @@ class Fleet:
         """A request reaches the API, whatever becomes of it."""
         now = self.world.monotonic()
         raw = body if isinstance(body, bytes) else body.encode()
-        request = Request(now, urlsplit(url).path.rpartition("/")[2], json.loads(raw), url, raw)
+        path = urlsplit(url).path
+        request = Request(now, path.rpartition("/")[2], json.loads(raw), url, raw)
         self.requests.append(request)
-        self.api.arrivals.arrive(now)
+        self.api.arrive(path, now)
         self.api.counts.requests += 1
         return request
 
@@ -213,6 +216,9 @@ class Fleet:
         """The delivery loop of one process; `settings` are its quota and patience, if not those of all."""
         limits, keys = self.limits, self.buffer._keys
         quota, patience = settings or (limits.quota, limits.patience)
+        reads = RateLimiter(
+            self.redis, keys, quota=limits.read_quota, patience=patience, clock=clock, apart=True
+        )
         return Delivery(
             self.buffer,
             RateLimiter(self.redis, keys, quota=quota, patience=patience, clock=clock),
@@ -231,6 +237,7 @@ class Fleet:
             quota=quota,
             rng=rng,
             stopping=stopping,
+            reads=reads if limits.read_quota else None,
         )
 
     def new_api(self) -> ChatApi:

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 
@@ -89,6 +89,8 @@ class Call(NamedTuple):
 
     at: float
     users: tuple[str, ...] = ()
+    #: Whether it counts against the quota that reads have for themselves.
+    apart: bool = False
 
 
 @dataclass(slots=True)
@@ -238,7 +240,9 @@ def worst_second(calls: Iterable[Call]) -> int:
 
 
 def _quota(history: History) -> Iterator[Violation]:
-    for times in _seconds(history.calls):
+    apart = [call for call in history.calls if call.apart]
+    together = [call for call in history.calls if not call.apart]
+    for times in chain(_seconds(together), _seconds(apart)):
         if len(times) > history.quota:
             gaps = [later - earlier for earlier, later in pairwise(times)]
             story = (
