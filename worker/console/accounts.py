@@ -5,7 +5,7 @@
     ann:operator:scrypt$16384$8$5$<salt>$<hash>      a person, by name and password
     robot:viewer:sha256$<hash>                       a program, by a token
 
-A name may have several lines. Passwords are slow to try (scrypt), tokens are long and random, so a fast hash is enough for
+A name has one password at most, and any number of tokens. Passwords are slow to try (scrypt), tokens are long and random, so a fast hash is enough for
 them. Whoever reads the file can log in as nobody.
 """
 
@@ -70,6 +70,11 @@ class Account:
     hash: str
 
     @property
+    def is_program(self) -> bool:
+        """Whether it is let in by a token."""
+        return self.hash.startswith("sha256$")
+
+    @property
     def proof(self) -> str:
         """Changes with the line: a session ends when its account's password or role changes."""
         return hashlib.sha256(f"{self.name}:{self.role}:{self.hash}".encode()).hexdigest()
@@ -105,7 +110,12 @@ def read_accounts(text: str) -> tuple[list[Account], list[str]]:
         if not line or line.startswith("#"):
             continue
         try:
-            found.append(_account(line))
+            account = _account(line)
+            if not account.is_program and any(
+                one.name == account.name and not one.is_program for one in found
+            ):
+                raise ValueError("has another password for a name that has one")
+            found.append(account)
         except ValueError as mistake:
             mistakes.append(f"{VARIABLE}: line {number} {mistake}")
     return found, mistakes
@@ -177,7 +187,7 @@ class Accounts:
         kept, account = self._right.get(known, (0.0, None))
         if account in accounts and now < kept:
             return account
-        hashes = [one for one in accounts if not one.hash.startswith("sha256$")]
+        hashes = [one for one in accounts if not one.is_program]
         mine = [one for one in hashes if one.name == name]
         right = None
         with self._trying.one():

@@ -15,7 +15,6 @@ import structlog
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -79,14 +78,10 @@ def build_app(settings: Settings, redis: Redis, clock: Clock | None = None) -> A
     ]
     routes = [Route(path, endpoint) for path, endpoint in reception.endpoints(pages).items()]
     routes = [Route("/healthz", _healthy), *(_static(name) for name in STATIC), *routes]
-    app = Starlette(
-        routes=routes,
-        middleware=[Middleware(SafeHeaders), Middleware(_Prefix, prefix=settings.console_prefix)],
-        exception_handlers={404: reception.not_found, 405: reception.not_found},
-    )
+    app = Starlette(routes=routes, exception_handlers={404: reception.not_found, 405: reception.not_found})
     # A path with one slash too many is not there, rather than a redirect to a host that the caller names.
     app.router.redirect_slashes = False
-    return app
+    return SafeHeaders(_Prefix(app, settings.console_prefix))
 
 
 async def _healthy(_: Request) -> Response:

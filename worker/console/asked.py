@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -21,6 +22,7 @@ from worker.console.render import render
 from worker.console.sight import Sight
 from worker.operate.words import age, json_text
 from worker.state.connection import Redis
+from worker.state.history import History
 from worker.state.keys import Keys
 
 #: What may follow a path of ours: no other host, no second line.
@@ -129,6 +131,11 @@ class Asked:
         """Show another page of ours."""
         return RedirectResponse(self.prefix + path, 303)
 
+    def note(self, event: str, **details: object) -> None:
+        """Write into the history that somebody did what leaves no other trace there: looked at values, or took them along."""
+        History(self.shared.redis, self.shared.keys).note(event, self.actor, **details)
+        log.info("acted", action=event, by=self.actor)
+
     def done(self, path: str, what: str, *numbers: int) -> Response:
         """Show another page of ours, which says what was done; tell a program so in JSON."""
         self.shared.look.forget()
@@ -153,7 +160,9 @@ class Asked:
 
     def download(self, name: str, values: Iterable[object]) -> Response:
         """JSON lines, as a file."""
-        lines = (f"{json_text(value)}\n".encode(errors="replace") for value in values)
+        found = (f"{json_text(value)}\n".encode(errors="replace") for value in values)
+        # What fails at once, fails before a file has begun.
+        lines = chain([next(found, b"")], found)
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 

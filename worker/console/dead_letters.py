@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from worker.console.asked import Asked, BadRequest, Page, log
+from worker.console.asked import Asked, BadRequest, Page
 from worker.operate.kept import letter_facts
 from worker.state.dead_letters import Chosen, DeadLetters, Filter, Letter, as_updates
 
@@ -39,7 +39,9 @@ def _letters(asked: Asked) -> DeadLetters:
 
 
 def _until(asked: Asked) -> int:
-    return asked.number("until") or _letters(asked).now_ms()
+    """The moment of the set: now, or the one before that a page was shown for."""
+    now = _letters(asked).now_ms()
+    return min(now, asked.number("until") or now)
 
 
 def _filter_until(asked: Asked, until: int) -> Filter:
@@ -75,7 +77,7 @@ def show(asked: Asked) -> Response:
 
 def values(asked: Asked) -> Response:
     """The same list with its values, because an operator wants to see them."""
-    log.info("values_shown", page="dead", by=asked.actor)
+    asked.note("values_shown", page="dead letters")
     return _show(asked, values=True)
 
 
@@ -141,7 +143,7 @@ def purge(asked: Asked) -> Response:
 def export(asked: Asked) -> Response:
     """The set as updates that can be sent again, as `imattr dead export` prints them."""
     until = _until(asked)
-    log.info("exported", page="dead", by=asked.actor)
+    asked.note("exported", page="dead letters")
     found = _letters(asked).find(_filter_until(asked, until))
     return asked.download("dead-letters.jsonl", (update for letter in found for update in as_updates(letter)))
 

@@ -29,6 +29,9 @@ By = Literal["session", "token", "password", "proxy", "loopback"]
 #: What a proxy may call a user.
 _USER = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 
+#: What proxies add.
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+
 log = structlog.get_logger()
 
 
@@ -65,13 +68,15 @@ EVERYBODY = Identity("everybody on this machine", "operator", "loopback")
 
 def check_settings(settings: Settings) -> None:
     """Raise `ConfigError` if the console would let in strangers."""
-    if needs_no_login(settings) and not is_loopback(_bracketed(settings.console_host)):
-        raise ConfigError(
-            [
-                f"{PREFIX}CONSOLE_HOST is {settings.console_host or 'every address'}, and nobody would have to log in: set "
-                f"{PREFIX}CONSOLE_ACCOUNTS_FILE, or {PREFIX}CONSOLE_PROXY_HEADER, or listen on 127.0.0.1"
-            ]
-        )
+    if not needs_no_login(settings):
+        return
+    login = f"set {PREFIX}CONSOLE_ACCOUNTS_FILE, or {PREFIX}CONSOLE_PROXY_HEADER"
+    if not is_loopback(_bracketed(settings.console_host)):
+        place = settings.console_host or "every address"
+        found = f"{PREFIX}CONSOLE_HOST is {place}, and nobody would have to log in: {login}, or listen on 127.0.0.1"
+        raise ConfigError([found])
+    if settings.console_proxies:
+        raise ConfigError([f"{PREFIX}CONSOLE_PROXIES is set, and nobody would have to log in: {login}"])
 
 
 def _bracketed(host: str) -> str:
@@ -92,10 +97,7 @@ class Door:
     def identify(self, request: Request, caller: Caller, secret: str | None) -> Identity | None:
         """Who this is, None if nobody knows; `secret` is that of the session. Raises `TurnedAway`, and what redis raises."""
         if self.is_open:
-            if not is_loopback(caller.host):
-                # A page of somebody else's, whose name leads to this machine.
-                raise TurnedAway(421, "This console answers to 127.0.0.1 and localhost only.")
-            return EVERYBODY
+            return self._by_loopback(request)
         header = self._settings.console_proxy_header
         if header and caller.by_proxy and (named := request.headers.getlist(header)):
             return self._by_proxy(named)
@@ -153,6 +155,15 @@ class Door:
         if account is None:
             raise TurnedAway(401, "This token, or name and password, is not in the accounts' file.")
         return Identity(account.name, account.role, by)
+
+    def _by_loopback(self, request: Request) -> Identity:
+        if not is_loopback(request.headers.get("host", "")):
+            # A page of somebody else's, whose name leads to this machine.
+            raise TurnedAway(421, "This console answers to 127.0.0.1 and localhost only.")
+        if any(name in request.headers for name in _OF_PROXIES):
+            # Whoever is behind the proxy is not on this machine.
+            raise TurnedAway(403, "This console needs accounts to be used through a proxy.")
+        return EVERYBODY
 
     def _by_proxy(self, named: list[str]) -> Identity:
         [name, *others] = named

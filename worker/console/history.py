@@ -14,7 +14,7 @@ SHOWN = 100
 #: The kinds to choose from. Others, of another version, are shown all the same.
 KINDS = (
     *("stopped", "probe", "probe_failed", "reopened", "paused", "resumed", "limit", "failover", "reclaimed"),
-    *("redriven", "purged", "refused_purged", "quarantine_dropped"),
+    *("redriven", "purged", "refused_purged", "quarantine_dropped", "values_shown", "exported"),
     *("import_began", "import_paused", "import_resumed", "import_ended"),
 )
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from starlette.responses import Response
 
-from worker.console.asked import Asked, BadRequest, Page, log
+from worker.console.asked import Asked, BadRequest, Page
 from worker.operate.kept import refused_facts
 from worker.state.refused import Refused, RefusedUpdate, Source
 
@@ -21,7 +21,8 @@ def _refused(asked: Asked) -> Refused:
 
 
 def _until(asked: Asked) -> int:
-    return asked.number("until") or _refused(asked).now_ms()
+    now = _refused(asked).now_ms()
+    return min(now, asked.number("until") or now)
 
 
 def _found(asked: Asked, until: int) -> Iterator[RefusedUpdate]:
@@ -53,7 +54,7 @@ def show(asked: Asked) -> Response:
 
 def values(asked: Asked) -> Response:
     """The same list with what was sent, because an operator wants to see it."""
-    log.info("values_shown", page="refused", by=asked.actor)
+    asked.note("values_shown", page="refused")
     return _show(asked, values=True)
 
 
@@ -101,7 +102,7 @@ def purge(asked: Asked) -> Response:
 
 def export(asked: Asked) -> Response:
     """The set with what was sent, as JSON lines."""
-    log.info("exported", page="refused", by=asked.actor)
+    asked.note("exported", page="refused")
     found = _found(asked, _until(asked))
     return asked.download("refused.jsonl", (refused_facts(one) | {"payload": one.payload} for one in found))
 

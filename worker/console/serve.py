@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
@@ -46,6 +49,17 @@ class _Impatient(H11Protocol):
         super().connection_lost(exc)
 
 
+class _Server(uvicorn.Server):
+    """Ends as it should when it is told to: uvicorn would send itself the signal once more afterwards."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
 def serve(settings: Settings) -> None:
     """Serve the console; raises `ConfigError` if it may not, and `OSError` if the port cannot be had."""
     key = Keys(settings.sdkappid).pending
@@ -70,7 +84,7 @@ def serve(settings: Settings) -> None:
             h11_max_incomplete_event_size=MOST_HEADERS,
         )
         log.info("console_started", host=settings.console_host, port=settings.console_port)
-        asyncio.run(uvicorn.Server(config).serve([listener]))
+        asyncio.run(_Server(config).serve([listener]))
         log.info("console_stopped")
 
 

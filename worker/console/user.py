@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from starlette.responses import Response
 
-from worker.console.asked import Asked, BadRequest, Page, log
+from worker.console.asked import Asked, BadRequest, Page
 from worker.errors import InvalidUpdate
 from worker.models import check_user
 from worker.operate.kept import refused_facts
@@ -21,7 +21,7 @@ def show(asked: Asked) -> Response:
 
 def values(asked: Asked) -> Response:
     """The same with the values, because an operator wants to see them."""
-    log.info("values_shown", page="user", by=asked.actor)
+    asked.note("values_shown", page="user")
     return _show(asked, values=True)
 
 
