@@ -32,6 +32,8 @@ log = structlog.get_logger()
 class _Impatient(H11Protocol):
     """Closes a connection on which no request arrives: uvicorn would wait for the rest of its headers for ever."""
 
+    _timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch(None)
@@ -45,7 +47,8 @@ class _Impatient(H11Protocol):
             self._timer = self.loop.call_later(ARRIVES_IN, self._watch, (cycle,) if waits else None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._timer.cancel()
+        if self._timer:
+            self._timer.cancel()
         super().connection_lost(exc)
 
 
