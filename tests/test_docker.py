@@ -21,10 +21,11 @@ IGNORED = (ROOT / ".gitignore").read_text().splitlines()
 SETTINGS = {PREFIX + field.name.upper() for field in dataclasses.fields(Settings)}
 #: It comes as a file, which no `inspect` shows.
 AS_A_FILE = "IMATTR_SECRET_KEY"
-#: What only the console needs.
+#: What is the console's alone; where it listens is in its command.
 CONSOLE = {name for name in SETTINGS if name.startswith(f"{PREFIX}CONSOLE_")}
 #: What only those who call the API may have.
 KEY = {"IMATTR_SECRET_KEY", "IMATTR_SECRET_KEY_FILE"}
+LISTENS = {"IMATTR_CONSOLE_HOST", "IMATTR_CONSOLE_PORT"}
 
 
 def block(name: str, indent: int) -> str:
@@ -40,7 +41,7 @@ def block(name: str, indent: int) -> str:
 
 
 SHARED = block("x-redis", 0)
-SERVICES = ("redis", "worker", "exporter", "flower")
+SERVICES = ("redis", "worker", "exporter", "console", "flower")
 
 
 def settings(service: str) -> set[str]:
@@ -49,13 +50,15 @@ def settings(service: str) -> set[str]:
     return set(re.findall(r"^ +(IMATTR_\w+):", text + (SHARED if "<<: *redis" in text else ""), re.MULTILINE))
 
 
-def test_every_setting_reaches_the_workers() -> None:
+def test_every_setting_reaches_those_whose_it_is() -> None:
     assert settings("worker") == SETTINGS - {AS_A_FILE} - CONSOLE
+    assert settings("console") & CONSOLE == CONSOLE - LISTENS
 
 
-@pytest.mark.parametrize("service", ["exporter", "flower"])
+@pytest.mark.parametrize("service", ["exporter", "flower", "console"])
 def test_who_does_not_call_the_api_has_no_key(service: str) -> None:
-    assert "secrets:" not in block(service, 2)
+    expected = ["console_accounts"] if service == "console" else []
+    assert re.findall(r"secrets: \[(.*)\]", block(service, 2)) == expected
     assert not settings(service) & KEY
     assert {"IMATTR_SDKAPPID", "IMATTR_REDIS_URL", "IMATTR_BROKER_URL"} <= settings(service) <= SETTINGS
 
@@ -90,6 +93,7 @@ def test_our_services_have_no_more_rights_than_they_need() -> None:
     assert [service for service in SERVICES if "<<: *service" in block(service, 2)] == [
         "worker",
         "exporter",
+        "console",
         "flower",
     ]
 
@@ -109,6 +113,13 @@ def test_flower_asks_for_a_login_and_changes_nothing() -> None:
     assert "${FLOWER_BASIC_AUTH:?" in flower
     assert "--read_only=True" in flower
     assert "basic" not in re.findall(r"command: (.*)", flower)[0], "a command line is no secret"
+
+
+def test_the_console_asks_who_somebody_is() -> None:
+    console = block("console", 2)
+
+    assert "IMATTR_CONSOLE_ACCOUNTS_FILE: /run/secrets/console_accounts" in console
+    assert "docker/console_accounts" in COMPOSE, "whose the file must be"
 
 
 def test_redis_is_full_at_a_bound_and_then_deletes_nothing() -> None:
@@ -157,7 +168,7 @@ def test_no_secret_can_get_into_the_image_or_the_repository() -> None:
 
     assert context[0] == "*", "only what is named gets in"
     assert not [line for line in context if line.startswith("!docker")]
-    assert {"docker/secret_key", ".env"} <= set(IGNORED)
+    assert {"docker/secret_key", "docker/console_accounts", ".env"} <= set(IGNORED)
     assert not re.search(r"^(ARG|ENV) .*(KEY|PASSWORD|AUTH)", DOCKERFILE, re.MULTILINE)
 
 

@@ -46,8 +46,7 @@ pytestmark = pytest.mark.skipif(
 OWN = {
     *("sdkappid", "region", "api_url", "secret_key", "secret_key_file", "redis_url", "redis_password_file"),
     *("broker_url", "broker_password_file", "health_port"),
-    *("console_host", "console_port", "console_prefix", "console_accounts_file", "console_proxy_header"),
-    *("console_proxy_operators", "console_proxies"),
+    *(field.name for field in dataclasses.fields(Settings) if field.name.startswith("console_")),
 }
 #: Components that call the API, and so have its key.
 WITH_KEY = {"worker", "doctor"}
@@ -98,6 +97,15 @@ def values() -> dict[str, Values]:
             "worker": {"pool": "prefork", "concurrency": 8, "terminationGracePeriodSeconds": 120},
             "autoscaling": {"type": "hpa"},
             "networkPolicy": {"broker": {"ports": [6380]}, "flower": [{"podSelector": {}}]},
+            "console": {
+                "prefix": "/team/imattr",
+                "proxy": {
+                    "header": "X-Forwarded-User",
+                    "operators": ["ann", "bob@example.com"],
+                    "addresses": ["10.0.0.0/8", "fd00::1"],
+                },
+                "ingress": {"annotations": {"a": "b"}},
+            },
             "serviceAccount": {"annotations": {"a": "b"}},
             "nodeSelector": {"disk": "ssd"},
             "tolerations": [{"key": "spot", "operator": "Exists"}],
@@ -228,10 +236,10 @@ def test_both_sets_have_what_they_are_for(rendered: dict[str, list[Object]]) -> 
     assert kinds["production"] - kinds["trial"] == {
         *(("ScaledObject", "worker"), ("PodMonitor", "worker"), ("ServiceMonitor", "exporter")),
         *(("PrometheusRule", "rules"), ("ConfigMap", "dashboard")),
-        *(("Job", "doctor"), ("NetworkPolicy", "doctor")),
+        *(("Job", "doctor"), ("NetworkPolicy", "doctor"), ("Ingress", "console")),
     }
     assert {part for kind, part in kinds["trial"] if kind in ("Deployment", "PodDisruptionBudget")} == {
-        *("worker", "exporter", "flower")
+        *("worker", "exporter", "console", "flower")
     }
 
 
@@ -284,6 +292,10 @@ def test_only_what_calls_the_api_has_its_key(
         names_it = "IMATTR_SECRET_KEY_FILE" in str(container(pod).get("env"))
         assert has_key == names_it == (part in WITH_KEY), f"{name}, {part}, {app}"
         assert "'IMATTR_SECRET_KEY'" not in str(pod), f"{name}, {part}"
+        # Nor does anybody but the console know who may use it.
+        has_accounts = "'path': 'console-accounts'" in str(pod["spec"]["volumes"])
+        knows_them = "IMATTR_CONSOLE_ACCOUNTS_FILE" in str(container(pod).get("env"))
+        assert has_accounts == knows_them == (part == "console"), f"{name}, {part}"
 
 
 def test_every_environment_is_one_that_the_program_accepts(
@@ -353,11 +365,13 @@ def test_a_worker_gets_the_time_that_it_needs_to_stop(values: dict[str, Values],
 def test_each_probe_asks_what_it_is_for(rendered: dict[str, list[Object]]) -> None:
     for name, part, pod in all_pods(rendered):
         inside = container(pod)
+        prefix = "/team/imattr" if name == "apart" else ""
         asked = {probe: inside[probe].get("httpGet", {}).get("path") for probe in inside if "Probe" in probe}
         ports = {port["name"] for port in inside.get("ports", [])}
         expected = {
             "worker": {"startupProbe": "/livez", "readinessProbe": "/readyz", "livenessProbe": "/livez"},
             "exporter": {"readinessProbe": "/healthz", "livenessProbe": "/healthz"},
+            "console": dict.fromkeys(["readinessProbe", "livenessProbe"], f"{prefix}/healthz"),
             "flower": {"readinessProbe": "/healthcheck", "livenessProbe": "/healthcheck"},
             "redis": dict.fromkeys(["startupProbe", "readinessProbe", "livenessProbe"]),
             "doctor": {},
@@ -386,6 +400,14 @@ def test_what_selects_pods_finds_them_and_names_ports_that_they_have(
             for selector in [spec.get("selector"), spec.get("podSelector")]:
                 if selector and "matchLabels" in selector:
                     assert selector["matchLabels"].items() <= found[part]["metadata"]["labels"].items(), where
+            if one["kind"] == "Ingress":
+                [path] = spec["rules"][0]["http"]["paths"]
+                [target] = [other for other in of_kind(objects, "Service") if component(other) == part]
+                assert path["backend"]["service"]["name"] == target["metadata"]["name"], where
+                assert path["backend"]["service"]["port"]["name"] == target["spec"]["ports"][0]["name"], where
+                assert path["path"] == ("/team/imattr" if name == "apart" else "/"), where
+                assert spec["tls"][0]["hosts"] == [spec["rules"][0]["host"]], where
+                assert one["spec"]["tls"][0]["secretName"], where
             if one["kind"] == "NetworkPolicy":
                 opened = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
                 assert opened <= {port for _, port in listening[part]}, where
@@ -399,6 +421,14 @@ def test_what_selects_pods_finds_them_and_names_ports_that_they_have(
         confined = {component(policy) for policy in of_kind(objects, "NetworkPolicy")}
         assert confined == found.keys(), name
         assert len({(one["kind"], one["metadata"]["name"]) for one in objects}) == len(objects), name
+
+
+def test_no_service_sets_one_of_our_settings_in_other_pods(rendered: dict[str, list[Object]]) -> None:
+    settings = {PREFIX + field.name.upper() for field in dataclasses.fields(Settings)}
+    for name, objects in rendered.items():
+        for service in of_kind(objects, "Service"):
+            variable = service["metadata"]["name"].upper().replace("-", "_") + "_PORT"
+            assert variable not in settings, f"{name}: Kubernetes sets {variable}=tcp://... for it"
 
 
 def test_keda_scales_on_the_threads_that_the_quota_needs(
@@ -475,6 +505,13 @@ CONTRADICTIONS = [
     (at("broker.existingSecret", "s"), "broker.existingSecret is for"),
     (at("broker.urlKey", "k"), "broker.urlKey needs broker.existingSecret"),
     (at("flower.existingSecret", ""), "Flower needs a login"),
+    (at("console.existingSecret", ""), "the console needs accounts"),
+    (at("console.proxy.header", "X-User"), "needs console.proxy.addresses"),
+    (at("console.proxy.operators", ["ann"]), "needs console.proxy.header"),
+    (at("console.proxy.addresses", ["example.com"]), "addresses"),
+    (at("console.prefix", "imattr/"), "prefix"),
+    (at("console.ingress.host", "h.example.com"), "needs console.ingress.tlsSecret"),
+    (at("console.ingress", {"host": "h.example.com", "tlsSecret": "tls"}), "needs networkPolicy.console"),
     (at("autoscaling.type", "keda"), "autoscaling.keda.prometheus is not set"),
     (at("autoscaling.type", "both"), "type"),
     (at("autoscaling", {"type": "hpa", "minReplicas": 13}), "minReplicas is more than"),

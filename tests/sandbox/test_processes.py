@@ -209,7 +209,17 @@ def signals_as_in_a_terminal() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-UP = [sys.executable, "-m", "worker.cli", "up", "--workers", "0", "--no-flower", "--no-metrics"]
+UP = [
+    sys.executable,
+    "-m",
+    "worker.cli",
+    "up",
+    "--workers",
+    "0",
+    "--no-flower",
+    "--no-console",
+    "--no-metrics",
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])

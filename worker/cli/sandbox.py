@@ -117,6 +117,7 @@ def simulate(
     show_default=True,
     help="Let Flower ask for a password: FLOWER_BASIC_AUTH (user:password), or one that is made and shown.",
 )
+@click.option("--console/--no-console", default=False, show_default=True, help="Start the console.")
 @click.option(
     "--metrics/--no-metrics",
     default=True,
@@ -128,7 +129,14 @@ def simulate(
 )
 @explained
 def up(
-    workers: int, concurrency: int, pool: str, flower: bool, login: bool, metrics: bool, directory: Path
+    workers: int,
+    concurrency: int,
+    pool: str,
+    flower: bool,
+    login: bool,
+    console: bool,
+    metrics: bool,
+    directory: Path,
 ) -> None:
     """Run everything on this machine.
 
@@ -148,7 +156,13 @@ def up(
     }
     environ |= files
     plan = Plan(
-        workers=workers, concurrency=concurrency, pool=pool, flower=flower, login=login, metrics=metrics
+        workers=workers,
+        concurrency=concurrency,
+        pool=pool,
+        flower=flower,
+        login=login,
+        metrics=metrics,
+        console=console,
     )
     with until_stopped() as stopped:
         out.print("starting ...")
@@ -191,6 +205,8 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
     table.add_row("workers", f"{plan.workers} x {plan.concurrency} {plan.pool}")
     if sandbox.simulates:
         table.add_row("simulator", f"{sandbox.api_url}/simulator/state")
+    if plan.console:
+        table.add_row("console", sandbox.console_url)
     if plan.flower:
         table.add_row("flower", sandbox.flower_url)
         table.add_row("", sandbox.login)

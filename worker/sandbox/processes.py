@@ -1,4 +1,4 @@
-"""Everything on one machine: Redis, the API simulator, workers, exporter and Flower, each in its own process.
+"""Everything on one machine: Redis, the API simulator, workers, console, exporter and Flower, each in its own process.
 
 Uses what is configured, and starts stand-ins for the rest on free ports of the loopback interface. All logs, and the data
 of the embedded server, are in one directory.
@@ -54,6 +54,8 @@ class Plan:
     login: bool = True
     #: Whether there is an exporter, and a health port for each worker.
     metrics: bool = False
+    #: Whether there is a console, the website for operators.
+    console: bool = False
     names: Sequence[str] = ()
     simulator_options: Sequence[str] = ()
     persistent: bool = True
@@ -129,6 +131,7 @@ class Sandbox:
     #: User and password, if Flower asks for a login that we have made.
     flower_login: tuple[str, str] | None = None
     exporter_url: str = ""
+    console_url: str = ""
     #: Where each worker tells about itself, by name.
     health_urls: dict[str, str] = field(default_factory=dict)
     #: The stand-ins, in words.
@@ -176,6 +179,8 @@ class Sandbox:
         ready = [self.start_worker(number) for number in range(1, self.plan.workers + 1)]
         if self.plan.metrics:
             ready.append(self._start_exporter())
+        if self.plan.console:
+            ready.append(self._start_console())
         if self.plan.flower:
             ready.append(self._start_flower())
         for wait in ready:
@@ -252,6 +257,17 @@ class Sandbox:
             "exporter",
             ["-m", "worker.cli", "exporter", *options],
             lambda _: answers(f"{self.exporter_url}/healthz"),
+            calls_api=False,
+        )
+
+    def _start_console(self) -> Callable[[], None]:
+        port = free_port()
+        self.console_url = f"http://127.0.0.1:{port}"
+        options = ["--host", "127.0.0.1", "--port", str(port)]
+        return self._spawn(
+            "console",
+            ["-m", "worker.cli", "console", *options],
+            lambda _: answers(f"{self.console_url}/healthz"),
             calls_api=False,
         )
 

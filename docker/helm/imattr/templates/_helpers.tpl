@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* The release and the chart, or one if it is in the other. Components add at most 10 characters. */}}
+{{/* The release and the chart, or one if it is in the other. Components add at most 13 characters. */}}
 {{- define "imattr.fullname" -}}
 {{- $name := include "imattr.name" . -}}
 {{- if .Values.fullnameOverride -}}
@@ -74,12 +74,16 @@ IMATTR_{{ $name }}: {{ include "imattr.text" $value }}
 {{- end }}
 {{- end -}}
 
-{{/* Where the secrets are, as variables. Takes (list $ with-key): only what calls the API gets its key. */}}
+{{/*
+Where the secrets are, as variables. Takes (list $ file): "secret-key" for what calls the API, "console-accounts" for the
+console, "" for everybody else.
+*/}}
 {{- define "imattr.secrets" -}}
 {{- $root := index . 0 -}}
-{{- if index . 1 }}
-- name: IMATTR_SECRET_KEY_FILE
-  value: /run/secrets/imattr/secret-key
+{{- $files := dict "secret-key" "IMATTR_SECRET_KEY_FILE" "console-accounts" "IMATTR_CONSOLE_ACCOUNTS_FILE" }}
+{{- with index . 1 }}
+- name: {{ index $files . }}
+  value: /run/secrets/imattr/{{ . }}
 {{- end }}
 {{- range $name, $from := dict "REDIS" $root.Values.redis "BROKER" $root.Values.broker }}
 {{- if and $from.existingSecret $from.urlKey }}
@@ -99,15 +103,16 @@ envFrom:
       name: {{ include "imattr.fullname" . }}-settings
 {{- end -}}
 
-{{/* Which keys of which Secrets are files. Takes (list $ with-key). */}}
+{{/* Which keys of which Secrets are files. Takes (list $ file). */}}
 {{- define "imattr.files" -}}
 {{- $root := index . 0 -}}
 {{- $redis := $root.Values.redis -}}
 {{- $broker := $root.Values.broker -}}
-{{- if index . 1 }}
+{{- $owners := dict "secret-key" $root.Values.app "console-accounts" $root.Values.console }}
+{{- with index . 1 }}
 - secret:
-    name: {{ $root.Values.app.existingSecret }}
-    items: [{key: {{ $root.Values.app.secretKey }}, path: secret-key}]
+    name: {{ (index $owners .).existingSecret }}
+    items: [{key: {{ (index $owners .).secretKey }}, path: {{ . }}}]
 {{- end }}
 {{- if and $redis.existingSecret (not $redis.urlKey) }}
 - secret:
@@ -121,7 +126,7 @@ envFrom:
 {{- end }}
 {{- end -}}
 
-{{/* Everybody's volumes: /tmp, since nothing else can be written, and the secrets. Takes (list $ with-key). */}}
+{{/* Everybody's volumes: /tmp, since nothing else can be written, and the secrets. Takes (list $ file). */}}
 {{- define "imattr.volumes" -}}
 - name: tmp
   emptyDir: {sizeLimit: 256Mi}
@@ -245,6 +250,23 @@ meanwhile; 10 s are for the rest. A worker that is killed sooner loses nothing, 
 {{- end -}}
 {{- if and $v.flower.enabled (not $v.flower.existingSecret) -}}
 {{- fail "flower.existingSecret is not set: Flower needs a login. Or set flower.enabled=false" -}}
+{{- end -}}
+{{- with $v.console -}}
+{{- if and .enabled (not .existingSecret) -}}
+{{- fail "console.existingSecret is not set: the console needs accounts. Or set console.enabled=false" -}}
+{{- end -}}
+{{- if and .proxy.header (not .proxy.addresses) -}}
+{{- fail "console.proxy.header needs console.proxy.addresses: anybody else could send that header" -}}
+{{- end -}}
+{{- if and .proxy.operators (not .proxy.header) -}}
+{{- fail "console.proxy.operators needs console.proxy.header: it names who is one of them" -}}
+{{- end -}}
+{{- if and .ingress.host (not .ingress.tlsSecret) -}}
+{{- fail "console.ingress.host needs console.ingress.tlsSecret: passwords go through it" -}}
+{{- end -}}
+{{- if and .ingress.host $v.networkPolicy.enabled (not $v.networkPolicy.console) -}}
+{{- fail "console.ingress.host needs networkPolicy.console: who your ingress controller is" -}}
+{{- end -}}
 {{- end -}}
 {{- with $v.autoscaling -}}
 {{- if and (ne .type "none") (gt (int .minReplicas) (int .maxReplicas)) -}}
