@@ -29,10 +29,7 @@ _IN = (ways_in.enqueue, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.sh
 _OUT = (ways_out.permits, ways_out.delivery, ways_in.backfill, ways_out.instrument, network.network)
 _GROWTH = (growth.growth, growth.workers, growth.rolling, growth.latency, distance.distance)
 _SEEN = (monitoring.metrics, monitoring.cardinality, operators.console)
-PARTS = {
-    part.__name__: part
-    for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, *_SEEN, rivals)
-}
+PARTS = {part.__name__: part for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, *_SEEN, rivals)}
 
 
 def main() -> None:

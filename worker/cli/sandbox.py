@@ -117,7 +117,7 @@ def simulate(
     show_default=True,
     help="Let Flower ask for a password: FLOWER_BASIC_AUTH (user:password), or one that is made and shown.",
 )
-@click.option("--console/--no-console", default=False, show_default=True, help="Start the console.")
+@click.option("--console/--no-console", default=True, show_default=True, help="Start the console.")
 @click.option(
     "--metrics/--no-metrics",
     default=True,

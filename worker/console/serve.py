@@ -30,18 +30,31 @@ log = structlog.get_logger()
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection on which no request arrives: uvicorn would wait for the rest of its headers for ever."""
+    """Closes a connection on which no request arrives: uvicorn would wait for the rest of its headers for ever.
+
+    It does so sooner when there are many: whoever opens connections and says nothing then pushes out only their own, instead
+    of keeping everybody else out.
+    """
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._since = self.loop.time()
         self._watch(None)
+        if len(self.connections) > CONNECTIONS / 2:
+            silent = [one for one in self.connections if isinstance(one, _Impatient) and one.waits]
+            if silent:
+                min(silent, key=lambda one: one._since).transport.close()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request is still to arrive."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def _watch(self, before: object) -> None:
-        cycle = self.cycle
-        waits = cycle is None or cycle.response_complete
-        if waits and (before is not None and before == (cycle,)) and not self.transport.is_closing():
+        cycle, waits = self.cycle, self.waits
+        if waits and before == (cycle,):
             self.transport.close()
         if not self.transport.is_closing():
             self._timer = self.loop.call_later(ARRIVES_IN, self._watch, (cycle,) if waits else None)
