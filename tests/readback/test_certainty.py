@@ -81,11 +81,7 @@ def test_the_bounds_hold_as_often_as_they_say(judged: int, share: float) -> None
         (0, 3000, "0 of 3,000 wrong: below 0.1 % with 95 % confidence"),
         (0, 100, "0 of 100 wrong: below 3 % with 95 % confidence"),
         (0, 1, "0 of 1 wrong: below 95 % with 95 % confidence"),
-        (
-            312,
-            30_000,
-            "312 of 30,000 wrong: 1.04 %, between 0.93 and 1.16 % with 95 % confidence",
-        ),
+        (312, 30_000, "312 of 30,000 wrong: 1.04 %, between 0.93 and 1.16 % with 95 % confidence"),
         (3, 3, "3 of 3 wrong: 100 %, between 29.2 and 100 % with 95 % confidence"),
         (0, 0, "nobody could be judged"),
     ],

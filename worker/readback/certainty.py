@@ -24,7 +24,7 @@ def at_most(wrong: int, judged: int, confidence: float = CONFIDENCE) -> float:
 def between(wrong: int, judged: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The shares between which the true one is, with half of the doubt on either side."""
     doubt = (1 - confidence) / 2
-    least = _share(wrong - 1, judged, 1 - doubt, 0.0, wrong / judged) if 0 < wrong else 0.0
+    least = _share(wrong - 1, judged, 1 - doubt, 0.0, wrong / judged) if wrong > 0 else 0.0
     return least, at_most(wrong, judged, 1 - doubt)
 
 

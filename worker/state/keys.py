@@ -281,6 +281,16 @@ class Keys:
         return self._key("console_sessions")
 
     @property
+    def audit(self) -> str:
+        """hash: verdict -> users who were read back so far, and "skipped" ones; "since", "at" ms, the first and last time."""
+        return self._key("audit")
+
+    @property
+    def auditor(self) -> str:
+        """string with expiry: name of the worker that leads as the auditor."""
+        return self._key("auditor")
+
+    @property
     def refused(self) -> str:
         """stream, capped: updates refused after they had left their sender, "source" celery or stream,
         "user", "rule" and "payload"."""

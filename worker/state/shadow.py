@@ -7,7 +7,7 @@ before and after the reading: `look` says both, at one instant for all users.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Literal
@@ -18,6 +18,9 @@ from ..models import UserId
 from . import scripts
 from .keys import Keys
 from .scripts import text
+
+#: About how many users a step through all of them takes.
+SOME = 1000
 
 
 class _Unknown(Enum):
@@ -48,7 +51,7 @@ class Shadow:
     """The memory of one app's deliveries. Thread-safe."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._shadow = redis, keys.shadow
+        self._redis, self._shadow, self._shadow_at = redis, keys.shadow, keys.shadow_at
         self._tables = [keys.pending, keys.flight, keys.shadow, keys.shadow_at, keys.server]
         self._recall = scripts.load(redis, "recall")
         self._correct = scripts.load(redis, "correct")
@@ -72,6 +75,14 @@ class Shadow:
     def size(self) -> int:
         """The number of users of whom something is remembered."""
         return int(self._redis.hlen(self._shadow))
+
+    def everybody(self) -> Iterator[list[UserId]]:
+        """Yield the users of whom something is remembered, some at a time; a few may come twice."""
+        cursor, begun = 0, False
+        while cursor or not begun:
+            found: Any = self._redis.zscan(self._shadow_at, cursor, count=SOME)
+            cursor, begun = int(found[0]), True
+            yield [text(user) for user, _ in found[1]]
 
     def correct(
         self, found: Mapping[UserId, tuple[str, Mapping[str, str | None]]], *, now_ms: int | None = None

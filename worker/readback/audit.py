@@ -1,0 +1,270 @@
+"""The audit: reads random users back who were delivered lately, and counts how many are as delivered.
+
+A user is looked at before its attributes are read and after, and judged only if nothing was in motion either time and nothing of
+what is remembered has changed in between: then whatever was read can be compared with what was delivered. All others are skipped.
+
+Who seems wrong is looked at once more some seconds later, together with the next ones, since an answer may come from a copy
+of the API's that is behind. Only what is wrong twice is reported.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal, Protocol
+
+from worker.clock import Clock
+from worker.errors import InvalidUpdate
+from worker.models import UserId, check_user
+from worker.readback.judgement import WRONG, Difference, Verdict, judge
+from worker.state.audit import AuditLog
+from worker.state.shadow import UNKNOWN, Known, Shadow
+
+#: Users a call.
+PAGE = 100
+#: Seconds until whoever seems wrong is looked at once more.
+AGAIN_AFTER = 5.0
+#: Draws in a row that bring nobody new, after which there is nobody left.
+IN_VAIN = 50
+
+Became = Literal[Verdict, "skipped"]
+
+
+class Reads(Protocol):
+    """What the API has, for up to `PAGE` users; None for a user that it does not know."""
+
+    calls: int
+
+    def read(self, users: Sequence[UserId]) -> Mapping[UserId, Mapping[str, str] | None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What became of one user. `claim` is the number of the batch that last delivered it, `mark` that of what is remembered."""
+
+    user: UserId
+    became: Became
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    claim: int = 0
+    mark: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.became in WRONG
+
+
+def counted(findings: Iterable[Finding]) -> Counter[str]:
+    """How many there are of each kind."""
+    return Counter(finding.became for finding in findings)
+
+
+class Examiner:
+    """Looks at users, a page at a time, and once more at those who seem wrong."""
+
+    def __init__(
+        self, shadow: Shadow, reader: Reads, clock: Clock, *, again_after: float = AGAIN_AFTER
+    ) -> None:
+        """`again_after` in seconds."""
+        self._shadow, self._reader, self._clock, self._again_after = shadow, reader, clock, again_after
+        #: Who seems wrong, and when to look again.
+        self._suspects: deque[tuple[float, Finding]] = deque()
+
+    def look_at(self, users: Sequence[UserId]) -> list[Finding]:
+        """Up to `PAGE` users as they are now, after one call at most."""
+        _, before = self._shadow.look([user for user in users if _is_id(user)])
+        still = [user for user, known in before.items() if _can_be_judged(known)]
+        found = self._reader.read(still) if still else {}
+        after = self._shadow.look(still)[1] if still else {}
+        return [_finding(user, before.get(user), after.get(user), found) for user in users]
+
+    def examine(self, others: Sequence[UserId]) -> list[Finding]:
+        """Look at the suspects who are due, and at others: with them up to `PAGE`. New suspects are not among the findings."""
+        again = [self._suspects.popleft()[1] for _ in range(self.due)]
+        marks = {finding.user: finding.mark for finding in again}
+        findings = []
+        for finding in self.look_at([*marks, *(user for user in others if user not in marks)]):
+            if not finding.is_wrong or marks.get(finding.user) == finding.mark:
+                findings.append(finding)
+            elif finding.user in marks:
+                # What is remembered is another than before, so this is the first time that it is wrong.
+                findings.append(Finding(finding.user, "skipped"))
+            else:
+                self._suspects.append((self._clock.monotonic() + self._again_after, finding))
+        return findings
+
+    @property
+    def suspects(self) -> int:
+        """How many wait to be looked at again."""
+        return len(self._suspects)
+
+    @property
+    def due(self) -> int:
+        """How many of them may be looked at now, up to `PAGE`."""
+        now = self._clock.monotonic()
+        return sum(at <= now for at, _ in islice(self._suspects, PAGE))
+
+    @property
+    def due_in(self) -> float:
+        """Seconds until all of them, or as many as a call takes, may be."""
+        if not self._suspects:
+            return 0.0
+        last, _ = self._suspects[min(PAGE, len(self._suspects)) - 1]
+        return max(0.0, last - self._clock.monotonic())
+
+
+def _is_id(user: UserId) -> bool:
+    try:
+        return bool(check_user(user))
+    except InvalidUpdate:
+        return False
+
+
+def _can_be_judged(known: Known) -> bool:
+    return not known.in_motion and any(value is not UNKNOWN for value, _ in known.values.values())
+
+
+def _finding(
+    user: UserId, before: Known | None, after: Known | None, found: Mapping[UserId, Mapping[str, str] | None]
+) -> Finding:
+    if before is None or after is None or user not in found:
+        return Finding(user, "skipped")
+    judgement = judge(after, found[user])
+    if after.in_motion or after.mark != before.mark or judgement is None:
+        return Finding(user, "skipped")
+    return Finding(user, judgement.verdict, judgement.differences, after.claim, after.mark)
+
+
+class Sample:
+    """Different users among those who are remembered, at random; all of them if there are no more."""
+
+    def __init__(self, shadow: Shadow, users: int) -> None:
+        self._shadow, self._left = shadow, users
+        #: How many were remembered at the begin.
+        self.remembered = shadow.size()
+        #: Whether everybody who was remembered has been drawn.
+        self.is_everybody = False
+        # An id takes about 100 bytes.
+        self._seen: set[UserId] = set()
+
+    def __iter__(self) -> Iterator[UserId]:
+        # Drawing the last ones of all would take longer and longer.
+        return self._drawn() if 2 * self._left < self.remembered else self._everybody()
+
+    def _new(self, users: Iterable[UserId]) -> Iterator[UserId]:
+        for user in users:
+            if self._left and user not in self._seen:
+                self._seen.add(user)
+                self._left -= 1
+                yield user
+
+    def _drawn(self) -> Iterator[UserId]:
+        in_vain = 0
+        while self._left and in_vain < IN_VAIN:
+            left = self._left
+            yield from self._new(self._shadow.draw(PAGE))
+            in_vain = 0 if self._left < left else in_vain + 1
+
+    def _everybody(self) -> Iterator[UserId]:
+        # Redis has many users in the order of a hash, which is as good as chance, and a few in that of time.
+        for page in self._shadow.everybody():
+            yield from self._new(random.sample(page, len(page)))
+            if not self._left:
+                break
+        self.is_everybody = self._left > 0 or len(self._seen) >= self.remembered
+
+
+@dataclass(slots=True)
+class Report:
+    """How far an audit is, and what it has found. `shown` are a few of the wrong users, `wrong` all their ids, if kept."""
+
+    wanted: int
+    remembered: int
+    counts: Counter[str] = field(default_factory=Counter)
+    shown: list[Finding] = field(default_factory=list)
+    wrong: list[UserId] = field(default_factory=list)
+    suspects: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    is_everybody: bool = False
+    state: Literal["running", "stopped", "done"] = "running"
+
+    @property
+    def judged(self) -> int:
+        return self.counts.total() - self.counts["skipped"]
+
+    @property
+    def wrong_count(self) -> int:
+        return sum(self.counts[verdict] for verdict in WRONG)
+
+    @property
+    def looked_at(self) -> int:
+        return self.counts.total() + self.suspects
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, from 0 to 1."""
+        return min(1.0, self.looked_at / max(1, min(self.wanted, self.remembered)))
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until the end, at the pace so far."""
+        return self.seconds * (1 / self.share - 1) if self.share and self.seconds else None
+
+
+class Audit:
+    """One audit: draws, examines, and counts, into the totals too."""
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        reader: Reads,
+        log: AuditLog,
+        clock: Clock,
+        *,
+        users: int,
+        keep_wrong: bool = False,
+        most_shown: int = 0,
+        again_after: float = AGAIN_AFTER,
+        stopped: Callable[[], bool] = lambda: False,
+        show: Callable[[Report], None] = lambda _: None,
+    ) -> None:
+        """`users` is the size of the sample. `keep_wrong` keeps the ids of all wrong users, for a repair."""
+        self._examiner = Examiner(shadow, reader, clock, again_after=again_after)
+        self._sample = Sample(shadow, users)
+        self._reader, self._log, self._clock = reader, log, clock
+        self._keep_wrong, self._most_shown = keep_wrong, most_shown
+        self._stopped, self._show = stopped, show
+        self._began = clock.monotonic()
+        self.report = Report(users, self._sample.remembered)
+
+    def run(self) -> Report:
+        """Audit until the sample is done, or until stopped: then those who only seemed wrong are not counted."""
+        users, examiner = iter(self._sample), self._examiner
+        while not self._stopped():
+            page = list(islice(users, PAGE - examiner.due))
+            if page or (examiner.suspects and not examiner.due_in):
+                self._take(examiner.examine(page))
+            elif examiner.suspects:
+                self._clock.sleep(min(examiner.due_in, 0.2))
+            else:
+                self.report.state = "done"
+                break
+        else:
+            self.report.state = "stopped"
+        self.report.is_everybody = self._sample.is_everybody
+        return self.report
+
+    def _take(self, findings: list[Finding]) -> None:
+        report, counts = self.report, counted(findings)
+        self._log.add(counts)
+        report.counts += counts
+        wrong = [finding for finding in findings if finding.is_wrong]
+        report.shown += wrong[: self._most_shown - len(report.shown)]
+        if self._keep_wrong:
+            report.wrong += [finding.user for finding in wrong]
+        report.suspects, report.calls = self._examiner.suspects, self._reader.calls
+        report.seconds = self._clock.monotonic() - self._began
+        self._show(report)

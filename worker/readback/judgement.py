@@ -1,0 +1,65 @@
+"""The verdict on one user: is what the API has what was delivered?
+
+What a verdict can know is little, since the API keeps no times and no names of who wrote. Attributes that were set together have
+the same version, and travel in one call that lands as a whole. So if some of them are there and others are not, the call
+did land, and somebody else changed those: *changed*. If nothing of what was set together is there, it looks as if the call never
+landed: *lost*. Removals travel in a call of their own, and are judged by themselves.
+
+It errs towards *lost*: of a single attribute that somebody else changed, it cannot know. It errs towards *changed* if a call was
+lost, and one of its values happened to be there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from worker.state.shadow import UNKNOWN, Known
+
+Verdict = Literal["as_delivered", "lost", "changed", "gone"]
+
+#: The verdicts that are bad news, the worst first; and all of them.
+WRONG: tuple[Verdict, ...] = ("lost", "gone", "changed")
+VERDICTS: tuple[Verdict, ...] = ("as_delivered", *WRONG)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An attribute that is not as delivered. A value of None stands for none."""
+
+    delivered: str | None
+    found: str | None
+    version: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The verdict on a user, with the attributes that it rests on."""
+
+    verdict: Verdict
+    differences: Mapping[str, Difference]
+
+
+def judge(known: Known, found: Mapping[str, str] | None) -> Judgement | None:
+    """Compare what is remembered of a user with what the API has, None = it does not know the user.
+
+    Returns None if nothing is known that could be compared.
+    """
+    sets: dict[tuple[int, bool], dict[str, str | None]] = {}
+    for name, (value, version) in known.values.items():
+        if value is not UNKNOWN:
+            sets.setdefault((version, value is None), {})[name] = value
+    if not sets:
+        return None
+    differences: dict[str, Difference] = {}
+    for (version, _), delivered in sets.items():
+        have = {name: None if found is None else found.get(name) for name in delivered}
+        wrong = [name for name, value in delivered.items() if have[name] != value]
+        landed = len(wrong) < len(delivered)
+        verdict: Verdict = "gone" if found is None else "changed" if landed else "lost"
+        for name in wrong:
+            differences[name] = Difference(delivered[name], have[name], version, verdict)
+    verdicts = {difference.verdict for difference in differences.values()}
+    return Judgement(next((one for one in WRONG if one in verdicts), "as_delivered"), differences)
