@@ -40,7 +40,7 @@ def faults(context: click.Context, as_json: bool) -> None:
 def set_faults(wanted: tuple[str, ...]) -> None:
     """Let a share of all calls fail from now on, in place of what was set.
 
-    WHAT is an ErrorCode (91000), an HTTP status (502), timeout, reset, or truncated; without SHARE, every call fails.
+    WHAT is an ErrorCode (91000), an HTTP status (502), timeout, reset, truncated, or lost; without SHARE, every call fails.
 
     \b
       imattr faults set 91000:0.1 timeout:0.05   some calls

@@ -58,7 +58,7 @@ def _checked_network(network: str) -> str:
     multiple=True,
     metavar="WHAT:SHARE",
     callback=lambda _context, _option, values: read_faults(values),
-    help="Fail this share of the calls: an ErrorCode, an HTTP status, timeout, reset or truncated.",
+    help="Fail this share of the calls: an ErrorCode, an HTTP status, timeout, reset, truncated or lost.",
 )
 @click.option(
     "--record/--no-record", default=True, show_default=True, help="Keep every write that is applied."

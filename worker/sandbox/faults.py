@@ -32,10 +32,13 @@ class Fault:
     kind: `status` (HTTP status `code`, HTML body), `reset` (connection reset), `slow` (the reply comes
     `delay` s late), `truncated` (JSON cut short), `late_write` (connection reset, applied `delay` s later),
     `code` (refused with ErrorCode `code`), `user_code` (`user` refused with `code`, as `bad_user` says),
-    `extra_fields`. `applied` says whether the write of a `status` or `reset` took place.
+    `extra_fields`, `lost` (answered as if applied, and not). `applied` says whether the write of a `status`
+    or `reset` took place.
     """
 
-    kind: Literal["status", "reset", "slow", "truncated", "late_write", "code", "user_code", "extra_fields"]
+    kind: Literal[
+        "status", "reset", "slow", "truncated", "late_write", "code", "user_code", "extra_fields", "lost"
+    ]
     code: int = 0
     user: str = ""
     #: How many requests it strikes; None = all.
@@ -79,6 +82,7 @@ _NAMED = {
     "timeout": (Fault("slow", times=None, delay=TOO_LATE), "applied, and answered too late"),
     "reset": (Fault("reset", times=None), "not applied, and the connection reset"),
     "truncated": (Fault("truncated", times=None), "applied, and the answer cut short"),
+    "lost": (Fault("lost", times=None), "not applied, and answered as if it were"),
 }
 
 

@@ -641,7 +641,7 @@ class _ApiHandler(tornado.web.RequestHandler):
     def _performing(self, fault: Fault) -> Perform:
         if fault.kind == "late_write":
             return functools.partial(asyncio.get_running_loop().call_later, fault.delay)
-        fails = fault.kind in ("status", "reset")
+        fails = fault.kind in ("status", "reset", "lost")
         return never if fails and not fault.applied else at_once
 
     def _reset(self) -> None:
