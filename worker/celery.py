@@ -33,7 +33,7 @@ from worker.errors import ConfigError
 from worker.intake.event_time import PUBLISHED, Stamps, event_ms
 from worker.operate.metrics import WorkerPage
 from worker.state.connection import RedisError
-from worker.steps import DELIVERIES, UPDATES, DispatcherStep, QueueStep, StreamStep
+from worker.steps import DELIVERIES, UPDATES, AuditStep, DispatcherStep, QueueStep, StreamStep
 
 _stamps = Stamps()
 
@@ -192,7 +192,7 @@ app = Celery("imattr", task_cls=PrivateTask, include=["tasks.attributes"])
 app.add_defaults(lambda: _configuration(_settings()))
 
 
-app.steps["worker"].update({DispatcherStep, QueueStep, StreamStep})
+app.steps["worker"].update({AuditStep, DispatcherStep, QueueStep, StreamStep})
 
 
 class _WithoutBodies(logging.Filter):

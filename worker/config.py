@@ -302,6 +302,11 @@ class Settings:
         _seconds(31_536_000), 900.0, "how long delivered values are remembered; 0 = not at all"
     )
     shadow_max_users: int = _setting(_whole(1), 1_000_000, "how many users are remembered")
+    audit: int = _setting(
+        _whole(0, 6000),
+        0,
+        "calls a minute that read random users back, to see whether they are as delivered; 0 = none",
+    )
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "least level logged")
     log_format: str = _setting(_choice("json", "text"), "", "json or text; default text on a terminal")
 
@@ -435,6 +440,10 @@ class Settings:
             found.append("IMATTR_BROKER_PASSWORD_FILE is for an IMATTR_BROKER_URL that is a Redis")
         if self.replicas_fsync and not self.replicas:
             found.append("IMATTR_REPLICAS_FSYNC needs IMATTR_REPLICAS")
+        if self.audit and not self.shadow_ttl:
+            found.append(
+                "IMATTR_AUDIT needs an IMATTR_SHADOW_TTL: without, nothing is remembered to compare with"
+            )
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
         if self.console_proxy_header and not self.console_proxies:

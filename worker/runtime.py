@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from worker import logs
@@ -24,16 +25,21 @@ from worker.intake.celery_queue import QueueConsumer
 from worker.intake.stream import StreamConsumer
 from worker.producer import Memory, Producer
 from worker.ratelimit import DELIVERS, RateLimiter, reads
+from worker.readback import auditor
+from worker.readback.auditor import Auditor
 from worker.readback.reader import Reader
 from worker.state import connection
 from worker.state.attribute_names import AttributeNames
+from worker.state.audit import AuditLog
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis
 from worker.state.fleet import Fleet
+from worker.state.history import History
 from worker.state.keys import Keys
 from worker.state.leader import Leader
 from worker.state.line import Line
 from worker.state.refused import Refused
+from worker.state.shadow import Shadow
 
 
 class Flag:
@@ -147,6 +153,21 @@ def build_read_limiter(settings: Settings, redis: Redis) -> RateLimiter:
 def build_reader(settings: Settings, redis: Redis, stopping: Callable[[], bool] = lambda: False) -> Reader:
     limiter = build_read_limiter(settings, redis)
     return Reader(build_api(settings), limiter, SystemClock(), stopping=stopping)
+
+
+def build_auditor(settings: Settings, worker: str) -> Auditor:
+    """The auditor of `worker`, with a connection of its own."""
+    redis, keys, clock = connect(settings), Keys(settings.sdkappid), SystemClock()
+    return Auditor(
+        Leader(redis, keys.auditor, worker, clock, term=auditor.TERM),
+        Shadow(redis, keys),
+        partial(build_reader, settings, redis),
+        Line(redis, keys),
+        AuditLog(redis, keys),
+        History(redis, keys),
+        clock,
+        calls_a_minute=settings.audit,
+    )
 
 
 def build_attribute_catalog(settings: Settings, redis: Redis) -> AttributeCatalog:

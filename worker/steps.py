@@ -1,4 +1,4 @@
-"""What a worker does beside its tasks: dispatch, and take in what came by the stream and by Celery's queue.
+"""What a worker does beside its tasks: dispatch, take in what came by the stream and by Celery's queue, and audit.
 
 Each is a step of the worker, with a thread of its own in the main process, from start to shutdown. A step of the worker
 rather than of the consumer, and a thread rather than a timer: a reconnect of the broker restarts the consumer and drops its
@@ -187,6 +187,14 @@ class StreamStep(_ThreadStep):
 
     def loop(self, worker: Any) -> _Loop:
         return runtime.build_stream_consumer(runtime.settings(), _name(worker))
+
+
+class AuditStep(_ThreadStep):
+    """This worker's auditor, if there is to be one."""
+
+    def loop(self, worker: Any) -> _Loop | None:
+        settings = runtime.settings()
+        return runtime.build_auditor(settings, _name(worker)) if settings.audit else None
 
 
 def has_bulk_intake(broker_url: str) -> bool:

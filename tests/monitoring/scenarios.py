@@ -176,6 +176,14 @@ def keys_deleted(system: System) -> None:
     wait(30)
 
 
+def audit_finds_lost(system: System) -> None:
+    """The API says yes to half of all calls and does nothing; workers read users back all the time."""
+    _fail(system, kind="lost", chance=0.5)
+    wait(40)
+    _mend(system)
+    wait(10)
+
+
 def ledger_drifts(system: System) -> None:
     """Somebody counts what was never delivered, again and again, so that no repair lasts."""
     system.repeat(lambda client, _: client.hincrby(system.keys.ledger, "delivered", 1), every=0.03)
@@ -280,6 +288,12 @@ GROUPS: Sequence[Sequence[Scenario]] = (
         Scenario("users without an account", dead_letters, _expect("ImattrDeadLetters", severity=WARNING)),
         Scenario("somebody writes into our keys", quarantine, _expect("ImattrQuarantine", severity=WARNING)),
         Scenario("somebody deletes keys", keys_deleted, _expect("ImattrUpdatesLost")),
+        Scenario(
+            "the API does nothing",
+            audit_finds_lost,
+            _expect("ImattrAuditFoundLost", severity=WARNING),
+            settings={"IMATTR_AUDIT": "60"},
+        ),
         Scenario("somebody changes the ledger", ledger_drifts, _expect("ImattrLedgerDrift")),
         Scenario("the exporter is gone", exporter_gone, _expect("ImattrExporterSilent")),
     ),

@@ -341,6 +341,16 @@ CASES = [
     Case("keys were deleted", 120, {'updates_lost{how="deleted"}': after(30, 500.0)}, {
         29: [], 31: [("ImattrUpdatesLost", CRITICAL)], 89: [("ImattrUpdatesLost", CRITICAL)], 92: [],
     }),
+    Case("an audit finds what was lost", 150, {
+        'audit_users_total{verdict="as_delivered"}': 10.0,
+        'audit_users_total{verdict="lost"}': from_to(30, 60, 0.1),
+    }, {29: [], 32: [("ImattrAuditFoundLost", WARNING)], 118: [("ImattrAuditFoundLost", WARNING)], 123: []}),
+    Case("another program changes attributes", 120, {
+        'audit_users_total{verdict="as_delivered"}': 10.0,
+        'audit_users_total{verdict="changed"}': 0.5,
+        'audit_users_total{verdict="gone"}': 0.5,
+        'audit_users_total{verdict="skipped"}': 0.5,
+    }),
     Case("the ledger does not balance", 60, {"ledger_imbalance": after(30, -3.0)}, {
         30: [], 34: [("ImattrLedgerDrift", CRITICAL)],
     }),

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from worker.cli import (
+    audit,
     console,
     dead_letters,
     doctor,
@@ -32,7 +33,8 @@ from worker.version import VERSION
 EPILOG = """\b
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 update refused,
 4 Redis not reachable, 5 buffer full, 6 a sandbox part does not run,
-7 no permit came in time, 130 stopped by Ctrl-C.
+7 no permit came in time, 8 the API lacks what was delivered,
+130 stopped by Ctrl-C.
 
 \b
 Examples:
@@ -62,6 +64,7 @@ for command in (
     put.put,
     imports.import_file,
     status.show_status,
+    audit.audit,
     dead_letters.dead,
     refused.refused_updates,
     quarantine.quarantine,

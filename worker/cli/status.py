@@ -130,6 +130,8 @@ def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Rows that are there only when there is something to say: name, words, style."""
     for one in state["imports"]:
         yield "import", _import(one), ""
+    if audit := _audit(state["audit"]):
+        yield "read back", audit, "yellow" if state["audit"]["lost"] else ""
     if state["quarantine"]:
         words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
         yield "quarantine", words, "yellow"
@@ -139,6 +141,15 @@ def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for stop in state["stops"]:
         code = f" ({stop['code']})" if stop["code"] else ""
         yield "last stops", f"{stop['at'][:19].replace('T', ' ')} UTC: {stop['reason']}{code}", "dim"
+
+
+def _audit(found: dict[str, Any]) -> str:
+    """What audits have found so far; nothing if there was none."""
+    if not found["at"]:
+        return ""
+    wrong = {name: found[name] for name in ("lost", "changed", "gone") if found[name]}
+    verdict = _listed(wrong) if wrong else "all as delivered"
+    return f"{counted(found['checked'], 'user')}, {verdict}; last at {found['at'][:19].replace('T', ' ')} UTC"
 
 
 def _measured(state: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from worker.state.connection import Redis, RedisError, connect
 from worker.state.keys import Keys
 
 #: Exit codes; 2 is click's own for wrong usage.
-FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT = 1, 2, 3, 4, 5, 6, 7
+FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT, WRONG = 1, 2, 3, 4, 5, 6, 7, 8
 #: What shells use for Ctrl-C.
 STOPPED = 130
 

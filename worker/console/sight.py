@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,6 +11,7 @@ from worker.console.curves import Remembered
 from worker.operate import status
 from worker.operate.doctor import Finding
 from worker.operate.problems import problems
+from worker.state.audit import AuditLog, AuditTotals
 from worker.state.connection import Redis
 from worker.state.keys import Keys
 
@@ -23,7 +23,7 @@ class Sight:
     now: float
     state: dict[str, Any]
     problems: list[Finding]
-    audit: Any
+    audit: AuditTotals | None
 
 
 def see(redis: Redis, settings: Settings, samples: Remembered) -> Sight:
@@ -34,11 +34,7 @@ def see(redis: Redis, settings: Settings, samples: Remembered) -> Sight:
     return Sight(now, state, problems(redis, settings, state), _audit(redis, settings))
 
 
-def _audit(redis: Redis, settings: Settings) -> Any:
-    """What the audit has found so far, if this version has one and it was ever made."""
-    try:
-        module = importlib.import_module("worker.state.audit")
-    except ModuleNotFoundError:
-        return None
-    totals = module.AuditLog(redis, Keys(settings.sdkappid)).read()
+def _audit(redis: Redis, settings: Settings) -> AuditTotals | None:
+    """What audits have found so far, if there was one."""
+    totals = AuditLog(redis, Keys(settings.sdkappid)).read()
     return totals if totals.checked else None

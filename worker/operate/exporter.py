@@ -97,6 +97,12 @@ def measure(state: Mapping[str, Any]) -> Values:
         catalog.THREADS: {("busy",): busy, ("idle",): threads - busy},
         catalog.WORKERS: {(): len(state["workers"])},
         catalog.LEADER: {(role,): float(leader is not None) for role, leader in state["leaders"].items()},
+        catalog.AUDIT_USERS: {
+            (verdict,): state["audit"][verdict]
+            for _, verdicts in catalog.AUDIT_USERS.labels
+            for verdict in verdicts
+        },
+        catalog.AUDIT_AT: {(): _seconds(state["audit"]["at"])},
         catalog.REDIS_FAILOVERS: {(): state["redis"]["servers"] - 1},
     }
 

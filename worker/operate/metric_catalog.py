@@ -133,6 +133,12 @@ LEADER = _gauge(
     "1 if some worker leads in this, else 0.",
     role=("dispatcher", "stream_consumer", "queue_consumer"),
 )
+AUDIT_USERS = _counter(
+    "audit_users",
+    "Users read back, by the verdict on what the API has: `skipped` were in motion, or nothing certain is remembered of them.",
+    verdict=("as_delivered", "lost", "changed", "gone", "skipped"),
+)
+AUDIT_AT = _gauge("audit_last_timestamp_seconds", "When users were last read back; 0 = never.")
 REDIS_UP = _gauge("redis_up", "1 if the exporter reached Redis just now, else 0.")
 REDIS_USED = _gauge("redis_memory_used_bytes", "Memory that Redis uses.")
 REDIS_MAX = _gauge("redis_memory_max_bytes", "Memory that Redis may use; 0 = no limit.")
@@ -176,6 +182,8 @@ FLEET = (
     THREADS,
     WORKERS,
     LEADER,
+    AUDIT_USERS,
+    AUDIT_AT,
     REDIS_UP,
     REDIS_USED,
     REDIS_MAX,

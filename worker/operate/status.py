@@ -15,6 +15,7 @@ from typing import Any
 
 from worker.config import Settings
 from worker.ratelimit import SPACING, RateState, read_rate
+from worker.state.audit import COUNTED, AuditLog, AuditTotals
 from worker.state.buffer import Buffer
 from worker.state.connection import Redis, RedisError, connect
 from worker.state.fleet import EVERY, Fleet, Pace, Sample, pace
@@ -95,6 +96,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
         **_ways_in(redis, settings, snapshot.ledger["accepted"]),
         "imports": _imports(redis, keys, now),
         "stops": [_stop(event) for event in _last_stops(History(redis, keys).newest(EVENTS))],
+        "audit": _audit(AuditLog(redis, keys).read()),
         "redis": {"servers": snapshot.servers, "updates_lost": snapshot.lost_with_servers},
         "calls": snapshot.calls,
         "ledger": {**snapshot.ledger, "imbalance": snapshot.imbalance, "balanced": snapshot.balanced},
@@ -203,6 +205,16 @@ def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
         paused = pause and {"by": pause.by, "reason": pause.reason, "since": iso(pause.at)}
         imports.append({"name": text(name), "as_of": iso(as_of_ms / 1000), **told, "paused": paused})
     return imports
+
+
+def _audit(totals: AuditTotals) -> dict[str, Any]:
+    """What audits have found so far, over all of them."""
+    return {
+        "checked": totals.checked,
+        **{name: getattr(totals, name) for name in COUNTED},
+        "since": iso(totals.since),
+        "at": iso(totals.at),
+    }
 
 
 def _last_stops(events: Sequence[Event]) -> list[Event]:

@@ -20,6 +20,7 @@ from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.models import UserId, check_user
 from worker.readback.judgement import WRONG, Difference, Verdict, judge
+from worker.readback.reader import ReadingStopped
 from worker.state.audit import AuditLog
 from worker.state.shadow import UNKNOWN, Known, Shadow
 
@@ -82,10 +83,14 @@ class Examiner:
 
     def examine(self, others: Sequence[UserId]) -> list[Finding]:
         """Look at the suspects who are due, and at others: with them up to `PAGE`. New suspects are not among the findings."""
-        again = [self._suspects.popleft()[1] for _ in range(self.due)]
-        marks = {finding.user: finding.mark for finding in again}
+        due = self.due
+        marks = {finding.user: finding.mark for _, finding in islice(self._suspects, due)}
+        looked_at = self.look_at([*marks, *(user for user in others if user not in marks)])
+        # Not before: the call may have failed.
+        for _ in range(due):
+            self._suspects.popleft()
         findings = []
-        for finding in self.look_at([*marks, *(user for user in others if user not in marks)]):
+        for finding in looked_at:
             if not finding.is_wrong or marks.get(finding.user) == finding.mark:
                 findings.append(finding)
             elif finding.user in marks:
@@ -178,13 +183,13 @@ class Sample:
 
 @dataclass(slots=True)
 class Report:
-    """How far an audit is, and what it has found. `shown` are a few of the wrong users, `wrong` all their ids, if kept."""
+    """How far an audit is, and what it has found. `shown` are a few of the wrong users, `wrong_users` all, if they are kept."""
 
     wanted: int
     remembered: int
     counts: Counter[str] = field(default_factory=Counter)
     shown: list[Finding] = field(default_factory=list)
-    wrong: list[UserId] = field(default_factory=list)
+    wrong_users: list[UserId] = field(default_factory=list)
     suspects: int = 0
     calls: int = 0
     seconds: float = 0.0
@@ -196,7 +201,7 @@ class Report:
         return self.counts.total() - self.counts["skipped"]
 
     @property
-    def wrong_count(self) -> int:
+    def wrong(self) -> int:
         return sum(self.counts[verdict] for verdict in WRONG)
 
     @property
@@ -242,6 +247,15 @@ class Audit:
 
     def run(self) -> Report:
         """Audit until the sample is done, or until stopped: then those who only seemed wrong are not counted."""
+        try:
+            self.report.state = "done" if self._is_done() else "stopped"
+        except ReadingStopped:
+            self.report.state = "stopped"
+        self.report.is_everybody = self._sample.is_everybody
+        return self.report
+
+    def _is_done(self) -> bool:
+        """Whether the sample was done before it was stopped."""
         users, examiner = iter(self._sample), self._examiner
         while not self._stopped():
             page = list(islice(users, PAGE - examiner.due))
@@ -250,12 +264,8 @@ class Audit:
             elif examiner.suspects:
                 self._clock.sleep(min(examiner.due_in, 0.2))
             else:
-                self.report.state = "done"
-                break
-        else:
-            self.report.state = "stopped"
-        self.report.is_everybody = self._sample.is_everybody
-        return self.report
+                return True
+        return False
 
     def _take(self, findings: list[Finding]) -> None:
         report, counts = self.report, counted(findings)
@@ -264,7 +274,7 @@ class Audit:
         wrong = [finding for finding in findings if finding.is_wrong]
         report.shown += wrong[: self._most_shown - len(report.shown)]
         if self._keep_wrong:
-            report.wrong += [finding.user for finding in wrong]
+            report.wrong_users += [finding.user for finding in wrong]
         report.suspects, report.calls = self._examiner.suspects, self._reader.calls
         report.seconds = self._clock.monotonic() - self._began
         self._show(report)

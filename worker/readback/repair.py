@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from worker.clock import Clock
 from worker.errors import NotConfirmed
@@ -15,6 +16,7 @@ from worker.models import Attributes, Update, UserId
 from worker.producer import Producer
 from worker.readback.audit import PAGE, Examiner, Finding
 from worker.readback.judgement import Verdict
+from worker.readback.reader import ReadingStopped
 from worker.state.buffer import MAX_UPDATES_PER_ADD
 from worker.state.connection import RedisError
 from worker.state.scripts import pages
@@ -31,6 +33,7 @@ class Repaired:
     queued: int = 0
     spared: int = 0
     refused: int = 0
+    state: Literal["stopped", "done"] = "done"
 
 
 class Repair:
@@ -45,10 +48,11 @@ class Repair:
         *,
         verdicts: Collection[Verdict],
         stopped: Callable[[], bool] = lambda: False,
+        show: Callable[[Repaired], None] = lambda _: None,
     ) -> None:
         """`verdicts` are those of the attributes that are to be sent again."""
         self._shadow, self._examiner, self._producer, self._clock = shadow, examiner, producer, clock
-        self._verdicts, self._stopped = verdicts, stopped
+        self._verdicts, self._stopped, self._show = verdicts, stopped, show
 
     def run(self, users: Iterable[UserId]) -> Repaired:
         """Repair users who were found to be wrong, until stopped."""
@@ -56,12 +60,18 @@ class Repair:
         for page in pages(users, PAGE):
             while not self._producer.has_room() and not self._stopped():
                 self._clock.sleep(TRY_AGAIN_AFTER)
-            if self._stopped():
+            try:
+                findings = [] if self._stopped() else self._examiner.look_at(page)
+            except ReadingStopped:
+                findings = []
+            if not findings:
+                total.state = "stopped"
                 break
-            queued, refused = self._repair(self._examiner.look_at(page))
+            queued, refused = self._repair(findings)
             total.queued += queued
             total.refused += refused
             total.spared += len(page) - queued - refused
+            self._show(total)
         return total
 
     def _repair(self, findings: Iterable[Finding]) -> tuple[int, int]:

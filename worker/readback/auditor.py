@@ -1,0 +1,105 @@
+"""The auditor: reads random users back all the time, a few calls a minute.
+
+Every worker runs one in a thread of its own; the leader among them acts. It stands still while the line is not open. What it finds
+goes into the totals, from where metrics and `imattr status` have it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import structlog
+
+from worker.clock import Clock
+from worker.errors import CallFailed
+from worker.readback.audit import PAGE, Examiner, Reads, counted
+from worker.readback.judgement import VERDICTS, WRONG
+from worker.readback.reader import ReadingStopped
+from worker.state.audit import AuditLog
+from worker.state.connection import RedisError
+from worker.state.history import History
+from worker.state.leader import Leader, LeaderLoop
+from worker.state.line import Line
+from worker.state.shadow import Shadow
+
+log = structlog.get_logger()
+
+#: Seconds an auditor stays elected without renewing, and longest time between two turns.
+TERM, TURN = 30.0, 5.0
+#: Seconds until the next attempt when nothing passes until a person acts.
+HOPELESS = 60.0
+#: Seconds between two events: somebody else who changes attributes all the time would fill the history.
+TELL_EVERY = 3600.0
+
+
+class Auditor(LeaderLoop):
+    """One worker's auditor."""
+
+    interrupted = "audit_interrupted"
+
+    def __init__(
+        self,
+        leader: Leader,
+        shadow: Shadow,
+        make_reader: Callable[[Callable[[], bool]], Reads],
+        line: Line,
+        totals: AuditLog,
+        history: History,
+        clock: Clock,
+        *,
+        calls_a_minute: float,
+    ) -> None:
+        """`make_reader` is given what says whether to stop reading."""
+        super().__init__(leader)
+        self._shadow, self._line, self._totals, self._history = shadow, line, totals, history
+        self._clock, self._every = clock, 60 / calls_a_minute
+        self._examiner = Examiner(shadow, make_reader(self._must_stop), clock)
+        self._next_at = clock.monotonic() + self._every
+        self._untold, self._told_at = Counter[str](), -math.inf
+
+    def follow(self) -> None:
+        # Whoever led has just read.
+        self._next_at = self._clock.monotonic() + self._every
+
+    def lead(self) -> float:
+        """Make a call, if it is time for one; returns the seconds until the next turn."""
+        left = self._next_at - self._clock.monotonic()
+        if left > 0 or not self._is_open():
+            return min(TURN, max(left, 1.0))
+        self._next_at = self._clock.monotonic() + self._every
+        try:
+            # Suspects take the places of others, so that nobody costs a call more.
+            findings = self._examiner.examine(self._shadow.draw(PAGE - self._examiner.due))
+        except ReadingStopped:
+            return 0.0
+        except CallFailed as failed:
+            self._next_at = self._clock.monotonic() + max(self._every, HOPELESS)
+            log.warning(self.interrupted, reason=failed.found)
+            return TURN
+        counts = counted(findings)
+        if counts:
+            self._totals.add(counts)
+            self._tell(counts)
+        return min(TURN, max(0.0, self._next_at - self._clock.monotonic()))
+
+    def _is_open(self) -> bool:
+        return self._line.read().state == "open"
+
+    def _must_stop(self) -> bool:
+        try:
+            return self._stopped.is_set() or not self._is_open()
+        except RedisError:
+            return True
+
+    def _tell(self, counts: Counter[str]) -> None:
+        """Note in the history what was found wrong, at once or together with what follows in an hour."""
+        self._untold += counts
+        now = self._clock.monotonic()
+        if any(self._untold[verdict] for verdict in WRONG) and now - self._told_at >= TELL_EVERY:
+            found = {verdict: self._untold[verdict] for verdict in VERDICTS}
+            self._history.note("audit", "worker", **found)
+            log.warning("audit_found_wrong", **found)
+            self._told_at = now
+            self._untold.clear()
