@@ -7,6 +7,7 @@
     ├── NotConfirmed     Redis has the update, but too few replicas said in time that they have it, too
     ├── CallFailed       an API call requested by a person failed; says what to do
     ├── CannotImport     a file cannot be imported; says why
+    ├── UnusablePlan     a plan file cannot be written, or applied; says why
     └── SandboxError     a server of the sandbox could not be started
 
 Errors of the `redis` library pass through unchanged, so callers that already handle them keep doing so.
@@ -82,6 +83,10 @@ class CallFailed(ImattrError):
 
 class CannotImport(ImattrError):
     """Raised when a file cannot be imported; says why, without showing its content."""
+
+
+class UnusablePlan(ImattrError):
+    """Raised when the file of a plan cannot be written or applied; says why, without showing its content."""
 
 
 class SandboxError(ImattrError):
