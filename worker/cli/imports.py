@@ -36,6 +36,14 @@ from worker.state.connection import RedisError, connect
 from worker.state.keys import Keys
 
 
+def as_of_option(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """Read `--as-of`: ms since 1970, None if it is not given."""
+    try:
+        return None if text is None else check_occurred_at("", event_time(text))
+    except InvalidUpdate as error:
+        raise click.UsageError(error.rule.replace("occurred_at", "--as-of")) from None
+
+
 @click.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]")
@@ -48,6 +56,7 @@ from worker.state.keys import Keys
 @click.option(
     "--as-of",
     metavar="TIME",
+    callback=as_of_option,
     help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
     "[default: when the import began]",
 )
@@ -73,7 +82,7 @@ def import_file(
     format: Any,
     user_column: str,
     null: str | None,
-    as_of: str | None,
+    as_of: int | None,
     lane: Any,
     refused: Path | None,
     progress_file: Path | None,
@@ -107,7 +116,7 @@ def import_file(
         null=null,
         progress=progress_file,
         lane=lane,
-        as_of_ms=_as_of(as_of),
+        as_of_ms=as_of,
         refused=refused,
         restart=restart,
     )
@@ -131,13 +140,6 @@ def _exit_code(done: importer.Estimate | importer.ImportStatus) -> int:
         return STOPPED
     refused = done.refused if isinstance(done, importer.Estimate) else done.progress.refused
     return REFUSED if refused else 0
-
-
-def _as_of(text: str | None) -> int | None:
-    try:
-        return None if text is None else check_occurred_at("", event_time(text))
-    except InvalidUpdate as error:
-        raise click.UsageError(error.rule.replace("occurred_at", "--as-of")) from None
 
 
 class _ImportScreen:

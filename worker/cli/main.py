@@ -20,6 +20,7 @@ from worker.cli import (
     imports,
     line,
     names,
+    plans,
     put,
     quarantine,
     refused,
@@ -63,6 +64,8 @@ def main() -> None:
 for command in (
     put.put,
     imports.import_file,
+    plans.make_plan,
+    plans.apply_plan,
     status.show_status,
     audit.audit,
     dead_letters.dead,

@@ -31,6 +31,7 @@ from worker.errors import (
     InvalidUpdate,
     NotConfirmed,
     SandboxError,
+    UnusablePlan,
 )
 from worker.operate.words import json_text, plain
 from worker.state.connection import Redis, RedisError, connect
@@ -95,7 +96,7 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             fail(FULL, str(error))
         except CallFailed as error:
             fail(FAILED, f"{error.found}\n  {error.fix}")
-        except CannotImport as error:
+        except (CannotImport, UnusablePlan) as error:
             fail(FAILED, str(error))
         except SandboxError as error:
             fail(NO_SANDBOX, str(error))

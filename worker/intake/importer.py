@@ -264,7 +264,7 @@ class Importer:
             chunk, names = _Chunk(), self._producer.names()
             for first, last, end, found in islice(records, self._size):
                 chunk.line, chunk.offset = last, end
-                checked = _checked(found, as_of_ms, names)
+                checked = check_record(found, as_of_ms, names)
                 if isinstance(checked, Unreadable):
                     chunk.refusals.append(Refusal(first, *checked))
                 elif checked:
@@ -319,9 +319,10 @@ def _ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk]:
             yield chunk
 
 
-def _checked(
+def check_record(
     found: RawUpdate | Unreadable | None, as_of_ms: int, names: frozenset[str]
 ) -> Update | Unreadable | None:
+    """The update in a record, as of `as_of_ms` if it has no time of its own; or why it is none. None for a blank line."""
     if not isinstance(found, RawUpdate):
         return found
     moment = as_of_ms if found.occurred_at is None else found.occurred_at

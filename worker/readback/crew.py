@@ -8,7 +8,7 @@ is told apart.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol, TypeVar
@@ -21,7 +21,8 @@ READERS = 16
 #: Users a call.
 USERS_PER_CALL = 100
 
-Chunk, Result = TypeVar("Chunk"), TypeVar("Result")
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
 
 
 class Reads(Protocol):
@@ -88,7 +89,9 @@ class Crew:
         }
         return Observation(at_ms, found, before, frozenset(moving))
 
-    def each(self, work: Callable[[Chunk], Result], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Result]]:
+    def each(
+        self, work: Callable[[Chunk], Result], chunks: Iterable[Chunk]
+    ) -> Generator[tuple[Chunk, Result]]:
         """Do the work for several chunks at a time, and return what came of it in their order; raises what `work` raises."""
         waiting = deque[tuple[Chunk, Future[Result]]]()
         with ThreadPoolExecutor(len(self._readers)) as pool:

@@ -75,6 +75,7 @@ class Header:
         return {
             "app": self.app,
             "API": self.api,
+            "as-of time": self.as_of,
             "content of the file": self.digest,
             "format": self.format,
             "user column": self.user_column,
@@ -162,7 +163,10 @@ class PlanWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with self._file, _explained(self._path):
+            if not os.fstat(self._file.fileno()).st_size:
+                # Nothing came of it.
+                self._path.unlink(missing_ok=True)
 
     def begin(self, header: Header, refusals: Iterable[Refusal]) -> Mark:
         """Write the beginning, or find out where to go on: returns how far the plan is.
@@ -172,6 +176,9 @@ class PlanWriter:
         if self.begun:
             before, start = self.begun
             changed = [name for name, value in before.identity.items() if header.identity[name] != value]
+            if "as-of time" in changed:
+                # Lines without a time of their own have that one.
+                changed = ["as-of time"]
             if changed:
                 raise UnusablePlan(
                     f"{self._path} was begun and not finished; to go on with it, the {', the '.join(changed)} must be "
@@ -291,7 +298,11 @@ def survey(file: IO[bytes], path: Path, samples: int = 0) -> Survey:
     users = mark.tally.users
     if counted != (header.refused if end else 0, users["unknown"], users["differs"]):
         raise UnusablePlan(f"{path} is damaged: its lines are not those that it has counted")
-    if mark.users != mark.tally.judged or mark.users > header.users or (mark.final and mark.users != header.users):
+    if (
+        mark.users != mark.tally.judged
+        or mark.users > header.users
+        or (mark.final and mark.users != header.users)
+    ):
         raise UnusablePlan(f"{path} is damaged: its users are not those that it has counted")
     return Survey(header, mark, end, counted[2], shown)
 
@@ -306,7 +317,11 @@ def read_lines(file: IO[bytes], path: Path, start: int = 0, number: int = 0) -> 
             if not text.endswith(b"\n"):
                 if len(text) < MAX_LINE and number > 1:
                     return
-                raise UnusablePlan(f"{path} is damaged: line {number:,} is too long") if number > 1 else _foreign(path)
+                raise (
+                    UnusablePlan(f"{path} is damaged: line {number:,} is too long")
+                    if number > 1
+                    else _foreign(path)
+                )
             try:
                 found = _read(json.loads(text, object_pairs_hook=_without_repeated_names))
             except _OtherVersion as other:
@@ -338,15 +353,19 @@ def _read(fields: Any) -> Header | Refusal | Difference | UnknownUser | Mark:
     match fields:
         case {"imattr_plan": version, **others}:
             if type(version) is int and version != VERSION:
-                raise _OtherVersion(f"is of version {version}; this imattr reads version {VERSION}: make it again")
-            return _header(others)
+                raise _OtherVersion(
+                    f"is of version {version}; this imattr reads version {VERSION}: make it again"
+                )
+            return _header({str(name): value for name, value in others.items()})
         case {"line": line, "user": user, "rule": rule, **others} if not others:
             return Refusal(_whole(line), _text(user), _text(rule))
         case {"user": user, "changes": changes, **others} if not others:
             return Difference(_text(user), _changes(changes))
         case {"user": user, "unknown": True, **others} if not others:
             return UnknownUser(_text(user))
-        case {"checkpoint": users, "tally": tally, "calls": calls, "seconds": seconds, **others} if not others:
+        case {"checkpoint": users, "tally": tally, "calls": calls, "seconds": seconds, **others} if (
+            not others
+        ):
             return Mark(_whole(users), _tally(tally), _whole(calls), _seconds(seconds))
         case {"summary": users, "tally": tally, "calls": calls, "seconds": seconds, **others} if not others:
             return Mark(_whole(users), _tally(tally), _whole(calls), _seconds(seconds), final=True)
@@ -391,7 +410,8 @@ def _tally(given: Any) -> Tally:
     if len(given["values"]) > MOST_NAMES + 1:
         raise ValueError
     return Tally(
-        _counts(given["users"], FATES), {name: _counts(counts, KINDS) for name, counts in given["values"].items()}
+        _counts(given["users"], FATES),
+        {name: _counts(counts, KINDS) for name, counts in given["values"].items()},
     )
 
 

@@ -86,7 +86,10 @@ class WantedUsers:
     def digest(self) -> str:
         """What distinguishes this from another file's content."""
         found = hashlib.sha256()
-        for table in ("SELECT user, wanted FROM users ORDER BY place", "SELECT * FROM refusals ORDER BY rowid"):
+        for table in (
+            "SELECT user, wanted FROM users ORDER BY place",
+            "SELECT * FROM refusals ORDER BY rowid",
+        ):
             for row in self._database.execute(table):
                 found.update(_encode(row).encode())
             found.update(b"\n")

@@ -52,6 +52,7 @@ class Shadow:
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis, self._shadow, self._shadow_at = redis, keys.shadow, keys.shadow_at
+        self._forgotten_at = keys.forgotten_at
         self._tables = [keys.pending, keys.flight, keys.shadow, keys.shadow_at, keys.server]
         self._recall = scripts.load(redis, "recall")
         self._correct = scripts.load(redis, "correct")
@@ -83,6 +84,10 @@ class Shadow:
             found: Any = self._redis.zscan(self._shadow_at, cursor, count=SOME)
             cursor, begun = int(found[0]), True
             yield [text(user) for user, _ in found[1]]
+
+    def forgotten_ms(self) -> int:
+        """Return when the newest value was delivered that has been forgotten since, in ms; 0 if none was."""
+        return scripts.number(self._redis.get(self._forgotten_at))
 
     def correct(
         self, found: Mapping[UserId, tuple[str, Mapping[str, str | None]]], *, now_ms: int | None = None

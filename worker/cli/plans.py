@@ -1,0 +1,405 @@
+"""`imattr plan` and `imattr apply`: what differs at the API from what a file says, and setting it right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from worker import runtime
+from worker.cli.imports import as_of_option
+from worker.cli.terminal import (
+    REFUSED,
+    STOPPED,
+    USAGE,
+    actor,
+    as_duration,
+    counted,
+    echo_json,
+    environment,
+    err,
+    explained,
+    fail,
+    out,
+    print_rows,
+    progress,
+    until_stopped,
+)
+from worker.config import Settings
+from worker.operate import status
+from worker.readback.applier import Applier, ApplyStatus, OpenPlan
+from worker.readback.crew import Crew
+from worker.readback.difference import Kind, Tally
+from worker.readback.plan_file import Difference, Mark
+from worker.readback.planner import Plan, Planner, PlanOptions, PlanStatus, cost_of_applying, cost_of_reading
+from worker.state.connection import Redis
+from worker.state.history import History
+from worker.state.keys import Keys
+from worker.state.shadow import Shadow
+
+#: Sign and colour of each kind of change.
+_SIGNS: dict[Kind, tuple[str, str]] = {
+    "set": ("+", "green"),
+    "change": ("~", "yellow"),
+    "remove": ("-", "red"),
+}
+
+
+@click.command("plan")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the plan goes; an older plan there is replaced. [default: FILE.plan]",
+)
+@click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]")
+@click.option(
+    "--user-column", default="user", show_default=True, help="CSV: the column that holds the user ids."
+)
+@click.option(
+    "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
+)
+@click.option(
+    "--as-of",
+    metavar="TIME",
+    callback=as_of_option,
+    help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
+    "[default: when the plan was begun]",
+)
+@click.option(
+    "--restart", is_flag=True, help="Start over instead of going on with a plan that was interrupted."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@explained
+def make_plan(
+    file: Path,
+    out: Path | None,
+    format: Any,
+    user_column: str,
+    null: str | None,
+    as_of: int | None,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    """Compare FILE, or - for stdin, with what the API has. Changes nothing.
+
+    FILE is what imattr import takes. Asks the API for up to 100 users a call, in slots that deliveries leave free, and
+    writes what differs into a plan, which imattr apply can set right.
+
+    \b
+    + u1 city = "Paris"              the API has no value
+    ~ u2 level = "3" -> "4"          it has another one
+    - u3 tier = "gold"               the file says null
+
+    Users with an update under way are counted, not judged. What was delivered after the time of the file is never planned
+    to be overwritten. After an interruption, the same command goes on where it was.
+
+    The plan has users and values in it; only you can read it. Exits with 3 if lines were refused, with 130 if stopped.
+    """
+    options = PlanOptions(
+        path=None if str(file) == "-" else file,
+        out=out,
+        format=format,
+        user_column=user_column,
+        null=null,
+        as_of_ms=as_of,
+        restart=restart,
+    )
+    with _reading() as (redis, settings, crew), progress(_screen(as_json), every=5) as line:
+        shadow, show = Shadow(redis, Keys(settings.sdkappid)), _PlanScreen(settings, _screen(as_json), line)
+        plan = Planner(settings, options, shadow, crew, by=actor(), show=show).run()
+    if as_json:
+        echo_json(_plan_facts(plan, options, settings))
+    else:
+        _print_plan(plan, options, settings)
+    if plan.state == "stopped":
+        done = f"{plan.mark.users:,} of {plan.header.users:,} users compared"
+        err.print(
+            f"stopped: {done if plan.header.digest else 'the file was not read to its end'}; "
+            "the same command goes on there"
+        )
+        sys.exit(STOPPED)
+    sys.exit(REFUSED if plan.header.refused else 0)
+
+
+@click.command("apply")
+@click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--partial", is_flag=True, help="Apply what there is of a plan that is not complete.")
+@click.option("--abandon", is_flag=True, help="Give up applying a plan that was interrupted; queue nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@explained
+def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: bool) -> None:
+    """Queue exactly what PLAN says, into the seats that live updates leave free.
+
+    Asks first. Each user is read once more before that: whoever has changed since the plan, or has an update under way, is
+    left alone and counted. Values count as of the time of the file, so nothing newer is ever overwritten.
+
+    While the buffer is full, it waits. After an interruption, the same command goes on where it was; --abandon gives up.
+
+    Exits with 3 if values were refused, with 130 if stopped.
+    """
+    with _reading() as (redis, settings, crew):
+        keys = Keys(settings.sdkappid)
+        with OpenPlan(plan, settings, partial=partial or abandon) as opened:
+            if abandon:
+                begun = Applier(settings, opened, Shadow(redis, keys), History(redis, keys), crew).abandon()
+                out.print(
+                    "given up; what was queued stays" if begun else "applying this plan was not interrupted"
+                )
+                return
+            if not as_json:
+                _print_plan_head(opened)
+            done = opened.progress.applied.users if opened.progress else 0
+            _confirm(opened.found.differences - done, yes)
+            with progress(_screen(as_json), every=5) as line:
+                show = _ApplyScreen(line)
+                run = Applier(
+                    settings, opened, Shadow(redis, keys), History(redis, keys), crew, by=actor(), show=show
+                )
+                result = run.run()
+    _print_applied(result, as_json)
+    if result.state == "stopped":
+        err.print(
+            f"stopped: {result.applied.users:,} of {result.users:,} users; the same command goes on there"
+        )
+        sys.exit(STOPPED)
+    sys.exit(REFUSED if result.applied.refused else 0)
+
+
+def _confirm(users: int, yes: bool) -> None:
+    if not users or yes:
+        return
+    if not sys.stdin.isatty():
+        fail(
+            USAGE,
+            f"nobody can be asked here whether the changes of {counted(users, 'user')} are right: use --yes",
+        )
+    click.confirm(f"Queue the changes of {counted(users, 'user')}?", abort=True)
+
+
+@contextmanager
+def _reading() -> Iterator[tuple[Redis, Settings, Crew]]:
+    """Redis, and readers that stop when this command is asked to."""
+    settings = Settings.from_env(environment())
+    with until_stopped() as stopped, runtime.connect(settings) as redis:
+        shadow = Shadow(redis, Keys(settings.sdkappid))
+        yield (
+            redis,
+            settings,
+            Crew(shadow, lambda is_over: runtime.build_reader(settings, redis, is_over), stopped),
+        )
+
+
+def _screen(as_json: bool) -> Console:
+    return err if as_json else out
+
+
+class _PlanScreen:
+    """Shows the progress of a plan, ten times a second at most."""
+
+    def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
+        self._settings, self._console, self._line = settings, console, line
+        self._told = False
+
+    def __call__(self, view: PlanStatus) -> None:
+        if view.state == "comparing" and not self._told:
+            self._told = True
+            self._console.print(self._beginning(view))
+        bar = "" if view.share is None else f"{'━' * round(20 * view.share):<20} "
+        refused = f"  refused {view.refused:,}" if view.refused else ""
+        if view.state == "reading the file":
+            self._line(Text.assemble((bar, "green"), f"{view.lines:,} lines read", (refused, "yellow")))
+            return
+        tally = view.mark.tally
+        found = "  ".join(f"{sign} {tally.total(kind):,}" for kind, (sign, _) in _SIGNS.items())
+        eta = "" if view.eta is None else f"  done in {as_duration(view.eta)}"
+        self._line(
+            Text.assemble((bar, "green"), f"{view.mark.users:,} users  {found}", (refused, "yellow"), eta)
+        )
+
+    def _beginning(self, view: PlanStatus) -> str:
+        left = view.users - view.resumed_after
+        cost = cost_of_reading(left, self._settings)
+        after = f"going on after {counted(view.resumed_after, 'user')}: " if view.resumed_after else ""
+        return (
+            f"{after}{counted(left, 'user')} to compare, in {counted(cost.calls, 'call')}: "
+            f"{as_duration(cost.seconds)} at the full rate, longer while deliveries need the slots"
+        )
+
+
+class _ApplyScreen:
+    """Shows how far a plan is applied."""
+
+    def __init__(self, line: Callable[[Text], None]) -> None:
+        self._line = line
+
+    def __call__(self, view: ApplyStatus) -> None:
+        share = view.applied.users / max(1, view.users)
+        left = view.applied.users - view.applied.queued
+        skipped = f"  left alone {left:,}" if left else ""
+        waiting = "  waiting for room" if view.waiting else ""
+        eta = "" if view.eta is None else f"  done in {as_duration(view.eta)}"
+        self._line(
+            Text.assemble(
+                (f"{'━' * round(20 * share):<20} ", "green"),
+                f"{view.applied.queued:,} users queued",
+                (skipped + waiting, "yellow"),
+                eta,
+            )
+        )
+
+
+# What people read at the end.
+
+
+def _sample(difference: Difference) -> Iterator[Text]:
+    for name, change in difference.changes.items():
+        sign, colour = _SIGNS[change.kind]
+        old, new = (json.dumps(value, ensure_ascii=False) for value in (change.old, change.new))
+        values = {"set": new, "change": f"{old} -> {new}", "remove": old}[change.kind]
+        yield Text.assemble((f"{sign} ", f"bold {colour}"), f"{difference.user} {name} = {values}")
+
+
+def _summary(mark: Mark) -> Text:
+    tally, users = mark.tally, mark.tally.users
+    parts = [
+        *((f"{sign} {tally.total(kind):,}", colour, f"to {kind}") for kind, (sign, colour) in _SIGNS.items()),
+        (f"= {tally.total('same'):,}", "", "same"),
+    ]
+    if users["unknown"]:
+        parts.append(
+            (f"? {users['unknown']:,}", "yellow", "unknown user" + ("s" if users["unknown"] > 1 else ""))
+        )
+    if users["in_motion"]:
+        parts.append((f"{users['in_motion']:,}", "yellow", "in motion (not judged)"))
+    if newer := tally.total("newer"):
+        parts.append((f"{newer:,}", "yellow", "newer than the file (they stay)"))
+    if users["forgotten"]:
+        parts.append((f"{users['forgotten']:,}", "yellow", "perhaps newer than the file (not judged)"))
+    line = Text("Plan: ", style="bold")
+    for place, (count, colour, words) in enumerate(parts):
+        line.append(", " if place else "").append(count, f"bold {colour}").append(f" {words}")
+    return line
+
+
+def _print_plan(plan: Plan, options: PlanOptions, settings: Settings) -> None:
+    header, mark, tally = plan.header, plan.mark, plan.mark.tally
+    shown = 0
+    for difference in plan.samples:
+        for line in _sample(difference):
+            out.print(line)
+            shown += 1
+    changes = sum(tally.total(kind) for kind in ("set", "change", "remove"))
+    if changes > shown:
+        out.print(f"... {counted(changes - shown, 'change')} more in {options.plan_path}", style="dim")
+    if plan.samples:
+        out.print()
+    out.print(_summary(mark), soft_wrap=False)
+    again, deliveries = cost_of_applying(mark, settings)
+    differ = tally.users["differs"]
+    print_rows(
+        ("users", f"{header.users:,} in {counted(header.lines, 'line')}; of them, {differ:,} differ"),
+        *(("read as", note) for note in plan.notes),
+        *_by_attribute(tally),
+        *((("refused", counted(header.refused, "line")),) if header.refused else ()),
+        *(("", f"line {line:,}: user {user}: {rule}") for line, user, rule in plan.refusals),
+        ("as of", f"{status.iso(header.as_of / 1000)}, for lines without a time"),
+        ("cost", f"{counted(mark.calls, 'call')} in {as_duration(mark.seconds)}"),
+    )
+    if plan.state == "complete" and differ:
+        out.print()
+        out.print(
+            f"Applying it takes {counted(again.calls, 'call')} to read again ({as_duration(again.seconds)}) and "
+            f"{counted(deliveries.calls, 'call')} to deliver ({as_duration(deliveries.seconds)}):"
+        )
+        out.print(f"  imattr apply {options.plan_path}")
+    elif plan.state == "complete":
+        out.print("Nothing to apply.")
+
+
+def _by_attribute(tally: Tally) -> Iterator[tuple[str, str]]:
+    for name, counts in sorted(tally.values.items()):
+        found = ", ".join(
+            f"{_SIGNS[kind][0] if kind in _SIGNS else '='} {counts[kind]:,}"
+            for kind in ("set", "change", "remove", "same")
+        )
+        newer = f", {counts['newer']:,} newer" if counts["newer"] else ""
+        yield name, found + newer
+
+
+def _print_plan_head(opened: OpenPlan) -> None:
+    header, mark = opened.found.header, opened.found.mark
+    made = f"made {status.iso(header.made)} by {header.made_by} from {header.source}"
+    out.print(f"{opened.path}, {made}", style="dim")
+    out.print(_summary(mark), soft_wrap=False)
+    if not mark.final:
+        out.print(f"not complete: {mark.users:,} of {header.users:,} users were compared", style="yellow")
+    if opened.progress:
+        out.print(
+            f"going on after {counted(opened.progress.applied.users, 'user')}, where an earlier run ended"
+        )
+
+
+def _print_applied(done: ApplyStatus, as_json: bool) -> None:
+    applied = done.applied
+    if as_json:
+        echo_json(
+            {
+                "state": done.state,
+                "users": done.users,
+                "queued": applied.queued,
+                "done": applied.done,
+                "changed": applied.changed,
+                "in_motion": applied.in_motion,
+                "unknown": applied.unknown,
+                "refused": applied.refused,
+                "refusals": [one._asdict() for one in done.refusals],
+                "resumed_after": done.resumed_after,
+                "calls": done.calls,
+                "seconds": round(done.seconds, 3),
+            }
+        )
+        return
+    left = (
+        (applied.done, "as planned already"),
+        (applied.changed, "changed since the plan"),
+        (applied.in_motion, "in motion"),
+        (applied.unknown, "unknown to the API"),
+        (applied.refused, "refused"),
+    )
+    words = ", ".join(f"{count:,} {what}" for count, what in left if count)
+    print_rows(
+        ("queued", counted(applied.queued, "user")),
+        ("left alone", words or "nobody"),
+        *(("", f"user {user}: {rule}") for user, rule in done.refusals),
+        ("cost", f"{counted(done.calls, 'call')} in {as_duration(done.seconds)}"),
+    )
+
+
+def _plan_facts(plan: Plan, options: PlanOptions, settings: Settings) -> dict[str, Any]:
+    header, mark, tally = plan.header, plan.mark, plan.mark.tally
+    again, deliveries = cost_of_applying(mark, settings)
+    return {
+        "state": plan.state,
+        "plan": str(options.plan_path),
+        "lines": header.lines,
+        "refused": header.refused,
+        "refusals": [refusal._asdict() for refusal in plan.refusals],
+        "users": header.users,
+        "users_by_fate": tally.users,
+        **{kind: tally.total(kind) for kind in ("set", "change", "remove", "same", "newer")},
+        "attributes": tally.values,
+        "as_of": status.iso(header.as_of / 1000),
+        "notes": plan.notes,
+        "calls": mark.calls,
+        "seconds": round(mark.seconds, 3),
+        "to_apply": {"read": again._asdict(), "deliver": deliveries._asdict()},
+    }

@@ -1,0 +1,399 @@
+"""Applies a plan: queues what it says, user by user, and nothing that has become wrong since.
+
+For each hundred users, in this order:
+
+1. what is remembered is looked at, the API is asked again, and what is remembered is looked at again (`Crew.observe`);
+2. who is in motion, or whose values are no longer the old ones of the plan, is left alone;
+3. what is remembered as delivered is corrected by what was found, or `add` would drop the repair as already delivered;
+4. the rest is added to the lane `backfill`, as of the time of the file.
+
+That time is before the plan was begun. So of everything that is accepted after that, at whatever moment in between, the
+newer value wins: in `add` if it is pending, in flight or remembered, and before that at the second step. While a plan is
+being applied, nothing that is delivered is forgotten, as during an import.
+
+Applying again is harmless: users are in motion or have their new values by then.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+from worker.clock import Clock, SystemClock
+from worker.config import Settings
+from worker.errors import InvalidUpdate, UnusablePlan
+from worker.intake.importer import TELL_EVERY, WAIT
+from worker.models import Update, UserId, check_update
+from worker.producer import Producer
+from worker.readback.crew import USERS_PER_CALL, Crew, Observation
+from worker.readback.difference import Change, recheck
+from worker.readback.plan_file import Difference, Survey, lock, read_lines, survey
+from worker.readback.reader import ReadingStopped
+from worker.state.buffer import MAX_UPDATES_PER_ADD
+from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError, RedisError
+from worker.state.history import History
+from worker.state.shadow import Shadow
+
+#: Seconds until users who found no room are read again.
+FULL_WAIT = 1.0
+#: How many refusals are shown.
+EXAMPLES = 5
+
+State = Literal["applying", "stopped", "complete"]
+
+
+class Refused(NamedTuple):
+    """A user whose planned values break a rule."""
+
+    user: str
+    rule: str
+
+
+@dataclass(slots=True)
+class Applied:
+    """What became of users, in all runs together.
+
+    `queued` will be delivered; `done` had the new values already; `changed` since the plan, or something newer is known;
+    `unknown` to the API by now.
+    """
+
+    queued: int = 0
+    done: int = 0
+    changed: int = 0
+    in_motion: int = 0
+    unknown: int = 0
+    refused: int = 0
+
+    @property
+    def users(self) -> int:
+        return self.queued + self.done + self.changed + self.in_motion + self.unknown + self.refused
+
+    def add(self, other: Applied) -> None:
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a plan is applied: the next line begins at `offset`, after `line` lines. `as_of` is when that was begun, in ms."""
+
+    as_of: int
+    offset: int = 0
+    line: int = 0
+    applied: Applied = field(default_factory=Applied)
+
+
+class ApplyStatus(NamedTuple):
+    """How far applying is, for people; seconds and calls are those of this run."""
+
+    state: State
+    applied: Applied
+    #: Users of the plan that are to be changed, and those of them that an earlier run has been through.
+    users: int
+    resumed_after: int
+    calls: int
+    seconds: float
+    eta: float | None
+    waiting: bool
+    #: The first refusals of this run.
+    refusals: list[Refused]
+
+
+class OpenPlan:
+    """A plan that nobody else writes or applies while it is open."""
+
+    def __init__(self, path: Path, settings: Settings, *, partial: bool = False) -> None:
+        """Read and check the whole of it; raises `UnusablePlan`, also if it is of another app or API."""
+        self.path = path
+        try:
+            file = open(path, "rb")  # noqa: SIM115  # closed with this
+        except OSError as error:
+            raise UnusablePlan(f"{path} cannot be read: {error.strerror}") from None
+        self.file: io.BufferedReader = file
+        try:
+            lock(self.file, path)
+            self.found: Survey = survey(self.file, path)
+            self._check(settings, partial)
+            self.progress = self._read_progress()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+    def _check(self, settings: Settings, partial: bool) -> None:
+        header, mark = self.found.header, self.found.mark
+        if header.app != settings.sdkappid:
+            raise UnusablePlan(
+                f"{self.path} is for the app {header.app}, the settings are for {settings.sdkappid}"
+            )
+        if header.api != (api := f"{settings.base_url} {settings.api}"):
+            raise UnusablePlan(f"{self.path} was made with the API at {header.api}, the settings name {api}")
+        if not self.found.complete and not partial:
+            raise UnusablePlan(
+                f"{self.path} is not complete: {mark.users:,} of {header.users:,} users were compared. imattr plan "
+                "goes on with it; --partial applies what is there"
+            )
+
+    @property
+    def progress_path(self) -> Path:
+        """The file that says how far applying is."""
+        return self.path.with_name(f"{self.path.name}.apply-progress")
+
+    def _read_progress(self) -> Progress | None:
+        try:
+            kept = json.loads(self.progress_path.read_bytes())
+            if kept["plan"] != self.found.header.id:
+                return None
+            applied = Applied(**kept["applied"])
+            progress = Progress(kept["as_of"], kept["offset"], kept["line"], applied)
+            numbers = [progress.as_of, progress.offset, progress.line, *asdict(applied).values()]
+            if not all(type(one) is int and 0 <= one < 1 << 53 for one in numbers):
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnusablePlan(f"{self.progress_path} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UnusablePlan(f"{self.progress_path} is damaged; delete it to begin again") from None
+        return progress if progress.offset <= self.found.end else None
+
+    def keep(self, progress: Progress) -> None:
+        """Write how far applying is. A kill before that repeats a little, which changes nothing."""
+        new = self.progress_path.with_name(f"{self.progress_path.name}.new")
+        kept = {"plan": self.found.header.id, **asdict(progress)}
+        try:
+            with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                json.dump(kept, file)
+            new.replace(self.progress_path)
+        except OSError as error:
+            raise UnusablePlan(f"{self.progress_path} cannot be written: {error.strerror}") from None
+
+    def forget_progress(self) -> None:
+        """Nothing is left to be applied, or nobody is going to."""
+        with suppress(OSError):
+            self.progress_path.unlink()
+
+    @property
+    def name(self) -> str:
+        """What distinguishes applying this plan from imports, in all its runs."""
+        return f"{socket.gethostname()}:{self.path.absolute()}"
+
+
+class _Chunk(NamedTuple):
+    """Users that are applied together; the next chunk begins at `offset`, after `line` lines."""
+
+    changes: dict[UserId, Mapping[str, Change]]
+    offset: int
+    line: int
+
+
+class _Outcome(NamedTuple):
+    applied: Applied
+    refused: list[Refused]
+
+
+class Applier:
+    """One run of applying a plan."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: OpenPlan,
+        shadow: Shadow,
+        history: History,
+        crew: Crew,
+        *,
+        by: str = "",
+        show: Callable[[ApplyStatus], None] = lambda _: None,
+        clock: Clock | None = None,
+    ) -> None:
+        """The crew's `stopped` ends the run; the next one goes on where it was."""
+        self._plan, self._shadow, self._history, self._crew = plan, shadow, history, crew
+        self._by, self._show, self._clock = by, show, clock or SystemClock()
+        self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
+        self._refusals: list[Refused] = []
+        self._waiting, self._tell_at = False, 0.0
+
+    def run(self) -> ApplyStatus:
+        """Queue what no earlier run has; the final state is `complete` or `stopped`.
+
+        Raises `UnusablePlan`, `CallFailed`, and what `redis` raises; what was queued until then stays queued.
+        """
+        plan = self._plan
+        progress = plan.progress or Progress(self._producer.now_ms())
+        # First of all, so that nothing that is delivered from now on is forgotten.
+        self._producer.begin_import(plan.name, progress.as_of)
+        plan.keep(progress)
+        resumed_after, began = progress.applied.users, self._clock.monotonic()
+
+        def status(state: State) -> ApplyStatus:
+            seconds = self._clock.monotonic() - began
+            done, users = progress.applied.users - resumed_after, plan.found.differences
+            eta = seconds * (users - progress.applied.users) / done if done else None
+            waiting, calls = self._waiting, self._crew.calls
+            return ApplyStatus(
+                state, progress.applied, users, resumed_after, calls, seconds, eta, waiting, self._refusals
+            )
+
+        state: State = "stopped"
+        try:
+            with closing(self._crew.each(self._apply, self._chunks(progress))) as outcomes:
+                for chunk, outcome in outcomes:
+                    progress.applied.add(outcome.applied)
+                    progress.offset, progress.line = chunk.offset, chunk.line
+                    self._refusals += outcome.refused[: EXAMPLES - len(self._refusals)]
+                    plan.keep(progress)
+                    self._tell(status("applying"))
+            state = "complete"
+        except ReadingStopped:
+            pass
+        finally:
+            self._history.note("applied", self._by, state=state, **asdict(progress.applied))
+        if state == "complete":
+            self._producer.end_import(plan.name)
+            plan.forget_progress()
+        return status(state)
+
+    def abandon(self) -> bool:
+        """Give up what an earlier run has begun; returns whether there was anything."""
+        self._producer.end_import(self._plan.name)
+        self._plan.forget_progress()
+        return self._plan.progress is not None
+
+    def _tell(self, status: ApplyStatus) -> None:
+        """Show how far this is: here at once, and to `imattr status` every second."""
+        self._show(status)
+        now = self._clock.monotonic()
+        if now < self._tell_at:
+            return
+        self._tell_at = now + TELL_EVERY
+        about = {
+            "at": self._producer.now_ms() / 1000,
+            "state": "waiting for room" if status.waiting else "applying a plan",
+            "lines": status.applied.users,
+            "refused": status.applied.refused,
+            "share": status.applied.users / max(1, status.users),
+            "eta": status.eta,
+        }
+        # It is for people to look at: a Redis that fails will say so where it matters.
+        with suppress(RedisError):
+            self._producer.show_import(self._plan.name, about)
+
+    def _chunks(self, progress: Progress) -> Iterator[_Chunk]:
+        """The differences that no earlier run has been through; each user of a chunk is another one."""
+        changes: dict[UserId, Mapping[str, Change]] = {}
+        offset, line = progress.offset, progress.line
+        for found, end in read_lines(self._plan.file, self._plan.path, offset, line):
+            if isinstance(found, Difference):
+                if found.user in changes or len(changes) == USERS_PER_CALL:
+                    yield _Chunk(changes, offset, line)
+                    changes = {}
+                changes[found.user] = found.changes
+            offset, line = end, line + 1
+            if end >= self._plan.found.end:
+                break
+        if changes:
+            yield _Chunk(changes, offset, line)
+
+    # What a reader of the crew does.
+
+    def _apply(self, chunk: _Chunk) -> _Outcome:
+        done = _Outcome(Applied(), [])
+        left: Mapping[UserId, Mapping[str, Change]] = chunk.changes
+        while left:
+            self._wait_for_room()
+            seen = self._crew.observe(list(left))
+            left = self._queue(left, seen, done)
+            if left:
+                # There was no room after all. They are read once more, since it may be long until there is some.
+                self._clock.sleep(FULL_WAIT)
+        return done
+
+    def _wait_for_room(self) -> None:
+        while True:
+            if self._crew.is_over():
+                raise ReadingStopped
+            self._waiting = not self._producer.has_room()
+            if not self._waiting:
+                return
+            self._clock.sleep(WAIT)
+
+    def _queue(
+        self, planned: Mapping[UserId, Mapping[str, Change]], seen: Observation, done: _Outcome
+    ) -> Mapping[UserId, Mapping[str, Change]]:
+        """Queue what still holds, and return the users for whom there was no room."""
+        names = self._producer.names()
+        ready: dict[UserId, list[Update]] = {}
+        for user, changes in planned.items():
+            if user in seen.moving:
+                done.applied.in_motion += 1
+                continue
+            standing, left = recheck(changes, seen.found[user], seen.newest(user))
+            if standing != "ready":
+                setattr(done.applied, standing, getattr(done.applied, standing) + 1)
+                continue
+            try:
+                ready[user] = _updates(user, left, names)
+            except InvalidUpdate as error:
+                done.applied.refused += 1
+                done.refused.append(Refused(error.user, error.rule))
+        still = set(self._shadow.correct({user: _memory(user, planned[user], seen) for user in ready}))
+        done.applied.in_motion += len(ready) - len(still)
+        updates = [update for user in ready if user in still for update in ready[user]]
+        full = self._add(updates, seen.at_ms, done)
+        return {user: planned[user] for user in full}
+
+    def _add(self, updates: Sequence[Update], at_ms: int, done: _Outcome) -> set[UserId]:
+        """Add to the buffer; returns the users for whom there was no room."""
+        full, refused = set[UserId](), dict[UserId, str]()
+        stale = 0
+        for start in range(0, len(updates), MAX_UPDATES_PER_ADD):
+            page = updates[start : start + MAX_UPDATES_PER_ADD]
+            try:
+                added = self._producer.add(page, lane="backfill", as_of_ms=at_ms)
+            except OutOfMemoryError:
+                # No room for any of them: Redis is at its maxmemory.
+                full |= {update.user for update in page}
+                continue
+            full |= {page[place].user for place in added.full}
+            refused |= {page[place].user: rule for place, rule in added.refused}
+            # Something newer was accepted since the look.
+            stale += added.stale + added.unchanged
+        users = {update.user for update in updates} - full
+        done.applied.refused += len(users & refused.keys())
+        done.refused.extend(Refused(user, rule) for user, rule in refused.items() if user in users)
+        stale = min(stale, len(users - refused.keys()))
+        done.applied.changed += stale
+        done.applied.queued += len(users - refused.keys()) - stale
+        return full
+
+
+def _updates(user: UserId, changes: Mapping[str, Change], names: frozenset[str]) -> list[Update]:
+    """What is to be queued for one user: usually one update, since most files have one time a line."""
+    versions = sorted({change.version for change in changes.values()})
+    return [
+        check_update(
+            user, {name: c.new for name, c in changes.items() if c.version == version}, version, names
+        )
+        for version in versions
+    ]
+
+
+def _memory(
+    user: UserId, changes: Mapping[str, Change], seen: Observation
+) -> tuple[str, dict[str, str | None]]:
+    """What is to be remembered of a user: what was found."""
+    known, have = seen.known[user], seen.found[user] or {}
+    return known.mark, {name: have.get(name) for name in {*known.values, *changes}}
