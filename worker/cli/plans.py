@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,7 +232,7 @@ class _PlanScreen:
         after = f"going on after {counted(view.resumed_after, 'user')}: " if view.resumed_after else ""
         return (
             f"{after}{counted(left, 'user')} to compare, in {counted(cost.calls, 'call')}: "
-            f"{as_duration(cost.seconds)} at the full rate, longer while deliveries need the slots"
+            f"{as_duration(math.ceil(cost.seconds))} at the full rate, longer while deliveries need the slots"
         )
 
 
@@ -317,8 +318,8 @@ def _print_plan(plan: Plan, options: PlanOptions, settings: Settings) -> None:
     if plan.state == "complete" and differ:
         out.print()
         out.print(
-            f"Applying it takes {counted(again.calls, 'call')} to read again ({as_duration(again.seconds)}) and "
-            f"{counted(deliveries.calls, 'call')} to deliver ({as_duration(deliveries.seconds)}):"
+            f"Applying it takes {counted(again.calls, 'call')} to read again ({as_duration(math.ceil(again.seconds))}) and "
+            f"{counted(deliveries.calls, 'call')} to deliver ({as_duration(math.ceil(deliveries.seconds))}):"
         )
         out.print(f"  imattr apply {options.plan_path}")
     elif plan.state == "complete":

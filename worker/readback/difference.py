@@ -61,19 +61,25 @@ class Verdict:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
 
 
-def judge(wanted: Mapping[str, Want], have: Mapping[str, str] | None, newest: Mapping[str, int]) -> Verdict:
-    """Compare. `have` is None for a user that the API does not know; `newest` the version of each value remembered, in ms."""
+def judge(
+    wanted: Mapping[str, Want], have: Mapping[str, str] | None, known: Mapping[str, tuple[object, int]]
+) -> Verdict:
+    """Compare. `have` is None for a user that the API does not know; `known` are the values remembered as delivered, each
+    with its version in ms.
+    """
     if have is None:
         return Verdict("unknown")
     changes, kinds = dict[str, Change](), dict[str, Kind]()
     for name, (value, version) in wanted.items():
         old = have.get(name)
+        delivered, newest = known.get(name, (None, 0))
         if old == value:
             kinds[name] = "same"
-        elif newest.get(name, 0) > version:
+        elif newest > version and delivered != value:
             kinds[name] = "newer"
         else:
-            changes[name] = change = Change(old, value, version)
+            # A value that was delivered as the file has it, and is not there, was lost: it counts as of its delivery.
+            changes[name] = change = Change(old, value, max(version, newest))
             kinds[name] = change.kind
     if changes:
         return Verdict("differs", changes, kinds)

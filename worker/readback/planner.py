@@ -113,6 +113,7 @@ def cost_of_applying(mark: Mark, settings: Settings) -> tuple[Cost, Cost]:
     """What reading the users again takes at the pace of the plan, and delivering at full pace."""
     differ = mark.tally.users["differs"]
     again = cost_of_reading(differ, settings)
+    # Reads may have to wait for deliveries, as they had to for the plan.
     if mark.calls and mark.seconds:
         again = Cost(again.calls, max(again.seconds, again.calls * mark.seconds / mark.calls))
     removed = min(differ, mark.tally.total("remove"))
@@ -140,7 +141,7 @@ class Planner:
         self._by, self._show, self._clock = by, show, clock or SystemClock()
         self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._lines = self._refused = 0
-        self._notes: list[str] = []
+        self._notes, self._format = list[str](), ""
         #: When the file was true, in ms, if a person has said so, else 0.
         self._named_time = 0
 
@@ -156,6 +157,7 @@ class Planner:
             loaded = self._load(wanted, header.as_of)
             header = replace(
                 header,
+                format=self._format,
                 digest=wanted.digest() if loaded else "",
                 lines=self._lines,
                 refused=self._refused,
@@ -211,7 +213,7 @@ class Planner:
             null=options.null,
             stopped=self._crew.is_over,
         ) as source:
-            records = source.records()
+            self._format, records = source.format, source.records()
             while page := list(islice(records, PAGE)):
                 updates, refusals = list[Update](), list[Refusal]()
                 for line, _, _, found in page:
@@ -275,7 +277,7 @@ class Planner:
             if user in seen.moving:
                 verdicts[user] = Verdict("in_motion")
                 continue
-            found = judge(wants, seen.found[user], seen.newest(user))
+            found = judge(wants, seen.found[user], seen.known[user].values)
             if found.fate == "differs" and forgotten_at > self._named_time and not seen.known[user].values:
                 found = Verdict("forgotten")
             verdicts[user] = found
