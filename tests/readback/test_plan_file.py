@@ -129,7 +129,7 @@ def test_whatever_is_written_is_read_back(found: list[Any], refusals: list[Refus
         assert (seen.differences, seen.samples) == (len(differences), differences[:2])
 
 
-EXAMPLE = [
+EXAMPLE: list[Any] = [
     Difference("ann", {"city": Change("Rome", "Paris", THEN), "字": Change(None, "\ud800", THEN)}),
     "same",
     UnknownUser("bob"),

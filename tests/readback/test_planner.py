@@ -157,7 +157,9 @@ class _Reader:
             raise ReadingStopped
         self.calls += 1
         self._world.asked.append(list(users))
-        found = {user: dict(self._world.store[user]) if user in self._world.store else None for user in users}
+        found: dict[UserId, Mapping[str, str] | None] = {
+            user: dict(self._world.store[user]) if user in self._world.store else None for user in users
+        }
         self._world.moment("answer")
         return found
 

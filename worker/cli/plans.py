@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,22 @@ from worker.cli.terminal import (
     until_stopped,
 )
 from worker.config import Settings
+from worker.errors import CallFailed, NotConfirmed, UnusablePlan
 from worker.operate import status
 from worker.readback.applier import Applier, ApplyStatus, OpenPlan
 from worker.readback.crew import Crew
 from worker.readback.difference import Kind, Tally
 from worker.readback.plan_file import Difference, Mark
-from worker.readback.planner import Plan, Planner, PlanOptions, PlanStatus, cost_of_applying, cost_of_reading
-from worker.state.connection import Redis
+from worker.readback.planner import (
+    SAMPLES,
+    Plan,
+    Planner,
+    PlanOptions,
+    PlanStatus,
+    cost_of_applying,
+    cost_of_reading,
+)
+from worker.state.connection import Redis, RedisError
 from worker.state.history import History
 from worker.state.keys import Keys
 from worker.state.shadow import Shadow
@@ -53,10 +62,14 @@ _SIGNS: dict[Kind, tuple[str, str]] = {
 }
 
 
+_GOES_ON = "the same command goes on there"
+
+
 @click.command("plan")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.option(
     "--out",
+    "plan_file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the plan goes; an older plan there is replaced. [default: FILE.plan]",
 )
@@ -81,7 +94,7 @@ _SIGNS: dict[Kind, tuple[str, str]] = {
 @explained
 def make_plan(
     file: Path,
-    out: Path | None,
+    plan_file: Path | None,
     format: Any,
     user_column: str,
     null: str | None,
@@ -106,7 +119,7 @@ def make_plan(
     """
     options = PlanOptions(
         path=None if str(file) == "-" else file,
-        out=out,
+        out=plan_file,
         format=format,
         user_column=user_column,
         null=null,
@@ -115,16 +128,16 @@ def make_plan(
     )
     with _reading() as (redis, settings, crew), progress(_screen(as_json), every=5) as line:
         shadow, show = Shadow(redis, Keys(settings.sdkappid)), _PlanScreen(settings, _screen(as_json), line)
-        plan = Planner(settings, options, shadow, crew, by=actor(), show=show).run()
+        with _how_far(show):
+            plan = Planner(settings, options, shadow, crew, by=actor(), show=show).run()
     if as_json:
         echo_json(_plan_facts(plan, options, settings))
     else:
         _print_plan(plan, options, settings)
     if plan.state == "stopped":
-        done = f"{plan.mark.users:,} of {plan.header.users:,} users compared"
+        done = f"{plan.mark.users:,} of {counted(plan.header.users, 'user')} compared"
         err.print(
-            f"stopped: {done if plan.header.digest else 'the file was not read to its end'}; "
-            "the same command goes on there"
+            f"stopped: {done if plan.header.digest else 'the file was not read to its end'}; {_GOES_ON}"
         )
         sys.exit(STOPPED)
     sys.exit(REFUSED if plan.header.refused else 0)
@@ -149,7 +162,7 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
     """
     with _reading() as (redis, settings, crew):
         keys = Keys(settings.sdkappid)
-        with OpenPlan(plan, settings, partial=partial or abandon) as opened:
+        with OpenPlan(plan, settings, partial=partial or abandon, samples=SAMPLES) as opened:
             if abandon:
                 begun = Applier(settings, opened, Shadow(redis, keys), History(redis, keys), crew).abandon()
                 out.print(
@@ -161,16 +174,13 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
             done = opened.progress.applied.users if opened.progress else 0
             _confirm(opened.found.differences - done, yes)
             with progress(_screen(as_json), every=5) as line:
-                show = _ApplyScreen(line)
-                run = Applier(
-                    settings, opened, Shadow(redis, keys), History(redis, keys), crew, by=actor(), show=show
-                )
-                result = run.run()
+                shadow, history, show = Shadow(redis, keys), History(redis, keys), _ApplyScreen(line)
+                run = Applier(settings, opened, shadow, history, crew, by=actor(), show=show)
+                with _how_far(show):
+                    result = run.run()
     _print_applied(result, as_json)
     if result.state == "stopped":
-        err.print(
-            f"stopped: {result.applied.users:,} of {result.users:,} users; the same command goes on there"
-        )
+        err.print(f"stopped: {result.applied.users:,} of {counted(result.users, 'user')}; {_GOES_ON}")
         sys.exit(STOPPED)
     sys.exit(REFUSED if result.applied.refused else 0)
 
@@ -199,6 +209,17 @@ def _reading() -> Iterator[tuple[Redis, Settings, Crew]]:
         )
 
 
+@contextmanager
+def _how_far(screen: _PlanScreen | _ApplyScreen) -> Iterator[None]:
+    """If what is done here fails, say how far it got."""
+    try:
+        yield
+    except (RedisError, NotConfirmed, CallFailed, UnusablePlan):
+        if screen.done:
+            err.print(f"{screen.done}; {_GOES_ON}")
+        raise
+
+
 def _screen(as_json: bool) -> Console:
     return err if as_json else out
 
@@ -209,6 +230,8 @@ class _PlanScreen:
     def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
         self._settings, self._console, self._line = settings, console, line
         self._told = False
+        #: How far it is, in words; empty before the first user.
+        self.done = ""
 
     def __call__(self, view: PlanStatus) -> None:
         if view.state == "comparing" and not self._told:
@@ -219,6 +242,7 @@ class _PlanScreen:
         if view.state == "reading the file":
             self._line(Text.assemble((bar, "green"), f"{view.lines:,} lines read", (refused, "yellow")))
             return
+        self.done = f"{view.mark.users:,} of {counted(view.users, 'user')} compared"
         tally = view.mark.tally
         found = "  ".join(f"{sign} {tally.total(kind):,}" for kind, (sign, _) in _SIGNS.items())
         eta = "" if view.eta is None else f"  done in {as_duration(view.eta)}"
@@ -241,8 +265,11 @@ class _ApplyScreen:
 
     def __init__(self, line: Callable[[Text], None]) -> None:
         self._line = line
+        #: How far it is, in words; empty before the first user.
+        self.done = ""
 
     def __call__(self, view: ApplyStatus) -> None:
+        self.done = f"{view.applied.users:,} of {counted(view.users, 'user')} looked at, {view.applied.queued:,} queued"
         share = view.applied.users / max(1, view.users)
         left = view.applied.users - view.applied.queued
         skipped = f"  left alone {left:,}" if left else ""
@@ -293,16 +320,7 @@ def _summary(mark: Mark) -> Text:
 
 def _print_plan(plan: Plan, options: PlanOptions, settings: Settings) -> None:
     header, mark, tally = plan.header, plan.mark, plan.mark.tally
-    shown = 0
-    for difference in plan.samples:
-        for line in _sample(difference):
-            out.print(line)
-            shown += 1
-    changes = sum(tally.total(kind) for kind in ("set", "change", "remove"))
-    if changes > shown:
-        out.print(f"... {counted(changes - shown, 'change')} more in {options.plan_path}", style="dim")
-    if plan.samples:
-        out.print()
+    _print_samples(plan.samples, mark, options.plan_path)
     out.print(_summary(mark), soft_wrap=False)
     again, deliveries = cost_of_applying(mark, settings)
     differ = tally.users["differs"]
@@ -326,6 +344,17 @@ def _print_plan(plan: Plan, options: PlanOptions, settings: Settings) -> None:
         out.print("Nothing to apply.")
 
 
+def _print_samples(samples: Sequence[Difference], mark: Mark, path: Path) -> None:
+    lines = [line for difference in samples for line in _sample(difference)][:SAMPLES]
+    for line in lines:
+        out.print(line)
+    changes = sum(mark.tally.total(kind) for kind in _SIGNS)
+    if changes > len(lines):
+        out.print(f"... {counted(changes - len(lines), 'change')} more in {path}", style="dim")
+    if lines:
+        out.print()
+
+
 def _by_attribute(tally: Tally) -> Iterator[tuple[str, str]]:
     for name, counts in sorted(tally.values.items()):
         found = ", ".join(
@@ -340,6 +369,7 @@ def _print_plan_head(opened: OpenPlan) -> None:
     header, mark = opened.found.header, opened.found.mark
     made = f"made {status.iso(header.made)} by {header.made_by} from {header.source}"
     out.print(f"{opened.path}, {made}", style="dim")
+    _print_samples(opened.found.samples, mark, opened.path)
     out.print(_summary(mark), soft_wrap=False)
     if not mark.final:
         out.print(f"not complete: {mark.users:,} of {header.users:,} users were compared", style="yellow")

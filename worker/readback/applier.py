@@ -109,8 +109,11 @@ class ApplyStatus(NamedTuple):
 class OpenPlan:
     """A plan that nobody else writes or applies while it is open."""
 
-    def __init__(self, path: Path, settings: Settings, *, partial: bool = False) -> None:
-        """Read and check the whole of it; raises `UnusablePlan`, also if it is of another app or API."""
+    def __init__(self, path: Path, settings: Settings, *, partial: bool = False, samples: int = 0) -> None:
+        """Read and check the whole of it; raises `UnusablePlan`, also if it is of another app or API.
+
+        `samples` is how many of its first differences are to be kept, to be shown.
+        """
         self.path = path
         try:
             file = open(path, "rb")  # noqa: SIM115  # closed with this
@@ -119,7 +122,7 @@ class OpenPlan:
         self.file: io.BufferedReader = file
         try:
             lock(self.file, path)
-            self.found: Survey = survey(self.file, path)
+            self.found: Survey = survey(self.file, path, samples)
             self._check(settings, partial)
             self.progress = self._read_progress()
         except BaseException:
