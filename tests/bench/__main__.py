@@ -13,6 +13,7 @@ from tests.bench import (
     monitoring,
     network,
     operators,
+    plans,
     ways_in,
     ways_out,
 )
@@ -28,7 +29,7 @@ _CELERY = (
 _IN = (ways_in.enqueue, ways_in.stream, ways_in.ingest, ways_in.bulk, ways_in.shadow)
 _OUT = (ways_out.permits, ways_out.delivery, ways_in.backfill, ways_out.instrument, network.network)
 _GROWTH = (growth.growth, growth.workers, growth.rolling, growth.latency, distance.distance)
-_SEEN = (monitoring.metrics, monitoring.cardinality, operators.console)
+_SEEN = (monitoring.metrics, monitoring.cardinality, operators.console, plans.plan)
 PARTS = {part.__name__: part for part in (*_CELERY, *_IN, *_OUT, *_GROWTH, *_SEEN, rivals)}
 
 

@@ -78,7 +78,7 @@ def simulate(
     Serves the app in IMATTR_SDKAPPID, with the key in IMATTR_SECRET_KEY. With --fail 91000:0.1 --fail timeout:0.05, one call
     in ten is refused with ErrorCode 91000, and one in twenty gets no answer in time; `imattr faults` changes that while it runs.
 
-    Beside the API: GET /simulator/state, users, record; POST /simulator/quirks, faults.
+    Beside the API: GET /simulator/state, users, record; POST /simulator/quirks, faults, users.
     """
     environ = {f"{PREFIX}REDIS_URL": "redis://unused", f"{PREFIX}API_URL": "http://unused"} | dict(os.environ)
     environ.pop(f"{PREFIX}REGION", None)

@@ -8,7 +8,7 @@ record, not the product's own counters, to judge the product.
 
 Documents: 1047/37170 (set), 37171 (remove), 37169 (get), 37167/37168 (names), 60565 (the `timpush` twins),
 1047/34348 (codes). `/simulator/...` is ours: GET state, users, record, arrivals, faults; POST quirks,
-faults, accounts, names, administrators, key, reset-arrivals.
+faults, users, accounts, names, administrators, key, reset-arrivals.
 """
 
 from __future__ import annotations
@@ -689,6 +689,9 @@ class _ControlHandler(tornado.web.RequestHandler):
             self._faults.replace(Fault(**fault) for fault in given)
         elif what == "accounts":
             self._api.accounts.update(given)
+        elif what == "users":
+            # As if somebody else had written them: not counted, and not in the record.
+            self._api.users.update(given)
         elif what == "names":
             self._api.names = list(given)
         elif what == "administrators":
