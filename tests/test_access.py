@@ -180,6 +180,8 @@ def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> Non
 
     (tmp_path / "users.csv").write_text("user,city\n" + "".join(f"imported{n},Rome\n" for n in range(300)))
     cli(environ, "import", str(tmp_path / "users.csv"))
+    cli(environ, "plan", str(tmp_path / "users.csv"))
+    cli(environ, "apply", str(tmp_path / "users.csv.plan"), "--yes")
     cli(environ, "put", "ann", "city=Oslo")
     cli(environ, "permit")
     cli(environ, "names", "set", "city", "level")

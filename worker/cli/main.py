@@ -42,6 +42,7 @@ Examples:
   imattr up                                    everything, on this machine
   imattr put u1 city=Paris --remove level      one update
   imattr import users.csv                      a whole file
+  imattr plan users.csv                        what of it the API does not have
   imattr status --watch                        what is happening
   imattr faults set 502                        play an outage, in the sandbox
 """

@@ -22,7 +22,6 @@ from worker.cli.terminal import (
     USAGE,
     actor,
     as_duration,
-    counted,
     echo_json,
     environment,
     err,
@@ -36,6 +35,7 @@ from worker.cli.terminal import (
 from worker.config import Settings
 from worker.errors import CallFailed, NotConfirmed, UnusablePlan
 from worker.operate import status
+from worker.operate.words import counted
 from worker.readback.applier import Applier, ApplyStatus, OpenPlan
 from worker.readback.crew import Crew
 from worker.readback.difference import Kind, Tally
