@@ -86,6 +86,8 @@ HASH = hash_password(ANN, CHEAP)
         (f"ann:operator:{HASH.replace('$1$1$', '$1$0$')}", "cost"),
         (f"ann:viewer:{HASH}\nann:operator:{HASH}", "line 4 has another password"),
     ],
+    # The hash is another one in each process.
+    ids=range(11),
 )
 def test_a_wrong_line_is_named_with_its_rule_and_nothing_of_it(
     accounts_file: Path, line: str, words: str
