@@ -119,7 +119,7 @@ def test_only_a_few_of_many_changes_are_shown_and_all_are_in_the_file(
     result = imattr("plan", "many.csv")
 
     assert result.output.count("+ user") == 24
-    assert "... 476 changes more in many.csv.plan" in result.output
+    assert "... 476 more changes in many.csv.plan" in result.output
     assert (tmp_path / "many.csv.plan").read_text().count('"changes"') == 500
 
 
@@ -281,6 +281,12 @@ def test_a_person_is_asked_with_the_number_in_a_terminal(
     assert "Queue the changes of 2 users? [y/N]" in screen.read("[y/N]")
     screen.write("n\n")
     assert screen.end() == 1
+    assert not client.exists(keys.pending)
+
+    screen = Screen(imattr.environ, "apply", "users.csv.plan")
+    screen.read("[y/N]")
+    screen.process.send_signal(signal.SIGINT)
+    assert screen.end() in (1, cli.STOPPED)
     assert not client.exists(keys.pending)
 
     screen = Screen(imattr.environ, "apply", "users.csv.plan")

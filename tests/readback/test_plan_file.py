@@ -385,7 +385,7 @@ def test_a_line_with_anything_wrong_in_it_spoils_the_plan(
     "line",
     [
         b'{"user": "ann", "user": "bob", "unknown": true}\n',
-        b'{"user": "ann", "unknown": tru}\n',
+        b'{"user": "ann", "unknown": t}\n',
         b'{"user": "ann", "changes": {"city": ["a", "b", NaN]}}\n',
         b"\xff\n",
         b"\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,6 +463,34 @@ def test_values_that_break_a_rule_are_refused_alone(world: World) -> None:
     assert done.applied == Applied(queued=1, refused=1)
     assert done.refusals == [("ann", "the value of 'city' is 51 bytes, at most 50")]
     assert list(world.client.hkeys(world.keys.pending)) == [b"bob"]
+
+
+def test_a_user_with_more_values_than_an_app_has_is_refused_whatever_their_times(world: World) -> None:
+    world.store = {"ann": {}}
+    path = world.file("user,city\nann,Paris\n")
+    world.plan(path)
+    [change] = re.findall(r'"city": \[.*?\]', plan_of(path).read_text())
+    many = ", ".join(f'"n{n}": [null, "x", {1_700_000_000_000 + n}]' for n in range(11))
+    plan_of(path).write_text(plan_of(path).read_text().replace(change, many))
+
+    done = world.apply(plan_of(path))
+
+    assert done.refusals == [("ann", "11 attributes, must be 1 to 10")]
+    assert not world.client.exists(world.keys.pending)
+
+
+def test_each_value_has_the_time_of_its_own_line(world: World) -> None:
+    world.store = {"ann": {"city": "Rome"}}
+    path = world.file(
+        '{"user": "ann", "attrs": {"city": "Paris"}, "occurred_at": 1700000001}\n'
+        '{"user": "ann", "attrs": {"city": "Oslo", "level": "3"}, "occurred_at": 1700000000}\n',
+        "users.jsonl",
+    )
+    world.plan(path)
+    assert world.apply(plan_of(path)).applied == Applied(queued=1)
+
+    record = json.loads(world.client.hget(world.keys.pending, "ann") or b"")
+    assert record["a"] == {"city": ["Paris", 1_700_000_001_000], "level": ["3", 1_700_000_000_000]}
 
 
 def test_applying_waits_while_there_is_no_room(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,7 +127,8 @@ def make_plan(
         as_of_ms=as_of,
         restart=restart,
     )
-    with _reading() as (redis, settings, crew), progress(_screen(as_json), every=5) as line:
+    settings = Settings.from_env(environment())
+    with _reading(settings) as (redis, crew), progress(_screen(as_json), every=5) as line:
         shadow, show = Shadow(redis, Keys(settings.sdkappid)), _PlanScreen(settings, _screen(as_json), line)
         with _how_far(show):
             plan = Planner(settings, options, shadow, crew, by=actor(), show=show).run()
@@ -160,24 +162,27 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
 
     Exits with 3 if values were refused, with 130 if stopped.
     """
-    with _reading() as (redis, settings, crew):
-        keys = Keys(settings.sdkappid)
-        with OpenPlan(plan, settings, partial=partial or abandon, samples=SAMPLES) as opened:
-            if abandon:
-                begun = Applier(settings, opened, Shadow(redis, keys), History(redis, keys), crew).abandon()
-                out.print(
-                    "given up; what was queued stays" if begun else "applying this plan was not interrupted"
-                )
-                return
+    settings = Settings.from_env(environment())
+    with OpenPlan(plan, settings, partial=partial or abandon, samples=SAMPLES) as opened:
+        if not abandon:
             if not as_json:
                 _print_plan_head(opened)
+            # Before Ctrl-C becomes a flag that nobody looks at while a question is open.
             done = opened.progress.applied.users if opened.progress else 0
             _confirm(opened.found.differences - done, yes)
-            with progress(_screen(as_json), every=5) as line:
-                shadow, history, show = Shadow(redis, keys), History(redis, keys), _ApplyScreen(line)
-                run = Applier(settings, opened, shadow, history, crew, by=actor(), show=show)
-                with _how_far(show):
-                    result = run.run()
+        with _reading(settings) as (redis, crew), progress(_screen(as_json), every=5) as line:
+            keys, show = Keys(settings.sdkappid), _ApplyScreen(line)
+            shadow, history = Shadow(redis, keys), History(redis, keys)
+            run = Applier(settings, opened, shadow, history, crew, by=actor(), show=show)
+            if abandon:
+                out.print(
+                    "given up; what was queued stays"
+                    if run.abandon()
+                    else "applying this plan was not interrupted"
+                )
+                return
+            with _how_far(show):
+                result = run.run()
     _print_applied(result, as_json)
     if result.state == "stopped":
         err.print(f"stopped: {result.applied.users:,} of {counted(result.users, 'user')}; {_GOES_ON}")
@@ -197,16 +202,11 @@ def _confirm(users: int, yes: bool) -> None:
 
 
 @contextmanager
-def _reading() -> Iterator[tuple[Redis, Settings, Crew]]:
+def _reading(settings: Settings) -> Iterator[tuple[Redis, Crew]]:
     """Redis, and readers that stop when this command is asked to."""
-    settings = Settings.from_env(environment())
     with until_stopped() as stopped, runtime.connect(settings) as redis:
         shadow = Shadow(redis, Keys(settings.sdkappid))
-        yield (
-            redis,
-            settings,
-            Crew(shadow, lambda is_over: runtime.build_reader(settings, redis, is_over), stopped),
-        )
+        yield redis, Crew(shadow, lambda is_over: runtime.build_reader(settings, redis, is_over), stopped)
 
 
 @contextmanager
@@ -224,12 +224,26 @@ def _screen(as_json: bool) -> Console:
     return err if as_json else out
 
 
+class _Now:
+    """Says when a line of progress is due: ten times a second."""
+
+    def __init__(self) -> None:
+        self._at = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._at:
+            return False
+        self._at = now + 0.1
+        return True
+
+
 class _PlanScreen:
-    """Shows the progress of a plan, ten times a second at most."""
+    """Shows the progress of a plan."""
 
     def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
         self._settings, self._console, self._line = settings, console, line
-        self._told = False
+        self._told, self._is_due = False, _Now()
         #: How far it is, in words; empty before the first user.
         self.done = ""
 
@@ -237,12 +251,15 @@ class _PlanScreen:
         if view.state == "comparing" and not self._told:
             self._told = True
             self._console.print(self._beginning(view))
+        if view.state == "comparing":
+            self.done = f"{view.mark.users:,} of {counted(view.users, 'user')} compared"
+        if not self._is_due():
+            return
         bar = "" if view.share is None else f"{'━' * round(20 * view.share):<20} "
         refused = f"  refused {view.refused:,}" if view.refused else ""
         if view.state == "reading the file":
             self._line(Text.assemble((bar, "green"), f"{view.lines:,} lines read", (refused, "yellow")))
             return
-        self.done = f"{view.mark.users:,} of {counted(view.users, 'user')} compared"
         tally = view.mark.tally
         found = "  ".join(f"{sign} {tally.total(kind):,}" for kind, (sign, _) in _SIGNS.items())
         eta = "" if view.eta is None else f"  done in {as_duration(view.eta)}"
@@ -264,12 +281,14 @@ class _ApplyScreen:
     """Shows how far a plan is applied."""
 
     def __init__(self, line: Callable[[Text], None]) -> None:
-        self._line = line
+        self._line, self._is_due = line, _Now()
         #: How far it is, in words; empty before the first user.
         self.done = ""
 
     def __call__(self, view: ApplyStatus) -> None:
         self.done = f"{view.applied.users:,} of {counted(view.users, 'user')} looked at, {view.applied.queued:,} queued"
+        if not self._is_due():
+            return
         share = view.applied.users / max(1, view.users)
         left = view.applied.users - view.applied.queued
         skipped = f"  left alone {left:,}" if left else ""
@@ -350,7 +369,7 @@ def _print_samples(samples: Sequence[Difference], mark: Mark, path: Path) -> Non
         out.print(line)
     changes = sum(mark.tally.total(kind) for kind in _SIGNS)
     if changes > len(lines):
-        out.print(f"... {counted(changes - len(lines), 'change')} more in {path}", style="dim")
+        out.print(f"... {counted(changes - len(lines), 'more change')} in {path}", style="dim")
     if lines:
         out.print()
 

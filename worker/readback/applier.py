@@ -384,13 +384,15 @@ class Applier:
 
 
 def _updates(user: UserId, changes: Mapping[str, Change], names: frozenset[str]) -> list[Update]:
-    """What is to be queued for one user: usually one update, since most files have one time a line."""
-    versions = sorted({change.version for change in changes.values()})
+    """What is to be queued for one user: usually one update, since most lines of a file have one time.
+
+    Raises `InvalidUpdate`.
+    """
+    attrs = check_update(user, {name: change.new for name, change in changes.items()}, None, names).attrs
+    versions = {name: change.version for name, change in changes.items()}
     return [
-        check_update(
-            user, {name: c.new for name, c in changes.items() if c.version == version}, version, names
-        )
-        for version in versions
+        Update(user, {name: value for name, value in attrs.items() if versions[name] == version}, version)
+        for version in sorted(set(versions.values()))
     ]
 
 

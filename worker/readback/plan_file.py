@@ -137,8 +137,11 @@ def packed(found: Header | Refusal | Difference | UnknownUser | Mark) -> bytes:
 class PlanWriter:
     """A plan that is being made. Whoever has opened it keeps everybody else out."""
 
-    def __init__(self, path: Path, *, restart: bool = False) -> None:
-        """Open a plan that may be there already; raises `UnusablePlan` for a file that is not one."""
+    def __init__(self, path: Path, *, restart: bool = False, samples: int = 0) -> None:
+        """Open a plan that may be there already; raises `UnusablePlan` for a file that is not one.
+
+        `samples` is how many of its first differences are to be kept.
+        """
         self._path, self._waiting = path, bytearray()
         with _explained(path):
             # Not buffered: what cannot be written must not be tried again when the file is closed.
@@ -147,14 +150,12 @@ class PlanWriter:
             lock(self._file, path)
             with _explained(path):
                 os.fchmod(self._file.fileno(), 0o600)
-            #: The plan to go on with, and how far it is; None if this is a new one.
-            self.begun: tuple[Header, Mark] | None = None
-            self._end = 0
+            #: The plan to go on with; None if this is a new one.
+            self.begun: Survey | None = None
             with _explained(path), open(path, "rb") as before:
                 if _holds_a_plan(before, path) and not restart:
-                    found = survey(before, path)
-                    if found.end and not found.complete:
-                        self.begun, self._end = (found.header, found.mark), found.end
+                    found = survey(before, path, samples)
+                    self.begun = found if found.end and not found.complete else None
         except BaseException:
             self._file.close()
             raise
@@ -174,8 +175,9 @@ class PlanWriter:
         Raises `UnusablePlan` if the plan that was begun is another one.
         """
         if self.begun:
-            before, start = self.begun
-            changed = [name for name, value in before.identity.items() if header.identity[name] != value]
+            changed = [
+                name for name, value in self.begun.header.identity.items() if header.identity[name] != value
+            ]
             if "as-of time" in changed:
                 # Lines without a time of their own have that one.
                 changed = ["as-of time"]
@@ -184,11 +186,12 @@ class PlanWriter:
                     f"{self._path} was begun and not finished; to go on with it, the {', the '.join(changed)} must be "
                     "the same as then. To replace it, use --restart"
                 )
+        end = self.begun.end if self.begun else 0
         with _explained(self._path):
-            self._file.truncate(self._end)
-            self._file.seek(self._end)
+            self._file.truncate(end)
+            self._file.seek(end)
         if self.begun:
-            return start
+            return self.begun.mark
         self._put(packed(header))
         for refusal in refusals:
             self._put(packed(refusal))

@@ -27,7 +27,7 @@ from worker.producer import Producer
 from worker.ratelimit import SPACING
 from worker.readback.crew import USERS_PER_CALL, Crew
 from worker.readback.difference import Verdict, Want, judge
-from worker.readback.plan_file import Difference, Header, Mark, PlanWriter, UnknownUser, survey
+from worker.readback.plan_file import Difference, Header, Mark, PlanWriter, Survey, UnknownUser
 from worker.readback.reader import ReadingStopped
 from worker.readback.wanted import WantedUsers
 from worker.state.buffer import RULES
@@ -142,6 +142,7 @@ class Planner:
         self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._lines = self._refused = 0
         self._notes, self._format = list[str](), ""
+        self._samples = list[Difference]()
         #: When the file was true, in ms, if a person has said so, else 0.
         self._named_time = 0
 
@@ -151,8 +152,12 @@ class Planner:
         Raises `CannotImport`, `UnusablePlan`, `CallFailed`, and what `redis` raises: what was compared until then is kept.
         """
         options = self._options
-        with PlanWriter(options.plan_path, restart=options.restart) as plan, WantedUsers() as wanted:
-            header = self._header(plan)
+        with (
+            PlanWriter(options.plan_path, restart=options.restart, samples=SAMPLES) as plan,
+            WantedUsers() as wanted,
+        ):
+            begun = plan.begun
+            header = self._header(begun)
             self._named_time = header.as_of if header.explicit else 0
             loaded = self._load(wanted, header.as_of)
             header = replace(
@@ -164,22 +169,21 @@ class Planner:
                 users=len(wanted),
             )
             refusals = list(islice(wanted.refusals(), EXAMPLES))
-            if not loaded:
-                return Plan(
-                    "stopped", header, plan.begun[1] if plan.begun else Mark(), self._notes, [], refusals
-                )
-            mark = self._compare(plan, header, wanted)
-        with open(options.plan_path, "rb") as file:
-            found = survey(file, options.plan_path, SAMPLES)
+            mark = begun.mark if begun else Mark()
+            self._samples = begun.samples if begun else []
+            if loaded:
+                mark = self._compare(plan, header, wanted)
+        if begun:
+            header = replace(header, id=begun.header.id, made=begun.header.made, made_by=begun.header.made_by)
         state: State = "complete" if mark.final else "stopped"
-        return Plan(state, found.header, mark, self._notes, found.samples, refusals)
+        return Plan(state, header, mark, self._notes, self._samples, refusals)
 
-    def _header(self, plan: PlanWriter) -> Header:
+    def _header(self, begun: Survey | None) -> Header:
         """What is known before the file is read. A plan that is gone on with keeps its time."""
         now = self._producer.now_ms()
         as_of, explicit = self._options.as_of_ms, self._options.as_of_ms is not None
-        if as_of is None and plan.begun:
-            as_of, explicit = plan.begun[0].as_of, plan.begun[0].explicit
+        if as_of is None and begun:
+            as_of, explicit = begun.header.as_of, begun.header.explicit
         if as_of is not None and as_of > now + self._settings.max_ahead * 1000:
             raise CannotImport(f"--as-of: {RULES['ahead']}")
         # Older than whatever is accepted from now on. Of two clocks that differ a little, Redis' is the one that counts.
@@ -244,7 +248,10 @@ class Planner:
                     for user, verdict in verdicts.items():
                         tally.count(verdict)
                         if verdict.fate == "differs":
-                            plan.write(Difference(user, verdict.changes))
+                            difference = Difference(user, verdict.changes)
+                            plan.write(difference)
+                            if len(self._samples) < SAMPLES:
+                                self._samples.append(difference)
                         elif verdict.fate == "unknown":
                             plan.write(UnknownUser(user))
                     now = self._clock.monotonic()
