@@ -193,6 +193,8 @@ def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> Non
     assert "a test" in cli(environ, "history")
     cli(environ, "resume")
     wait_until(settled)
+    assert json.loads(cli(environ, "audit", "--users", "20", "--json"))["checked"] > 0
+    cli(environ, "audit", "--repair", "--yes")
 
     # A user that the API refuses: bisected, dead, and back.
     simulator("faults", [{"kind": "user_code", "user": "bad", "code": 70107, "times": None}])

@@ -374,6 +374,22 @@ def test_when_all_are_wrong_all_are_asked_twice(house: House) -> None:
     assert report.calls == 20
 
 
+def test_no_call_asks_for_too_many_whoever_becomes_due_meanwhile(house: House) -> None:
+    house.deliver(ids(2000), city="Paris")
+    for user in ids(2000)[::2]:
+        house.store.users[user] = {}
+    monotonic = house.clock.monotonic
+
+    def passing() -> float:
+        house.clock.now += 0.03
+        return monotonic()
+
+    house.clock.monotonic = passing  # type: ignore[method-assign]
+
+    assert counts(house.audit()) == {"as_delivered": 1000, "lost": 1000}
+    assert max(map(len, house.store.asked)) == PAGE
+
+
 def test_a_stop_leaves_who_only_seemed_wrong_out(house: House) -> None:
     house.deliver(ids(300), city="Paris")
     house.store.users["user00001"] = {}

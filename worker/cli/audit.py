@@ -112,8 +112,14 @@ def audit(users: int, repair: str | None, yes: bool, show: int, show_values: boo
                     repaired = _repair(settings, redis, report.wrong_users, verdicts, err if as_json else out)
         finally:
             if report.judged:
-                found = {verdict: report.counts[verdict] for verdict in VERDICTS}
-                history.note("audit", actor(), **found, **(asdict(repaired) if repaired else {}))
+                found: dict[str, int] = {verdict: report.counts[verdict] for verdict in VERDICTS}
+                if repaired:
+                    found |= {
+                        "queued": repaired.queued,
+                        "spared": repaired.spared,
+                        "refused": repaired.refused,
+                    }
+                history.note("audit", actor(), **found)
     if as_json:
         echo_json(_facts(report, repaired, show_values=show_values), indent=2)
     elif repaired:

@@ -37,7 +37,7 @@ def _since(given: str, now: float) -> float:
 def history(since: str | None, event: str | None, limit: int, as_json: bool) -> None:
     """Show what happened to the line and the fleet, and who did it.
 
-    Stops, probes, pauses, changes of the rate, failovers, reclaimed leases, redrives, purges and imports; about the last
+    Stops, probes, pauses, changes of the rate, failovers, reclaimed leases, redrives, purges, imports and audits; about the last
     10,000 are kept.
     """
     with state() as (redis, settings):

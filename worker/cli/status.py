@@ -130,8 +130,8 @@ def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Rows that are there only when there is something to say: name, words, style."""
     for one in state["imports"]:
         yield "import", _import(one), ""
-    if audit := _audit(state["audit"]):
-        yield "read back", audit, "yellow" if state["audit"]["lost"] else ""
+    if audit := _audit(state):
+        yield "read back", audit, ""
     if state["quarantine"]:
         words = f"{counted(state['quarantine'], 'record')} could not be read; see imattr quarantine list"
         yield "quarantine", words, "yellow"
@@ -143,13 +143,16 @@ def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "last stops", f"{stop['at'][:19].replace('T', ' ')} UTC: {stop['reason']}{code}", "dim"
 
 
-def _audit(found: dict[str, Any]) -> str:
+def _audit(state: dict[str, Any]) -> str:
     """What audits have found so far; nothing if there was none."""
+    found = state["audit"]
     if not found["at"]:
         return ""
+    last = datetime.fromisoformat(state["at"]) - datetime.fromisoformat(found["at"])
+    since = f" since {found['since'][:10]}" if found["since"] else ""
     wrong = {name: found[name] for name in ("lost", "changed", "gone") if found[name]}
     verdict = _listed(wrong) if wrong else "all as delivered"
-    return f"{counted(found['checked'], 'user')}, {verdict}; last at {found['at'][:19].replace('T', ' ')} UTC"
+    return f"{counted(found['checked'], 'user')}{since}, {verdict}; last {span(last.total_seconds())} ago"
 
 
 def _measured(state: dict[str, Any]) -> str:

@@ -82,8 +82,12 @@ class Examiner:
         return [_finding(user, before.get(user), after.get(user), found) for user in users]
 
     def examine(self, others: Sequence[UserId]) -> list[Finding]:
-        """Look at the suspects who are due, and at others: with them up to `PAGE`. New suspects are not among the findings."""
-        due = self.due
+        """Look at others, and at as many of the suspects who are due as a call has room for.
+
+        Those who seem wrong for the first time are not among the findings.
+        """
+        # More may be due by now than when the others were chosen.
+        due = min(self.due, PAGE - len(others))
         marks = {finding.user: finding.mark for _, finding in islice(self._suspects, due)}
         looked_at = self.look_at([*marks, *(user for user in others if user not in marks)])
         # Not before: the call may have failed.

@@ -20,7 +20,7 @@ from worker.state.shadow import UNKNOWN, Known
 Verdict = Literal["as_delivered", "lost", "changed", "gone"]
 
 #: The verdicts that are bad news, the worst first; and all of them.
-WRONG: tuple[Verdict, ...] = ("lost", "gone", "changed")
+WRONG: tuple[Verdict, ...] = ("lost", "changed", "gone")
 VERDICTS: tuple[Verdict, ...] = ("as_delivered", *WRONG)
 
 
