@@ -267,16 +267,18 @@ class Producer:
         as_of_ms: int = 0,
         lead: Lead | None = None,
         way: Way | None = None,
+        again: bool = False,
     ) -> Added:
         """Accept up to `MAX_UPDATES_PER_ADD` updates that are valid.
 
         `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold, `way` how they came, if not as
-        usual: see `Guard`. Raises `LostLead`.
+        usual, `again` whether to send what is remembered as delivered: see `Guard`. Raises `LostLead`.
 
         What a consumer adds leaves its queue in Redis. So while memory is short, a few users are let in for it all the
         same; otherwise a queue that has filled the server could never empty.
         """
-        guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None, way=way or self._way)
+        way = way or self._way
+        guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None, way=way, again=again)
         limit = self._most(makes_room=guard.makes_room)
         return self._buffer.add(updates, lane=lane, max_pending=limit, guard=guard)
 

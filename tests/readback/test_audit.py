@@ -99,12 +99,7 @@ class House:
         producer = Producer(f"redis://127.0.0.1:{port}/0", self.keys.sdkappid, **options)
         examiner = Examiner(self.shadow, self.store, self.clock)
         return Repair(
-            self.shadow,
-            examiner,
-            producer,
-            self.clock,
-            verdicts=verdicts or ("lost",),
-            stopped=lambda: self.stopped,
+            examiner, producer, self.clock, verdicts=verdicts or ("lost",), stopped=lambda: self.stopped
         ).run(users)
 
 
@@ -525,20 +520,38 @@ def test_whoever_finds_no_room_is_found_again(house: House) -> None:
     assert counts(house.audit()) == {"as_delivered": 2, "lost": 1}
 
 
-def test_a_repair_tries_again_while_redis_is_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repair_that_fails_loses_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     house.deliver(ids(3), city="Paris")
     house.store.users = {user: {} for user in ids(3)}
-    add, failures = Producer.add, iter([redis.ConnectionError("gone"), redis.TimeoutError("late")])
 
-    def unsteady(*args: Any, **options: Any) -> Any:
-        for failure in failures:
-            raise failure
-        return add(*args, **options)
+    def away(*args: Any, **options: Any) -> Any:
+        raise redis.ConnectionError("gone")
 
-    monkeypatch.setattr(Producer, "add", unsteady)
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "add", away)
+        with pytest.raises(redis.ConnectionError):
+            house.repair(ids(3))
 
+    assert counts(house.audit()) == {"lost": 3}
     assert house.repair(ids(3)) == Repaired(queued=3)
-    assert len(house.clock.slept) == 2
+
+
+def test_what_is_forgotten_by_now_is_not_brought_back(house: House) -> None:
+    """A newer value may have been delivered, and forgotten, since the user was read."""
+    house.deliver(ids(2), city="Paris")
+    house.store.users = {user: {} for user in ids(2)}
+    add = Producer.add
+
+    def late(producer: Producer, *args: Any, **options: Any) -> Any:
+        house.deliver(["user00000"], city="Rome")
+        house.redis.delete(house.keys.shadow, house.keys.shadow_at)
+        house.redis.set(house.keys.forgotten_at, 9e12)
+        return add(producer, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Producer, "add", late)
+        assert house.repair(ids(2)) == Repaired(refused=2)
+    assert house.store.users["user00000"] == {"city": "Rome"}
 
 
 # The totals.

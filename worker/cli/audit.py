@@ -160,7 +160,6 @@ def _repair(
     with until_stopped() as stopped, progress(console, every=5) as line:
         shadow, clock = Shadow(redis, Keys(settings.sdkappid)), SystemClock()
         return Repair(
-            shadow,
             Examiner(shadow, runtime.build_reader(settings, redis, stopped), clock),
             Producer.of(settings),
             clock,

@@ -120,7 +120,8 @@ class Guard(NamedTuple):
 
     `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
     is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding frees memory elsewhere, so that even a
-    full server must take it. `way`: how the updates came, for who counts them.
+    full server must take it. `way`: how the updates came, for who counts them. `again`: whether values are sent although
+    they are remembered as delivered.
     """
 
     max_ahead: float = MAX_AHEAD
@@ -128,6 +129,7 @@ class Guard(NamedTuple):
     lead: Lead | None = None
     makes_room: bool = False
     way: Way = "producer"
+    again: bool = False
 
 
 class Settled(NamedTuple):
@@ -225,6 +227,7 @@ def add_arguments(
         *known,
         int(guard.makes_room),
         f"by_{guard.way}",
+        int(guard.again),
     )
 
 

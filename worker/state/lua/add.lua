@@ -40,6 +40,7 @@ ARGV[8]  the number of the server that the caller added to last, 0 = none
 ARGV[9]  how many updates had been accepted there by then
 ARGV[10] 1 if what is added makes room elsewhere, so that a full server takes it, else 0
 ARGV[11] the field of `intake` that counts what is accepted
+ARGV[12] 1 if values are sent although they are remembered as delivered, else 0
 Returns  {number of this server, updates accepted so far, accepted, coalesced, unchanged, stale, for each refused update:
          its index from 0, and "full", "ahead" or "forgotten", ...}, or {} if another worker leads
 ]]
@@ -50,6 +51,7 @@ local server, rate, tickets, intake = KEYS[14], KEYS[15], KEYS[16], KEYS[17]
 local now, lane, max_pending, updates = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4])
 local latest, as_of, leads = now + tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local seen, seen_accepted, makes_room, way = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10] == '1', ARGV[11]
+local again = ARGV[12] == '1'
 
 if leads ~= '' and redis.call('GET', leader) ~= leads then
   return {}
@@ -112,7 +114,7 @@ for i, update in ipairs(updates) do
         version = math.max(now, known and known[2] or 0, lost and lost[2] or 0)
       end
       if not known or version >= known[2] then
-        if known and known == remembered[name] and known[1] == value and is_trusted(user, since) then
+        if known and known == remembered[name] and known[1] == value and not again and is_trusted(user, since) then
           repeated, known[2] = true, version
         else
           fresh[name] = { value, version }
