@@ -45,6 +45,13 @@ def test_the_defaults_are_those_of_the_readme() -> None:
     assert settings.broker == settings.redis
 
 
+def test_an_audit_needs_a_memory_to_compare_with() -> None:
+    assert Settings.from_env(changed(AUDIT="6")).audit == 6
+    assert Settings.from_env(changed(SHADOW_TTL="0")).audit == 0
+    assert any("IMATTR_AUDIT needs" in mistake for mistake in mistakes(changed(AUDIT="6", SHADOW_TTL="0")))
+    assert mistakes(changed(AUDIT="-1")) == ("IMATTR_AUDIT must be a whole number from 0 to 6000",)
+
+
 def test_the_page_on_settings_is_what_the_fields_say() -> None:
     page = docs.settings()
 

@@ -58,7 +58,8 @@ def test_help_shows_examples_and_exit_codes(imattr: Terminal) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["put", "import", "status", "pause", "resume", "doctor", "simulate", "up", "demo", "faults"]
+    "command",
+    ["put", "import", "status", "audit", "pause", "resume", "doctor", "simulate", "up", "demo", "faults"],
 )
 def test_every_command_explains_itself(imattr: Terminal, command: str) -> None:
     result = imattr(command, "--help")

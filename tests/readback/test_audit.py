@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tests.conftest import ManualClock, drawn, new_keys
 from worker.models import Acked, Attributes, DeadLettered, Update
 from worker.producer import Producer
-from worker.readback.audit import AGAIN_AFTER, PAGE, Audit, Examiner, Report, Sample
+from worker.readback.audit import AGAIN_AFTER, Audit, Examiner, Report, Sample
 from worker.readback.certainty import between
+from worker.readback.crew import USERS_PER_CALL
 from worker.readback.repair import Repair, Repaired
 from worker.state.audit import AuditLog, AuditTotals
 from worker.state.buffer import Buffer, new_batch_id
@@ -36,7 +37,7 @@ class Store:
         self._clock = clock
 
     def read(self, users: Sequence[str]) -> Mapping[str, Mapping[str, str] | None]:
-        assert 0 < len(users) <= PAGE
+        assert 0 < len(users) <= USERS_PER_CALL
         self.calls += 1
         self._clock.now += 0.01
         self.asked.append(list(users))
@@ -325,7 +326,7 @@ def test_a_sample_of_a_memory_that_is_forgotten_meanwhile_ends(house: House) -> 
     house.redis.delete(house.keys.shadow, house.keys.shadow_at)
     found += iterator
 
-    assert len(found) <= PAGE
+    assert len(found) <= USERS_PER_CALL
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2])
@@ -382,7 +383,7 @@ def test_no_call_asks_for_too_many_whoever_becomes_due_meanwhile(house: House) -
     house.clock.monotonic = passing  # type: ignore[method-assign]
 
     assert counts(house.audit()) == {"as_delivered": 1000, "lost": 1000}
-    assert max(map(len, house.store.asked)) == PAGE
+    assert max(map(len, house.store.asked)) == USERS_PER_CALL
 
 
 def test_a_stop_leaves_who_only_seemed_wrong_out(house: House) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import redis
 
+from tests.conftest import SECRET_KEY
 from tests.readback.test_audit import House, ids
+from tests.simulation import simulation
+from worker import runtime
+from worker.config import Settings
 from worker.errors import CallFailed
 from worker.models import BatchId
 from worker.readback.auditor import HOPELESS, TELL_EVERY, TERM, Auditor
 from worker.readback.reader import ReadingStopped
+from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.history import Event, History
 from worker.state.leader import Leader
 from worker.state.line import Line
+from worker.steps import AuditStep
 
 
 class Fleet(House):
@@ -201,3 +209,46 @@ def test_nothing_remembered_is_no_call_and_no_total(client: redis.Redis) -> None
 
     assert fleet.store.calls == 0
     assert fleet.log.read().at is None
+
+
+@pytest.mark.slow
+def test_a_worker_audits_in_a_thread_of_its_own_if_it_is_asked_to(
+    client: redis.Redis, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(client)
+    house.deliver(ids(300), city="Paris")
+    house.store.users["user00007"] = {}
+    worker, waiter = SimpleNamespace(hostname="worker-1"), threading.Event()
+    with simulation() as api:
+        api.api.sdkappid, api.api.users = house.keys.sdkappid, house.store.users
+        environ = {"REDIS_URL": server.url, "SDKAPPID": f"{house.keys.sdkappid}", "SECRET_KEY": SECRET_KEY}
+        environ |= {"API_URL": api.url, "AUDIT": "0"}
+
+        def step(**settings: str) -> AuditStep:
+            found = Settings.from_env(
+                {f"IMATTR_{name}": value for name, value in (environ | settings).items()}
+            )
+            monkeypatch.setattr(runtime, "settings", lambda: found)
+            made = AuditStep(worker)
+            made.start(worker)
+            return made
+
+        idle = step()
+        assert idle._thread is None
+        idle.stop(worker)
+
+        made = step(AUDIT="6000")
+        try:
+            for _ in range(600):
+                if house.log.read().lost:
+                    break
+                waiter.wait(0.05)
+        finally:
+            made.stop(worker)
+        assert made._thread
+        assert not made._thread.is_alive()
+
+    totals = house.log.read()
+    assert totals.lost >= 1
+    assert totals.as_delivered > 100
+    assert totals.changed == totals.gone == totals.skipped == 0

@@ -14,32 +14,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Literal
 
 from worker.clock import Clock
 from worker.errors import InvalidUpdate
 from worker.models import UserId, check_user
+from worker.readback.crew import USERS_PER_CALL, Reads
 from worker.readback.judgement import WRONG, Difference, Verdict, judge
 from worker.readback.reader import ReadingStopped
 from worker.state.audit import AuditLog
 from worker.state.shadow import UNKNOWN, Known, Shadow
 
-#: Users a call.
-PAGE = 100
 #: Seconds until whoever seems wrong is looked at once more.
 AGAIN_AFTER = 5.0
 #: Draws in a row that bring nobody new, after which there is nobody left.
 IN_VAIN = 50
 
 Became = Literal[Verdict, "skipped"]
-
-
-class Reads(Protocol):
-    """What the API has, for up to `PAGE` users; None for a user that it does not know."""
-
-    calls: int
-
-    def read(self, users: Sequence[UserId]) -> Mapping[UserId, Mapping[str, str] | None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +65,7 @@ class Examiner:
         self._suspects: deque[tuple[float, Finding]] = deque()
 
     def look_at(self, users: Sequence[UserId]) -> list[Finding]:
-        """Up to `PAGE` users as they are now, after one call at most."""
+        """Up to `USERS_PER_CALL` users as they are now, after one call at most."""
         _, before = self._shadow.look([user for user in users if _is_id(user)])
         still = [user for user, known in before.items() if _can_be_judged(known)]
         found = self._reader.read(still) if still else {}
@@ -87,7 +78,7 @@ class Examiner:
         Those who seem wrong for the first time are not among the findings.
         """
         # More may be due by now than when the others were chosen.
-        due = min(self.due, PAGE - len(others))
+        due = min(self.due, USERS_PER_CALL - len(others))
         marks = {finding.user: finding.mark for _, finding in islice(self._suspects, due)}
         looked_at = self.look_at([*marks, *(user for user in others if user not in marks)])
         # Not before: the call may have failed.
@@ -111,16 +102,16 @@ class Examiner:
 
     @property
     def due(self) -> int:
-        """How many of them may be looked at now, up to `PAGE`."""
+        """How many of them may be looked at now, up to `USERS_PER_CALL`."""
         now = self._clock.monotonic()
-        return sum(at <= now for at, _ in islice(self._suspects, PAGE))
+        return sum(at <= now for at, _ in islice(self._suspects, USERS_PER_CALL))
 
     @property
     def due_in(self) -> float:
         """Seconds until all of them, or as many as a call takes, may be."""
         if not self._suspects:
             return 0.0
-        last, _ = self._suspects[min(PAGE, len(self._suspects)) - 1]
+        last, _ = self._suspects[min(USERS_PER_CALL, len(self._suspects)) - 1]
         return max(0.0, last - self._clock.monotonic())
 
 
@@ -173,7 +164,7 @@ class Sample:
         in_vain = 0
         while self._left and in_vain < IN_VAIN:
             left = self._left
-            yield from self._new(self._shadow.draw(PAGE))
+            yield from self._new(self._shadow.draw(USERS_PER_CALL))
             in_vain = 0 if self._left < left else in_vain + 1
 
     def _everybody(self) -> Iterator[UserId]:
@@ -262,7 +253,7 @@ class Audit:
         """Whether the sample was done before it was stopped."""
         users, examiner = iter(self._sample), self._examiner
         while not self._stopped():
-            page = list(islice(users, PAGE - examiner.due))
+            page = list(islice(users, USERS_PER_CALL - examiner.due))
             if page or (examiner.suspects and not examiner.due_in):
                 self._take(examiner.examine(page))
             elif examiner.suspects:

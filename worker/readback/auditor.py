@@ -14,7 +14,8 @@ import structlog
 
 from worker.clock import Clock
 from worker.errors import CallFailed
-from worker.readback.audit import PAGE, Examiner, Reads, counted
+from worker.readback.audit import Examiner, counted
+from worker.readback.crew import USERS_PER_CALL, Reads
 from worker.readback.judgement import VERDICTS, WRONG
 from worker.readback.reader import ReadingStopped
 from worker.state.audit import AuditLog
@@ -71,7 +72,7 @@ class Auditor(LeaderLoop):
         self._next_at = self._clock.monotonic() + self._every
         try:
             # Suspects take the places of others, so that nobody costs a call more.
-            findings = self._examiner.examine(self._shadow.draw(PAGE - self._examiner.due))
+            findings = self._examiner.examine(self._shadow.draw(USERS_PER_CALL - self._examiner.due))
         except ReadingStopped:
             return 0.0
         except CallFailed as failed:

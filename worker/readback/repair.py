@@ -13,7 +13,8 @@ from typing import Literal
 from worker.clock import Clock
 from worker.models import Attributes, Update, UserId
 from worker.producer import Producer
-from worker.readback.audit import PAGE, Examiner, Finding
+from worker.readback.audit import Examiner, Finding
+from worker.readback.crew import USERS_PER_CALL
 from worker.readback.judgement import Verdict
 from worker.readback.reader import ReadingStopped
 from worker.state.buffer import MAX_UPDATES_PER_ADD
@@ -53,7 +54,7 @@ class Repair:
     def run(self, users: Iterable[UserId]) -> Repaired:
         """Repair users who were found to be wrong, until stopped."""
         total = Repaired()
-        for page in pages(users, PAGE):
+        for page in pages(users, USERS_PER_CALL):
             while not self._producer.has_room() and not self._stopped():
                 self._clock.sleep(LOOK_EVERY)
             try:
