@@ -22,6 +22,7 @@ import redis
 import requests
 from celery import Celery
 from click.testing import CliRunner
+from starlette.testclient import TestClient
 
 from tests.conftest import SECRET_KEY
 from tests.intake.messages import encoded, envelope
@@ -31,12 +32,17 @@ from worker import celery as product
 from worker.async_producer import AsyncProducer
 from worker.cli.main import main
 from worker.config import Settings
+from worker.console.accounts import hash_password
+from worker.console.app import build_app
 from worker.errors import SandboxError
 from worker.operate import access
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
 from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
 from worker.sandbox.redis_server import EmbeddedServer, free_port
+from worker.state.buffer import Buffer
+from worker.state.connection import connect
+from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
 
 #: Real servers, workers and connections.
@@ -130,6 +136,34 @@ print(app.control.inspect(timeout=5).ping())
 with app.connection_for_read() as connection:
     app.events.Receiver(connection, handlers={}).capture(limit=1, timeout=20, wakeup=False)
 """
+
+
+def console(environ: dict[str, str], tmp_path: Path) -> None:
+    """Look at every page, and do what operators do there, as Ann, who logs in."""
+    accounts = tmp_path / "accounts"
+    accounts.write_text(f"ann:operator:{hash_password('a long password', (16, 1, 1))}")
+    settings = Settings.from_env(environ | {"IMATTR_CONSOLE_ACCOUNTS_FILE": str(accounts)}, "producer")
+    with connect(settings.redis, key=KEYS.pending) as state:
+        page = TestClient(build_app(settings, state), base_url="http://localhost", follow_redirects=True)
+
+        def send(path: str, shown: str = "/", **form: str) -> None:
+            token = re.search('name="token" value="([0-9a-f]+)"', page.get(shown).text)
+            assert token
+            answer = page.post(path, data={"token": token[1], **form})
+            assert answer.status_code == 200, (path, answer.text)
+
+        send("/login", "/login", name="ann", password="a long password")
+        for path in ("/", "/dead", "/refused", "/user?user=ann", "/imports", "/history", "/settings"):
+            assert page.get(path).status_code == 200, path
+        Buffer(state, KEYS).begin_import("by hand", 1)
+        send("/imports/pause", name="by hand", reason="a test")
+        send("/imports/resume", name="by hand")
+        Buffer(state, KEYS).end_import("by hand")
+        until = str(DeadLetters(state, KEYS).now_ms())
+        for path in ("/dead/redrive", "/dead/purge", "/refused/purge"):
+            send(path, until=until, count="1000000")
+        send("/dead/export")
+        send("/logout")
 
 
 def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> None:
@@ -247,6 +281,8 @@ def everything(sandbox: Sandbox, state: Any, broker: Any, tmp_path: Path) -> Non
         for page in pages:
             url = f"{sandbox.flower_url}/{page}"
             assert requests.get(url, auth=sandbox.flower_login, timeout=30).ok, page
+
+    console(environ, tmp_path)
 
     found = {check["check"]: check for check in json.loads(cli(environ, "doctor", "--json"))}
     assert {name for name, check in found.items() if check["level"] == "error"} == set()

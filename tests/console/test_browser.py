@@ -251,6 +251,7 @@ def test_a_theme_that_was_chosen_stays_and_auto_follows_the_machine(site: Site) 
         return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
     page.goto("/history")
+
     def choose(name: str) -> None:
         button = page.get_by_role("button", name=name, exact=True)
         button.click()

@@ -19,6 +19,7 @@ from worker.errors import InvalidUpdate
 from worker.models import Update
 from worker.operate.settings_in_force import changed, shown
 from worker.sandbox.redis_server import EmbeddedServer
+from worker.state.audit import AuditLog
 from worker.state.buffer import Buffer, new_batch_id
 from worker.state.fleet import Fleet
 from worker.state.history import History
@@ -167,6 +168,16 @@ def test_the_overview_has_what_the_status_has(browser: Opened, client: redis.Red
     assert "balances" in page
     assert page.count('<svg class="chart"') == 4
     assert browser().get("/status.json").json()["pending"]["live"] == 1234
+
+
+def test_the_overview_says_what_audits_have_found(browser: Opened, client: redis.Redis, keys: Keys) -> None:
+    assert "Audit" not in browser().get("/").text
+    AuditLog(client, keys).add({"as_delivered": 29_999, "lost": 1, "skipped": 4})
+
+    page = browser().get("/").text
+
+    assert "1 of 30,000 wrong" in page
+    assert "95 % confidence" in page
 
 
 @pytest.mark.parametrize("window", ["15min", "6h", "24h", "", "nonsense", "<b>"])

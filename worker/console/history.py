@@ -15,7 +15,7 @@ SHOWN = 100
 KINDS = (
     *("stopped", "probe", "probe_failed", "reopened", "paused", "resumed", "limit", "failover", "reclaimed"),
     *("redriven", "purged", "refused_purged", "quarantine_dropped", "values_shown", "exported"),
-    *("import_began", "import_paused", "import_resumed", "import_ended"),
+    *("import_began", "import_paused", "import_resumed", "import_ended", "applied", "audit"),
 )
 
 

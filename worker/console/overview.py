@@ -10,6 +10,7 @@ from worker.console.asked import Asked, Page
 from worker.console.charts import Chart
 from worker.console.curves import WINDOWS, Window
 from worker.console.sight import Sight
+from worker.readback import certainty
 from worker.state.keys import LEDGER
 
 #: Where a problem is looked at more closely, by the check that found it.
@@ -50,6 +51,7 @@ def _about(asked: Asked) -> dict[str, Any]:
         "windows": WINDOWS.values(),
         "window": window,
         "audit": sight.audit,
+        "certainty": certainty.in_words(sight.audit.wrong, sight.audit.checked) if sight.audit else "",
         "ledger": [(name, sight.state["ledger"][name]) for name in LEDGER],
     }
 
