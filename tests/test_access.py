@@ -155,6 +155,9 @@ def console(environ: dict[str, str], tmp_path: Path) -> None:
         send("/login", "/login", name="ann", password="a long password")
         for path in ("/", "/dead", "/refused", "/user?user=ann", "/imports", "/history", "/settings"):
             assert page.get(path).status_code == 200, path
+        # Workers say how they are set up, and nothing that is secret.
+        assert "set, and hidden" in page.get("/settings").text
+        assert SECRET_KEY not in page.get("/settings").text
         Buffer(state, KEYS).begin_import("by hand", 1)
         send("/imports/pause", name="by hand", reason="a test")
         send("/imports/resume", name="by hand")

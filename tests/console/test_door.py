@@ -542,6 +542,7 @@ def test_pages_run_and_load_nothing_inline(browser: Opened) -> None:
         ({}, b"a=" + b"x" * app.MOST_BYTES, 413),
         ({}, b"&".join(b"a%d=1" % n for n in range(app.MOST_FIELDS + 1)), 400),
         ({}, b"\xff\xfe=\x00", 400),
+        ({"Transfer-Encoding": "chunked", "Content-Length": "3"}, b"a=b", 400),
         ({}, b"", 403),
     ],
 )

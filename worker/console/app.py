@@ -259,6 +259,9 @@ async def _read_form(request: Request) -> dict[str, str]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/x-www-form-urlencoded", ""):
         raise TurnedAway(415, "Forms must be sent as application/x-www-form-urlencoded.")
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        # A proxy in front may have read another form than we would.
+        raise TurnedAway(400, "A form has one length.")
     body = bytearray()
     try:
         async with asyncio.timeout(ARRIVES_IN):

@@ -90,6 +90,8 @@ def serve(settings: Settings) -> None:
             ws="none",
             lifespan="off",
             log_config=None,
+            # Strangers' requests that are none are not worth a line each.
+            log_level="error",
             access_log=False,
             # What a proxy says is believed in `caller`, from our proxies alone.
             proxy_headers=False,
