@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Run the end-to-end demo: 60,000 events delivered in a sandbox, and the result checked
 	$(BIN)/imattr demo
@@ -67,6 +67,9 @@ bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals
 manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for production (build/manifests), and check it
 	$(KUBERNETES)/bin/python -m tests.manifests
 
+screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/console.md (needs chromium)
+	$(BIN)/python -m tests.console.story
+
 image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)
 	docker/image
 
@@ -119,4 +122,4 @@ $(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots image lock clean
