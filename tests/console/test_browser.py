@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Error, Page, Request, expect, sync_playwright
 
 from tests.console.proxy import HEADER, Proxy, proxy
 from tests.console.site import PEOPLE, Console, accounts, console
@@ -116,12 +116,17 @@ class Site:
             if one.type in ("error", "warning") and not expected:
                 self.wrong.append(f"{page.url}: {one.text}")
 
+        def asked(dialog: Dialog) -> None:
+            self.wrong.append(f"{page.url}: {dialog.message}")
+            dialog.dismiss()
+
+        def broke(error: Error) -> None:
+            self.wrong.append(f"{page.url}: {error}")
+
         page.on("request", request)
         page.on("console", said)
-        page.on("pageerror", lambda error: self.wrong.append(f"{page.url}: {error}"))
-        page.on(
-            "dialog", lambda dialog: (self.wrong.append(f"{page.url}: {dialog.message}"), dialog.dismiss())
-        )
+        page.on("pageerror", broke)
+        page.on("dialog", asked)
 
     def close_pages(self) -> None:
         while self._close:
@@ -284,9 +289,13 @@ def test_the_overview_renews_itself_and_leaves_alone_what_somebody_is_doing(site
         page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
     Line(site.stack.redis, site.stack.keys).pause("a colleague was faster", by="colleague")
-    until(
-        lambda: (renew(), page.wait_for_timeout(300), "colleague" in page.locator("#words").inner_text())[-1]
-    )
+
+    def shows_the_pause() -> bool:
+        renew()
+        page.wait_for_timeout(300)
+        return "colleague" in page.locator("#words").inner_text()
+
+    until(shows_the_pause)
 
     expect(page.get_by_role("button", name="Resume", exact=True)).to_be_visible()
     expect(page.locator("details").first).to_have_attribute("open", "")
