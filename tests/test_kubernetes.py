@@ -27,6 +27,7 @@ import requests
 from tests.conftest import SECRET_KEY
 from tests.test_end_to_end import wait_until
 from worker.config import PREFIX, Role, Settings
+from worker.console.accounts import hash_password
 from worker.operate import metric_catalog
 from worker.sandbox.redis_server import EmbeddedServer, free_port
 from worker.version import VERSION
@@ -48,6 +49,7 @@ OWN = {
     *("broker_url", "broker_password_file", "health_port"),
     *(field.name for field in dataclasses.fields(Settings) if field.name.startswith("console_")),
 }
+PREFIX_OF_CONSOLE = "/team/imattr"
 #: Components that call the API, and so have its key.
 WITH_KEY = {"worker", "doctor"}
 
@@ -98,7 +100,7 @@ def values() -> dict[str, Values]:
             "autoscaling": {"type": "hpa"},
             "networkPolicy": {"broker": {"ports": [6380]}, "flower": [{"podSelector": {}}]},
             "console": {
-                "prefix": "/team/imattr",
+                "prefix": PREFIX_OF_CONSOLE,
                 "proxy": {
                     "header": "X-Forwarded-User",
                     "operators": ["ann", "bob@example.com"],
@@ -365,7 +367,7 @@ def test_a_worker_gets_the_time_that_it_needs_to_stop(values: dict[str, Values],
 def test_each_probe_asks_what_it_is_for(rendered: dict[str, list[Object]]) -> None:
     for name, part, pod in all_pods(rendered):
         inside = container(pod)
-        prefix = "/team/imattr" if name == "apart" else ""
+        prefix = PREFIX_OF_CONSOLE if name == "apart" else ""
         asked = {probe: inside[probe].get("httpGet", {}).get("path") for probe in inside if "Probe" in probe}
         ports = {port["name"] for port in inside.get("ports", [])}
         expected = {
@@ -405,7 +407,7 @@ def test_what_selects_pods_finds_them_and_names_ports_that_they_have(
                 [target] = [other for other in of_kind(objects, "Service") if component(other) == part]
                 assert path["backend"]["service"]["name"] == target["metadata"]["name"], where
                 assert path["backend"]["service"]["port"]["name"] == target["spec"]["ports"][0]["name"], where
-                assert path["path"] == ("/team/imattr" if name == "apart" else "/"), where
+                assert path["path"] == (PREFIX_OF_CONSOLE if name == "apart" else "/"), where
                 assert spec["tls"][0]["hosts"] == [spec["rules"][0]["host"]], where
                 assert one["spec"]["tls"][0]["secretName"], where
             if one["kind"] == "NetworkPolicy":
@@ -690,14 +692,16 @@ def started(pod: Object, environ: dict[str, str], log: Path, **replaced: str) ->
 def test_what_the_pods_run_starts_answers_its_probes_and_ends(
     values: dict[str, Values], tmp_path: Path, pool: str
 ) -> None:
-    health, metrics, flower = free_port(), free_port(), str(free_port())
+    health, metrics, page, flower = free_port(), free_port(), free_port(), str(free_port())
     (tmp_path / "key").write_text(SECRET_KEY)
+    (tmp_path / "accounts").write_text(f"ops:operator:{hash_password('hunter22hunter22', (2, 8, 1))}\n")
     with EmbeddedServer(tmp_path / "redis", persistent=False) as server:
         changes = {
             "app": {"region": "", "apiUrl": "http://127.0.0.1:9"},
             "redis": {"internal": {"enabled": False}, "existingSecret": "", "url": server.url},
             "worker": {"healthPort": health, "pool": pool, "concurrency": 2},
             "exporter": {"port": metrics},
+            "console": {"port": page, "prefix": PREFIX_OF_CONSOLE},
             "autoscaling": {"type": "keda", "keda": {"prometheus": "http://prometheus"}},
         }
         [answer] = ask("answer", [{"values": merged(values["trial"], changes)}])
@@ -705,9 +709,13 @@ def test_what_the_pods_run_starts_answers_its_probes_and_ends(
         own = {
             "worker": {"IMATTR_HEALTH_PORT": str(health), "IMATTR_SECRET_KEY_FILE": str(tmp_path / "key")},
             "exporter": {},
+            "console": {
+                "IMATTR_CONSOLE_ACCOUNTS_FILE": str(tmp_path / "accounts"),
+                "IMATTR_CONSOLE_PREFIX": PREFIX_OF_CONSOLE,
+            },
             "flower": {"FLOWER_BASIC_AUTH": "ops:hunter22"},
         }
-        ports = {"worker": str(health), "exporter": str(metrics), "flower": flower}
+        ports = {"worker": str(health), "exporter": str(metrics), "console": str(page), "flower": flower}
         with contextlib.ExitStack() as stack:
             running = {}
             for part, environ in own.items():
@@ -720,6 +728,12 @@ def test_what_the_pods_run_starts_answers_its_probes_and_ends(
                 urls = {f"http://127.0.0.1:{ports[part]}{probe['httpGet']['path']}" for probe in probes}
                 wait_until(partial(_has_ended_or_answers, process, urls))
                 assert process.poll() is None, (tmp_path / f"{part}.log").read_text()
+
+            # Nobody gets into the console without a login.
+            answer_to_stranger = requests.get(
+                f"http://127.0.0.1:{page}{PREFIX_OF_CONSOLE}/", timeout=20, allow_redirects=False
+            )
+            assert answer_to_stranger.headers["Location"] == f"{PREFIX_OF_CONSOLE}/login"
 
             # What KEDA asks Prometheus for is there.
             [scaled] = of_kind(answer["objects"], "ScaledObject")

@@ -201,6 +201,18 @@ def test_flower_asks_for_a_login_and_is_for_this_machine_only(tmp_path: Path) ->
         assert not [text for text in environ if text.startswith("IMATTR_SECRET_KEY")]
 
 
+def test_the_console_is_for_this_machine_only_and_has_no_key(tmp_path: Path) -> None:
+    with Sandbox(tmp_path, {}, Plan(workers=0, flower=False, console=True)) as sandbox:
+        assert sandbox.console_url.startswith("http://127.0.0.1:")
+        assert "no worker is running" in requests.get(sandbox.console_url, timeout=30).text
+        by_name = requests.get(sandbox.console_url, headers={"Host": "imattr.example"}, timeout=30)
+        assert by_name.status_code == 421
+        pid = sandbox.pids()["console"]
+        assert "--host\x00127.0.0.1" in Path(f"/proc/{pid}/cmdline").read_text()
+        environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        assert not [text for text in environ if text.startswith("IMATTR_SECRET_KEY")]
+
+
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal() -> None:
     """What is started here must not inherit that signals are ignored, as under nohup or in the background of a script."""
