@@ -298,7 +298,7 @@ def test_a_person_is_asked_with_the_number_in_a_terminal(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGKILL])
 def test_a_plan_that_is_interrupted_goes_on(
     imattr: Terminal, sim: Simulation, tmp_path: Path, signalled: signal.Signals
 ) -> None:

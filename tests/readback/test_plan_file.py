@@ -35,6 +35,16 @@ from worker.readback.plan_file import (
 
 THEN = 1_750_000_000_000
 
+
+@pytest.fixture(autouse=True, scope="module")
+def synced() -> Iterator[list[int]]:
+    """How often something was brought to the disk, without waiting for it."""
+    calls = list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", calls.append)
+        yield calls
+
+
 HEADER = Header(
     id="0123456789abcdef",
     app=1400000000,
@@ -215,6 +225,17 @@ def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
     plan.chmod(0o644)
     write(plan, EXAMPLE)
     assert stat.S_IMODE(plan.stat().st_mode) == 0o600
+
+
+def test_what_stands_before_a_checkpoint_is_on_disk(tmp_path: Path, synced: list[int]) -> None:
+    with PlanWriter(tmp_path / "plan") as plan:
+        plan.begin(HEADER, [])
+        plan.write(UnknownUser("bob"))
+        before = len(synced)
+        assert b"bob" not in (tmp_path / "plan").read_bytes()
+        plan.checkpoint(Mark(1))
+        assert len(synced) == before + 1
+        assert b"bob" in (tmp_path / "plan").read_bytes()
 
 
 def test_two_at_once_do_not_write_one_plan(tmp_path: Path) -> None:

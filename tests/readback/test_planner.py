@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ManualClock, new_keys
+from tests.conftest import ManualClock, drawn, new_keys
 from worker.config import Settings
 from worker.errors import CallFailed, CannotImport, UnusablePlan
 from worker.models import Acked, Update, UserId
@@ -163,6 +164,14 @@ class _Reader:
         }
         self._world.moment("answer")
         return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_disk() -> Iterator[None]:
+    """Checkpoints wait for the disk, which these tests need not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture
@@ -641,6 +650,7 @@ EVENTS = st.lists(
 )
 
 
+@settings(max_examples=drawn(60))
 @given(EVENTS)
 def test_no_update_is_ever_overwritten_whenever_it_comes(
     server: EmbeddedServer, client: redis.Redis, tmp_path_factory: pytest.TempPathFactory, events: list[Any]
