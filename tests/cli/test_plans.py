@@ -231,6 +231,15 @@ def test_an_api_that_fails_for_good_says_how_far_the_plan_is(
 # A real terminal, and a real process.
 
 
+#: As from a shell that somebody types into: one that runs tests in the background lets its children ignore Ctrl-C.
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from worker.cli.main import main
+main()
+"""
+
+
 class Screen:
     """A command in a terminal of 80 columns."""
 
@@ -240,11 +249,7 @@ class Screen:
         )
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "worker.cli", *arguments],
-            env=environ,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            [sys.executable, "-c", START, *arguments], env=environ, stdin=theirs, stdout=theirs, stderr=theirs
         )
         os.close(theirs)
         self.shown = ""

@@ -29,7 +29,9 @@ from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.buffer import Buffer, new_batch_id
 from worker.state.connection import RedisError
 from worker.state.history import History
+from worker.state.import_pauses import ImportPauses
 from worker.state.keys import Keys
+from worker.state.scripts import text
 from worker.state.shadow import Shadow
 
 API = {"IMATTR_SECRET_KEY": "k" * 64, "IMATTR_API_URL": "http://api"}
@@ -82,15 +84,8 @@ class World:
 
     def apply(self, path: Path, *, readers: int = 1, partial: bool = False) -> ApplyStatus:
         with OpenPlan(path, self.settings, partial=partial) as opened:
-            run = Applier(
-                self.settings,
-                opened,
-                self.shadow,
-                self.history,
-                self.crew(readers),
-                by="ann",
-                clock=self.clock,
-            )
+            parts = (self.shadow, self.history, ImportPauses(self.client, self.keys), self.crew(readers))
+            run = Applier(self.settings, opened, *parts, by="ann", clock=self.clock)
             add = run._producer.add
 
             def watched(*args: Any, **options: Any) -> Any:
@@ -514,6 +509,35 @@ def test_applying_waits_while_there_is_no_room(world: World) -> None:
     world.deliver()
     assert done.applied == Applied(queued=300)
     assert {have["city"] for have in world.store.values()} == {"Paris"}
+
+
+def test_applying_is_paused_like_an_import(world: World) -> None:
+    world.store = {f"user{n}": {"city": "Rome"} for n in range(250)}
+    path = world.file("user,city\n" + "".join(f"user{n},Paris\n" for n in range(250)))
+    world.plan(path)
+    pauses, seen = ImportPauses(world.client, world.keys), list[tuple[int, str]]()
+
+    def pause(step: str) -> None:
+        # What is looked at once a second is looked at now.
+        world.clock.now += 1
+        if step == "added" and not seen:
+            name: Any = world.client.zrange(world.keys.imports, 0, -1)[0]
+            assert pauses.pause(text(name), "look first", by="bob")
+
+    def sleep(seconds: float) -> None:
+        world.clock.now += seconds
+        [about] = world.client.hvals(world.keys.import_progress)
+        seen.append((world.client.hlen(world.keys.pending), json.loads(about)["state"]))
+        if len(seen) == 3:
+            name: Any = world.client.zrange(world.keys.imports, 0, -1)[0]
+            pauses.resume(text(name), by="bob")
+
+    world.moment, world.clock.sleep = pause, sleep  # type: ignore[method-assign]
+    done = world.apply(plan_of(path))
+
+    assert [pending for pending, _ in seen] == [100] * 3
+    assert seen[-1] == (100, "paused")
+    assert done.applied == Applied(queued=250)
 
 
 def test_applying_goes_on_where_it_was_stopped(world: World) -> None:

@@ -52,6 +52,7 @@ from worker.readback.planner import (
 )
 from worker.state.connection import Redis, RedisError
 from worker.state.history import History
+from worker.state.import_pauses import ImportPauses
 from worker.state.keys import Keys
 from worker.state.shadow import Shadow
 
@@ -172,8 +173,8 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
             _confirm(opened.found.differences - done, yes)
         with _reading(settings) as (redis, crew), progress(_screen(as_json), every=5) as line:
             keys, show = Keys(settings.sdkappid), _ApplyScreen(line)
-            shadow, history = Shadow(redis, keys), History(redis, keys)
-            run = Applier(settings, opened, shadow, history, crew, by=actor(), show=show)
+            parts = (Shadow(redis, keys), History(redis, keys), ImportPauses(redis, keys))
+            run = Applier(settings, opened, *parts, crew, by=actor(), show=show)
             if abandon:
                 out.print(
                     "given up; what was queued stays"
@@ -292,7 +293,7 @@ class _ApplyScreen:
         share = view.applied.users / max(1, view.users)
         left = view.applied.users - view.applied.queued
         skipped = f"  left alone {left:,}" if left else ""
-        waiting = "  waiting for room" if view.waiting else ""
+        waiting = f"  {view.waiting}" if view.waiting else ""
         eta = "" if view.eta is None else f"  done in {as_duration(view.eta)}"
         self._line(
             Text.assemble(

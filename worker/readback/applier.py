@@ -20,6 +20,7 @@ import io
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from typing import Literal, NamedTuple, Self
 from worker.clock import Clock, SystemClock
 from worker.config import Settings
 from worker.errors import InvalidUpdate, UnusablePlan
-from worker.intake.importer import TELL_EVERY, WAIT
+from worker.intake.importer import LOOK_EVERY, TELL_EVERY, WAIT
 from worker.models import Update, UserId, check_update
 from worker.producer import Producer
 from worker.readback.crew import USERS_PER_CALL, Crew, Observation
@@ -39,6 +40,7 @@ from worker.readback.reader import ReadingStopped
 from worker.state.buffer import MAX_UPDATES_PER_ADD
 from worker.state.connection import ANSWER_TIMEOUT, OutOfMemoryError, RedisError
 from worker.state.history import History
+from worker.state.import_pauses import ImportPauses, Pause
 from worker.state.shadow import Shadow
 
 #: Seconds until users who found no room are read again.
@@ -47,6 +49,8 @@ FULL_WAIT = 1.0
 EXAMPLES = 5
 
 State = Literal["applying", "stopped", "complete"]
+#: What it waits for; nothing if it does not.
+Waiting = Literal["", "waiting for room", "paused"]
 
 
 class Refused(NamedTuple):
@@ -101,7 +105,7 @@ class ApplyStatus(NamedTuple):
     calls: int
     seconds: float
     eta: float | None
-    waiting: bool
+    waiting: Waiting
     #: The first refusals of this run.
     refusals: list[Refused]
 
@@ -216,6 +220,7 @@ class Applier:
         plan: OpenPlan,
         shadow: Shadow,
         history: History,
+        pauses: ImportPauses,
         crew: Crew,
         *,
         by: str = "",
@@ -223,11 +228,16 @@ class Applier:
         clock: Clock | None = None,
     ) -> None:
         """The crew's `stopped` ends the run; the next one goes on where it was."""
-        self._plan, self._shadow, self._history, self._crew = plan, shadow, history, crew
+        self._plan, self._shadow, self._history, self._pauses = plan, shadow, history, pauses
+        self._crew = crew
         self._by, self._show, self._clock = by, show, clock or SystemClock()
         self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._refusals: list[Refused] = []
-        self._waiting, self._tell_at = False, 0.0
+        self._waiting: Waiting = ""
+        self._pause: Pause | None = None
+        self._tell_at = self._look_at = 0.0
+        self._telling = threading.Lock()
+        self._status: Callable[[State], ApplyStatus]
 
     def run(self) -> ApplyStatus:
         """Queue what no earlier run has; the final state is `complete` or `stopped`.
@@ -250,6 +260,7 @@ class Applier:
                 state, progress.applied, users, resumed_after, calls, seconds, eta, waiting, self._refusals
             )
 
+        self._status = status
         state: State = "stopped"
         try:
             with closing(self._crew.each(self._apply, self._chunks(progress))) as outcomes:
@@ -258,7 +269,7 @@ class Applier:
                     progress.offset, progress.line = chunk.offset, chunk.line
                     self._refusals += outcome.refused[: EXAMPLES - len(self._refusals)]
                     plan.keep(progress)
-                    self._tell(status("applying"))
+                    self._tell()
             state = "complete"
         except ReadingStopped:
             pass
@@ -275,24 +286,26 @@ class Applier:
         self._plan.forget_progress()
         return self._plan.progress is not None
 
-    def _tell(self, status: ApplyStatus) -> None:
+    def _tell(self) -> None:
         """Show how far this is: here at once, and to `imattr status` every second."""
-        self._show(status)
-        now = self._clock.monotonic()
-        if now < self._tell_at:
-            return
-        self._tell_at = now + TELL_EVERY
-        about = {
-            "at": self._producer.now_ms() / 1000,
-            "state": "waiting for room" if status.waiting else "applying a plan",
-            "lines": status.applied.users,
-            "refused": status.applied.refused,
-            "share": status.applied.users / max(1, status.users),
-            "eta": status.eta,
-        }
-        # It is for people to look at: a Redis that fails will say so where it matters.
-        with suppress(RedisError):
-            self._producer.show_import(self._plan.name, about)
+        with self._telling:
+            status = self._status("applying")
+            self._show(status)
+            now = self._clock.monotonic()
+            if now < self._tell_at:
+                return
+            self._tell_at = now + TELL_EVERY
+            about = {
+                "at": self._producer.now_ms() / 1000,
+                "state": status.waiting or "applying a plan",
+                "lines": status.applied.users,
+                "refused": status.applied.refused,
+                "share": status.applied.users / max(1, status.users),
+                "eta": status.eta,
+            }
+            # It is for people to look at: a Redis that fails will say so where it matters.
+            with suppress(RedisError):
+                self._producer.show_import(self._plan.name, about)
 
     def _chunks(self, progress: Progress) -> Iterator[_Chunk]:
         """The differences that no earlier run has been through; each user of a chunk is another one."""
@@ -316,7 +329,7 @@ class Applier:
         done = _Outcome(Applied(), [])
         left: Mapping[UserId, Mapping[str, Change]] = chunk.changes
         while left:
-            self._wait_for_room()
+            self._wait_until_welcome()
             seen = self._crew.observe(list(left))
             left = self._queue(left, seen, done)
             if left:
@@ -324,14 +337,29 @@ class Applier:
                 self._clock.sleep(FULL_WAIT)
         return done
 
-    def _wait_for_room(self) -> None:
+    def _wait_until_welcome(self) -> None:
+        """Wait while somebody has paused this, as one pauses an import, or there is no room."""
         while True:
             if self._crew.is_over():
                 raise ReadingStopped
-            self._waiting = not self._producer.has_room()
-            if not self._waiting:
+            self._look_for_a_pause()
+            if self._pause:
+                self._waiting = "paused"
+            elif not self._producer.has_room():
+                self._waiting = "waiting for room"
+            else:
+                self._waiting = ""
                 return
-            self._clock.sleep(WAIT)
+            self._tell()
+            self._clock.sleep(LOOK_EVERY if self._pause else WAIT)
+
+    def _look_for_a_pause(self) -> None:
+        now = self._clock.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_EVERY
+            # A Redis that fails will say so where it matters.
+            with suppress(RedisError):
+                self._pause = self._pauses.find(self._plan.name)
 
     def _queue(
         self, planned: Mapping[UserId, Mapping[str, Change]], seen: Observation, done: _Outcome
