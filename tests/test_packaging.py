@@ -114,7 +114,14 @@ def test_the_client_has_its_modules_all_scripts_and_nothing_else(wheels: dict[st
 def test_the_worker_has_every_module_and_the_command(wheels: dict[str, Path]) -> None:
     expected = {
         str(file.relative_to(ROOT))
-        for pattern in ("worker/**/*.py", "worker/**/*.lua", "worker/py.typed", "tasks/*.py")
+        for pattern in (
+            "worker/**/*.py",
+            "worker/**/*.lua",
+            "worker/py.typed",
+            "worker/console/templates/*.html",
+            "worker/console/static/*",
+            "tasks/*.py",
+        )
         for file in ROOT.glob(pattern)
     }
 

@@ -28,7 +28,7 @@ from worker.models import Update
 from worker.producer import Producer
 from worker.ratelimit import RateLimiter
 from worker.sandbox.redis_server import EmbeddedServer, free_port
-from worker.state.buffer import Added
+from worker.state.buffer import Added, Buffer
 from worker.state.keys import Keys
 from worker.state.refused import Refused
 
@@ -187,6 +187,20 @@ def test_a_person_can_pause_and_resume(imattr: Terminal) -> None:
     assert imattr("put", "ann", "city=Paris").output == "accepted, pending\n"
     assert imattr("resume").output == "resumed\n"
     assert imattr("resume").output == "the line was already open\n"
+
+
+def test_a_person_can_pause_and_resume_an_import(imattr: Terminal, client: redis.Redis, keys: Keys) -> None:
+    Buffer(client, keys).begin_import("host:/a.csv", 1)
+
+    assert imattr("pause", "--import", "host:/a.csv", "--reason", "later").output.startswith("paused; ")
+    assert "paused already by " in imattr("pause", "--import", "host:/a.csv", "--reason", "x").output
+    assert ": later" in imattr("status").output
+    assert json.loads(imattr("status", "--json").output)["imports"][0]["paused"]["reason"] == "later"
+    assert json.loads(imattr("status", "--json").output)["line"]["state"] == "open"
+    assert imattr("resume", "--import", "host:/a.csv").output == "resumed\n"
+    assert imattr("resume", "--import", "host:/a.csv").output == "that import was not paused\n"
+    another = imattr("pause", "--import", "another", "--reason", "x")
+    assert (another.exit_code, "no import under way has the name another" in another.output) == (1, True)
 
 
 def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(
