@@ -98,10 +98,12 @@ class Stack:
     @contextmanager
     def importing(self, lines: str) -> Iterator[None]:
         """An import that waits for the rest of its lines."""
+        before = self.redis.zcard(self.keys.imports)
         command = [sys.executable, "-m", "worker.cli", "import", "-", "--format", "csv"]
+        inherited = {name: text for name, text in os.environ.items() if not name.startswith("IMATTR_")}
         with subprocess.Popen(
             command,
-            env=self.sandbox_environment(),
+            env=inherited | self.settings,
             cwd=self.sandbox.directory,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -111,14 +113,10 @@ class Stack:
                 assert process.stdin
                 process.stdin.write(lines.encode())
                 process.stdin.flush()
-                until(lambda: self.redis.zcard(self.keys.imports))
+                until(lambda: self.redis.zcard(self.keys.imports) > before)
                 yield
             finally:
                 process.kill()
-
-    def sandbox_environment(self) -> dict[str, str]:
-        inherited = {name: text for name, text in os.environ.items() if not name.startswith("IMATTR_")}
-        return inherited | self.settings
 
 
 @contextmanager
