@@ -203,8 +203,9 @@ def _invented(write: Applied, offers: Iterable[Offer]) -> Violation:
 
 def _end(offers: Sequence[Offer], applied: Sequence[Applied], kept: set[str | None]) -> Iterator[Violation]:
     """Whether the last value applied, or one that is kept, is as new as everything accepted."""
-    # A value offered again when it is there already needs no second write.
-    there = {write.value for write in applied[-1:]} | kept
+    # A value offered again when it is there already needs no second write, and the removal of one that never was none at all:
+    # whoever reads the API before sending again finds that out.
+    there = {applied[-1].value if applied else None} | kept
     ends = [offer for offer in offers if offer.value in there and offer.answer is not Answer.REFUSED]
     for offer in offers:
         if offer.answer is Answer.ACCEPTED and not any(not offer.newer_than(end) for end in ends):

@@ -68,6 +68,8 @@ def rules(*events: Offer | Applied, kept: set[tuple[str, str, str | None]] | Non
         [offer("A", 1), applied("A", 2), offer("B", 3), offer("A", 4), applied("B", 3.5), applied("A", 5)],
         # Removed.
         [offer("A", 1), applied("A", 2), offer(None, 3), applied(None, 4)],
+        # Removed before it was sent: whoever looks finds nothing to remove.
+        [offer("A", 1), offer(None, 2)],
         # The server lost its last second: it may have delivered what it lost.
         [offer("A", 1), offer("B", 2, LOSABLE), applied("A", 3)],
         [offer("A", 1), offer("B", 2, LOSABLE), applied("B", 3), applied("A", 4)],
