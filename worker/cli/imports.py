@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -35,6 +35,8 @@ from worker.operate import status
 from worker.state.connection import RedisError, connect
 from worker.state.keys import Keys
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def as_of_option(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
     """Read `--as-of`: ms since 1970, None if it is not given."""
@@ -44,22 +46,41 @@ def as_of_option(_context: click.Context, _option: click.Parameter, text: str | 
         raise click.UsageError(error.rule.replace("occurred_at", "--as-of")) from None
 
 
+def with_source(began: str) -> Callable[[F], F]:
+    """Give a command the file that it reads, and the options that say how. `began` is when it counts as true by default."""
+    options = (
+        click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)),
+        click.option(
+            "--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]"
+        ),
+        click.option(
+            "--user-column",
+            default="user",
+            show_default=True,
+            help="CSV: the column that holds the user ids.",
+        ),
+        click.option(
+            "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
+        ),
+        click.option(
+            "--as-of",
+            metavar="TIME",
+            callback=as_of_option,
+            help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
+            f"[default: {began}]",
+        ),
+    )
+
+    def give(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
+
+
 @click.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
-@click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]")
-@click.option(
-    "--user-column", default="user", show_default=True, help="CSV: the column that holds the user ids."
-)
-@click.option(
-    "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
-)
-@click.option(
-    "--as-of",
-    metavar="TIME",
-    callback=as_of_option,
-    help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
-    "[default: when the import began]",
-)
+@with_source("when the import began")
 @click.option("--lane", type=click.Choice(["backfill", "live"]), default="backfill", show_default=True)
 @click.option(
     "--refused",

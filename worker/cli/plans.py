@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from worker import runtime
-from worker.cli.imports import as_of_option
+from worker.cli.imports import with_source
 from worker.cli.terminal import (
     REFUSED,
     STOPPED,
@@ -68,26 +68,12 @@ _GOES_ON = "the same command goes on there"
 
 
 @click.command("plan")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@with_source("when the plan was begun")
 @click.option(
     "--out",
     "plan_file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the plan goes; an older plan there is replaced. [default: FILE.plan]",
-)
-@click.option("--format", type=click.Choice(["jsonl", "csv"]), help="Input format. [default: detected]")
-@click.option(
-    "--user-column", default="user", show_default=True, help="CSV: the column that holds the user ids."
-)
-@click.option(
-    "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
-)
-@click.option(
-    "--as-of",
-    metavar="TIME",
-    callback=as_of_option,
-    help="The time at which the file was true: ISO 8601 with a time zone, or seconds since 1970. "
-    "[default: when the plan was begun]",
 )
 @click.option(
     "--restart", is_flag=True, help="Start over instead of going on with a plan that was interrupted."
