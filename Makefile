@@ -67,7 +67,7 @@ bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals
 manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for production (build/manifests), and check it
 	$(KUBERNETES)/bin/python -m tests.manifests
 
-screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/console.md (needs chromium)
+screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/operate/console.md (needs chromium)
 	$(BIN)/python -m tests.console.story
 
 image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)

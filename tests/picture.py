@@ -81,4 +81,4 @@ def flower(target: Path) -> None:
 
 if __name__ == "__main__":
     (DOCS / "status.svg").write_text(terminal(), encoding="utf-8")
-    flower(DOCS / "flower.png")
+    flower(DOCS / "operate" / "flower.png")

@@ -184,7 +184,7 @@ def test_the_chart_has_the_version_of_the_product() -> None:
 
 
 def test_the_page_says_what_was_checked_with_what() -> None:
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    page = (ROOT / "docs" / "operate" / "kubernetes.md").read_text()
     lock = (ROOT / "requirements-kubernetes.lock").read_text()
     [listed] = re.findall(
         r"^VERSIONS = \((.*)\)$", (ROOT / "tests" / "manifests.py").read_text(), re.MULTILINE

@@ -14,7 +14,7 @@ from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.keys import Keys
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 #: A block of Python, unless the line before says that it is a fragment.
 BLOCK = re.compile(r"(<!-- no-run -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -23,7 +23,9 @@ def blocks(page: Path) -> list[str]:
     return [code for skipped, code in BLOCK.findall(page.read_text()) if not skipped]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_the_python_blocks_of_a_page_run_from_top_to_bottom(
     page: Path, server: EmbeddedServer, keys: Keys, tmp_path: Path
 ) -> None:
@@ -43,7 +45,7 @@ def test_blocks_are_found() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 6
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         file, _, anchor = target.partition("#")

@@ -1,4 +1,4 @@
-"""Plays what an operator lives through, in a real sandbox, and takes the pictures of docs/console.md: `make screenshots`.
+"""Plays what an operator lives through, in a real sandbox, and takes the pictures of docs/operate/console.md: `make screenshots`.
 
 An outage and its end; users that the API refuses, looked at, redriven when their cause is fixed; a pause, a resume, one user
 looked up.
@@ -19,7 +19,7 @@ from tests.console.stack import CHROMIUM, Stack, stack, until
 from worker.state.buffer import Buffer
 from worker.state.line import Line
 
-PICTURES = Path(__file__).parents[2] / "docs" / "console"
+PICTURES = Path(__file__).parents[2] / "docs" / "operate" / "console"
 #: Users of the backlog, and how many of them were never imported into the app.
 USERS, UNKNOWN = 60_000, 12
 WIDTH, HEIGHT = 1180, 760

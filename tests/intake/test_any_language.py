@@ -1,4 +1,4 @@
-"""The examples of `docs/any-language.md`, run as they stand in the page."""
+"""The examples of `docs/guides/any-language.md`, run as they stand in the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.state.refused import Refused
 
 __all__ = ["consumer", "short_reads"]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "any-language.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "any-language.md").read_text()
 
 #: Stands in for Node's package `redis`, as much of it as the example uses: RESP over a socket.
 NODE_REDIS = """

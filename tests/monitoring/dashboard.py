@@ -156,7 +156,7 @@ ROWS = (
         (
             Panel("Calls by outcome, a second", "The verdict on each call of the API.",
                   [Query(rate(catalog.CALLS, "outcome"), "{{outcome}}")], stacked=True, colours={"ok": GREEN}),
-            Panel("Errors by code, a second", "docs/error-codes.md says what each means.",
+            Panel("Errors by code, a second", "docs/operate/error-codes.md says what each means.",
                   [Query(f"{rate(catalog.CALL_ERRORS, 'code')} > 0", "{{code}}")]),
             Panel("Batches by outcome, a second", "Everything but `delivered` costs time.",
                   [Query(rate(catalog.BATCHES, "outcome"), "{{outcome}}")], stacked=True, colours={"delivered": GREEN}),
@@ -259,7 +259,7 @@ def dashboard() -> dict[str, Any]:
     return {
         "uid": "imattr",
         "title": "imattr",
-        "description": "Attribute updates on their way to Tencent Cloud Chat. Made by `make docs`; docs/runbook.md has the alerts.",
+        "description": "Attribute updates on their way to Tencent Cloud Chat. Made by `make docs`; docs/operate/runbook.md has the alerts.",
         "tags": ["imattr"],
         "schemaVersion": 39,
         "version": 1,

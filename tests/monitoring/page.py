@@ -1,4 +1,4 @@
-"""The parts of `docs/monitoring.md` that come from elsewhere: from the catalogue, and from the last `make alerts`."""
+"""The parts of `docs/operate/monitoring.md` that come from elsewhere: the catalogue, and the last `make alerts`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.monitoring.record import recordings
 from tests.monitoring.rules import FACTOR
 from worker.operate.metric_catalog import FLEET, WORKER, Metric
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "monitoring.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "operate" / "monitoring.md"
 
 
 def played() -> str:

@@ -1,4 +1,4 @@
-"""Draws the dashboard into `docs/dashboard.svg`, with the data of a real run: `python -m tests.monitoring.picture`.
+"""Draws the dashboard into `docs/operate/dashboard.svg`, with the data of a real run: `python -m tests.monitoring.picture`.
 
 Not a photograph of Grafana, which is not needed here: the layout is the dashboard's, every curve is what a real Prometheus
 answers to the dashboard's own query. Needs matplotlib (`make bench` installs it).
@@ -23,7 +23,7 @@ from tests.monitoring.scenarios import wait
 from tests.monitoring.server import Prometheus, prometheus
 from tests.monitoring.system import System
 
-PICTURE = Path(__file__).parent.parent.parent / "docs" / "dashboard.svg"
+PICTURE = Path(__file__).parent.parent.parent / "docs" / "operate" / "dashboard.svg"
 
 #: Seconds between two points, and of the windows of rates.
 STEP, WINDOW = 4, "10s"

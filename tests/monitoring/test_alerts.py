@@ -501,12 +501,14 @@ def test_an_alert_says_everything_that_is_needed_at_night(rule: rules.Rule) -> N
     assert rule.severity in (CRITICAL, WARNING)
     assert set(rule.annotations) == {"summary", "description", "runbook_url", "dashboard"}
     assert rule.annotations["summary"].startswith("{{ $labels.sdkappid }}: ")
-    assert rule.annotations["runbook_url"] == f"docs/runbook.md#{rule.name.lower()}"
+    assert rule.annotations["runbook_url"] == f"docs/operate/runbook.md#{rule.name.lower()}"
     assert "instance" not in rule.expr
 
 
 def test_the_runbook_has_a_section_for_each_alert_and_for_nothing_else() -> None:
-    headings = re.findall(r"^## (Imattr\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
+    headings = re.findall(
+        r"^## (Imattr\w+)$", (ROOT / "docs" / "operate" / "runbook.md").read_text(), re.MULTILINE
+    )
 
     assert headings == list(dict.fromkeys(rule.name for rule in rules.alerts()))
 

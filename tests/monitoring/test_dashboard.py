@@ -84,7 +84,7 @@ def test_panels_do_not_overlap_and_fill_their_rows() -> None:
 
 def test_the_runbook_names_panels_that_are_there() -> None:
     titles = [panel["title"].lower() for panel in panels()]
-    named = re.findall(r"(?<![*\w])\*([^*\s][^*\n]*)\*(?!\*)", (docs.DOCS / "runbook.md").read_text())
+    named = re.findall(r"(?<![*\w])\*([^*\s][^*\n]*)\*(?!\*)", (docs.OPERATE / "runbook.md").read_text())
 
     assert len(named) > 15
     for name in named:

@@ -84,7 +84,9 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
         settings = Settings.from_env(environ)
     except ConfigError as error:
         for mistake in error.mistakes:
-            yield Finding("settings", "error", mistake, "correct it; docs/settings.md lists every setting")
+            yield Finding(
+                "settings", "error", mistake, "correct it; docs/operate/settings.md lists every setting"
+            )
         return
     logs.protect(settings.secret_key.reveal())
     yield Finding("settings", "ok", f"complete, for app {settings.sdkappid}")

@@ -1,4 +1,4 @@
-"""Every metric: the one catalogue of names, types, labels and meanings. `docs/metrics.md` is made from it.
+"""Every metric: the one catalogue of names, types, labels and meanings. `docs/operate/metrics.md` is made from it.
 
 Names follow the conventions of Prometheus: the prefix, base units, `_total` for counters. Sums make sense: the samples of one
 metric can be added up over any of its labels. No label has a user, a value, a batch, a worker or an attribute's name, so the
