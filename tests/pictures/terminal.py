@@ -1,4 +1,4 @@
-"""Takes the pictures of the docs, of a real sandbox: `python -m tests.picture`.
+"""What a terminal and a browser show of a real sandbox.
 
 `imattr status` while a backlog is delivered, and Flower's tasks after some went well and others did not; the latter needs
 Chromium.
@@ -24,7 +24,6 @@ from worker.producer import Producer
 from worker.sandbox.processes import SDKAPPID, Plan, Sandbox
 from worker.state.connection import connect
 
-DOCS = Path(__file__).parent.parent / "docs"
 COMMAND = "imattr status --watch"
 #: Users of the backlog, and seconds until the picture is taken: in the middle of it.
 USERS, AFTER = 150_000, 12.0
@@ -77,8 +76,3 @@ def flower(target: Path) -> None:
         page = f"{sandbox.flower_url}/tasks"
         command = ["chromium", *options, "--window-size=1150,640", f"--screenshot={target}", page]
         subprocess.run(command, check=True, timeout=120, capture_output=True)
-
-
-if __name__ == "__main__":
-    (DOCS / "status.svg").write_text(terminal(), encoding="utf-8")
-    flower(DOCS / "operate" / "flower.png")
