@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.stamp
 KUBERNETES := $(VENV)/kubernetes
+SITE := $(VENV)/site
 SOURCES := worker tasks tests
 # Tests run side by side, a process a core, and no fewer than two. Without the slow ones, one more: some wait for timeouts.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || echo 2)
@@ -70,11 +71,17 @@ manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for pro
 screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/operate/console.md (needs chromium)
 	$(BIN)/python -m tests.console.story
 
+pictures: $(STAMP) ## Draw the pictures of docs/, of real runs (needs chromium)
+	$(BIN)/python -m tests.pictures
+
 image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)
 	docker/image
 
 docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 	$(BIN)/python -m tests.docs
+
+site: $(SITE)/.stamp ## Build the documentation (build/site), without a warning and with every link checked
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --strict
 
 # Both projects, the groups of the first, and the extra of the second that they need.
 COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet
@@ -83,6 +90,8 @@ lock: ## Upgrade the locks to the newest allowed versions (needs uv)
 	$(COMPILE) --upgrade worker/pyproject.toml --extra sandbox --group dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) --upgrade worker/pyproject.toml --group bench -c requirements-dev.lock -o requirements-bench.lock
 	$(COMPILE) --upgrade --group kubernetes -o requirements-kubernetes.lock
+	$(COMPILE) --upgrade --group site -o requirements-site.lock
+	$(COMPILE) --upgrade --group release -o requirements-release.lock
 
 clean: ## Remove the environment, caches and sandbox data
 	rm -rf $(VENV) .imattr .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis build worker/build *.egg-info worker/*.egg-info
@@ -110,16 +119,16 @@ $(VENV)/.bench: $(STAMP) requirements-bench.lock
 	fi
 	@touch $@
 
-# What renders and checks the chart, in an environment of its own: it wants other versions than we do.
-$(KUBERNETES)/.stamp: requirements-kubernetes.lock | $(STAMP)
-	@rm -rf $(KUBERNETES)
+# What builds the chart's manifests, the site and a release, each in an environment of its own: they want other versions than we do.
+$(VENV)/%/.stamp: requirements-%.lock | $(STAMP)
+	@rm -rf $(@D)
 	@if command -v uv >/dev/null 2>&1; then \
-	    uv venv --quiet --python $(PYTHON) $(KUBERNETES) && \
-	    uv pip install --quiet --python $(KUBERNETES)/bin/python --require-hashes -r requirements-kubernetes.lock ; \
+	    uv venv --quiet --python $(PYTHON) $(@D) && \
+	    uv pip install --quiet --python $(@D)/bin/python --require-hashes -r $< ; \
 	else \
-	    $(PYTHON) -m venv $(KUBERNETES) && \
-	    $(KUBERNETES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r requirements-kubernetes.lock ; \
+	    $(PYTHON) -m venv $(@D) && \
+	    $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r $< ; \
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots pictures site image lock clean

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import docs
 from worker.sandbox.redis_server import EmbeddedServer
 from worker.state.keys import Keys
 
@@ -66,3 +67,7 @@ def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
 
     assert len(lines) <= 150
     assert [line.split("#")[0].strip() for line in lines[3:5]] == ["make run", "make test"]
+
+
+def test_the_page_of_commands_is_what_they_say_of_themselves() -> None:
+    assert docs.COMMANDS.read_text() == docs.commands(), "make docs"

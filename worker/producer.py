@@ -219,7 +219,8 @@ class Producer:
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
         """Read the environment; raises `ConfigError`.
 
-        IMATTR_REDIS_URL, _REDIS_PASSWORD_FILE, _SDKAPPID, _MAX_PENDING, _MAX_AHEAD, _REPLICAS and _REPLICAS_FSYNC count.
+        What counts are `IMATTR_REDIS_URL`, `IMATTR_REDIS_PASSWORD_FILE`, `IMATTR_SDKAPPID`, `IMATTR_MAX_PENDING`,
+        `IMATTR_MAX_AHEAD`, `IMATTR_REPLICAS` and `IMATTR_REPLICAS_FSYNC`.
         """
         return cls.of(
             Settings.from_env(os.environ if environ is None else environ, "producer"), timeout=timeout
