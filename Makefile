@@ -5,6 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.stamp
 KUBERNETES := $(VENV)/kubernetes
 SITE := $(VENV)/site
+RELEASE := $(VENV)/release
 SOURCES := worker tasks tests
 # Tests run side by side, a process a core, and no fewer than two. Without the slow ones, one more: some wait for timeouts.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || echo 2)
@@ -83,6 +84,9 @@ docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 site: $(SITE)/.stamp ## Build the documentation (build/site), without a warning and with every link checked
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --strict
 
+release: $(RELEASE)/.stamp ## Build, check and list everything of a release (build/release); upload nothing
+	$(RELEASE)/bin/python -m tests.release $(PYTHONS)
+
 # Both projects, the groups of the first, and the extra of the second that they need.
 COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet
 lock: ## Upgrade the locks to the newest allowed versions (needs uv)
@@ -131,4 +135,4 @@ $(VENV)/%/.stamp: requirements-%.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots pictures site image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots pictures site release image lock clean
