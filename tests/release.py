@@ -108,6 +108,12 @@ def installed(python: str, built: dict[str, Path], names: Iterable[str], extra: 
     return into / "bin"
 
 
+def runs(python: str) -> bool:
+    """Whether there is such a Python. A name on PATH may be a version manager's, with nothing behind it."""
+    found = shutil.which(python)
+    return found is not None and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0
+
+
 def tried(python: str, built: dict[str, Path], version: str) -> str:
     """Install and use the client, the worker, and both together; returns what was tried."""
     with tempfile.TemporaryDirectory() as directory:
@@ -178,8 +184,7 @@ def main(pythons: list[str]) -> None:
         run(TOOLS / "twine", "check", "--strict", wheel)
         say("components", f"{name}: {bill_of_materials(built, name)}")
     for python in pythons:
-        there = shutil.which(python)
-        say(python, tried(there, built, version[1]) if there else "not here, so not tried")
+        say(Path(python).name, tried(python, built, version[1]) if runs(python) else "not here, so not tried")
     say("advisories", audit())
 
     files = sorted(BUILT.iterdir())
