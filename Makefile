@@ -57,6 +57,9 @@ chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYN
 failovers: $(STAMP) ## Fail Redis over again and again (REDIS=sentinel, REPLICAS=1, TIMES=30)
 	$(BIN)/python -m tests.chaos.failovers --redis $(or $(REDIS),sentinel) --replicas $(or $(REPLICAS),0) --times $(or $(TIMES),30)
 
+upgrades: $(STAMP) ## Upgrade a fleet of the version before under load, worker by worker, and downgrade it
+	$(BIN)/python -m tests.chaos.upgrades
+
 alerts: $(STAMP) ## Play what can go wrong under a real Prometheus: which alerts fire (needs prometheus)
 	$(BIN)/python -m tests.monitoring
 
@@ -135,4 +138,4 @@ $(VENV)/%/.stamp: requirements-%.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers alerts soak bench manifests screenshots pictures site release image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers upgrades alerts soak bench manifests screenshots pictures site release image lock clean

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import writers
+from tests.chaos import upgrades, writers
 from tests.chaos.__main__ import run
 from tests.chaos.faults import COMMON, FLEET, GROUPS, LINKS, SINGLE, faults_of
 from tests.chaos.proxy import Proxy
@@ -43,6 +43,21 @@ def test_promotions_lose_and_overwrite_nothing_that_replicas_have(tmp_path: Path
         store="sentinel",
         replicas=2,
     )
+
+
+@pytest.mark.slow  # real workers of two versions, started and stopped one after the other
+@pytest.mark.timeout(240)
+def test_an_upgrade_and_a_downgrade_lose_and_overwrite_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upgrades, "EACH", 1.5)
+    monkeypatch.setattr(upgrades, "BETWEEN", 2.0)
+
+    good = upgrades.run(tmp_path, seed=18, workers=2)
+
+    if good is None:
+        pytest.skip("the version before is not in this repository's history")
+    assert good
 
 
 def test_every_fault_says_what_it_does_and_stands_in_the_schedule_once() -> None:

@@ -1,3 +1,3 @@
 """The version of both distributions, `imattr` and `imattr-worker`."""
 
-VERSION = "0.2.0.dev0"
+VERSION = "0.2.0"

@@ -244,7 +244,7 @@ def by_answer(seen: history.History) -> str:
 
 
 @contextlib.contextmanager
-def _previous(directory: Path) -> Iterator[Path | None]:
+def previous_version(directory: Path) -> Iterator[Path | None]:
     """The previous version, out of the repository's history; None when there is none of it here."""
     archive = subprocess.run(
         ["git", "-C", str(ROOT), "archive", PREVIOUS, "worker", "tasks"], capture_output=True, check=False
@@ -341,7 +341,9 @@ def run(
     alone = store == "single"
     with contextlib.ExitStack() as stack:
         # What the previous version does not survive is for the other half of the seeds.
-        previous = stack.enter_context(_previous(directory / "previous")) if alone and seed % 2 == 0 else None
+        previous = (
+            stack.enter_context(previous_version(directory / "previous")) if alone and seed % 2 == 0 else None
+        )
         clock = _faked_clock(directory) if alone else None
         console.print(f"[bold]seed {seed}[/], {seconds / 60:.1f} minutes, appendfsync {fsync}")
         if not alone:

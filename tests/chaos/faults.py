@@ -65,7 +65,7 @@ def fleet_scaled(system: System) -> Struck:
     if system.rng.random() < 0.5:
         return Struck(hits=sum(system.end_worker(signal.SIGTERM) for _ in range(len(system.workers()) - 1)))
     more = [system.add_worker() for _ in range(2)]
-    return Struck(system.rng.uniform(4.0, 8.0), lambda: system.remove_workers(more), len(more))
+    return Struck(system.rng.uniform(4.0, 8.0), lambda: system.end_workers(more), len(more))
 
 
 def worker_frozen(system: System) -> Struck:

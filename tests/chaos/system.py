@@ -120,8 +120,9 @@ class System:
     #: How many replicas must have an update.
     replicas: int = 0
     server_environ: dict[str, str] | None = None
-    #: A directory with the previous version, if there is one.
+    #: A directory with the previous version, if there is one, and the numbers of the workers that are of it.
     previous: Path | None = None
+    old: set[int] = field(default_factory=set)
     #: Users whose records something has damaged: what becomes of them is not judged, only of everybody else.
     damaged: set[str] = field(default_factory=set)
     frozen: set[int] = field(default_factory=set)
@@ -228,8 +229,8 @@ class System:
         self.surplus.add(f"worker-{number}")
         return f"worker-{number}"
 
-    def remove_workers(self, names: Collection[str]) -> None:
-        """Stop these, at once, unless something else is happening to them."""
+    def end_workers(self, names: Collection[str]) -> None:
+        """Stop these in order, unless something else is happening to them. Others come in their places, but not of surplus ones."""
         for name, pid in self.workers().items():
             if name in names:
                 self._end_worker(name, pid, signal.SIGTERM)
@@ -237,27 +238,26 @@ class System:
     def turn(self) -> None:
         """Replace the workers that have ended, and go on with the imports."""
         for name, (pid, deadline) in list(self.ending.items()):
+            number = int(name.rpartition("-")[2])
             if not _ended(pid):
                 if time.monotonic() < deadline:
                     continue
                 os.kill(pid, signal.SIGKILL)
                 # The previous version may hang, with RabbitMQ: that was mended in this one.
-                self.hung += not (self.previous and name == "worker-0")
+                self.hung += number not in self.old
             self.sandbox.forget(name)
             del self.ending[name]
             self._incarnations += 1
             log = self.directory / f"{name}.log"
             log.rename(log.with_suffix(f".{self._incarnations}.log"))
             if name not in self.surplus:
-                self.start_worker(int(name.rpartition("-")[2]))
+                self.start_worker(number)
         if not self.ending and not self.frozen:
             self.sandbox.check()
         self.import_next()
 
     def start_worker(self, number: int) -> Callable[[], None]:
-        # The last one is of the previous version.
-        old = self.previous if number == 0 else None
-        return self.sandbox.start_worker(number, code=old)
+        return self.sandbox.start_worker(number, code=self.previous if number in self.old else None)
 
     # Redis.
 
@@ -443,10 +443,11 @@ def running(
     store: Store = "single",
     replicas: int = 0,
     previous: Path | None = None,
+    old: Collection[int] = (0,),
     server_environ: dict[str, str] | None = None,
     settings: Mapping[str, str] = SETTINGS,
 ) -> Iterator[System]:
-    """A system at work until the end of the block."""
+    """A system at work until the end of the block. If there is a `previous` version, the workers numbered `old` are of it."""
     with ExitStack() as stack:
         place: EmbeddedServer | Fleet
         match store:
@@ -501,6 +502,7 @@ def running(
             replicas,
             server_environ,
             previous,
+            set(old if previous else ()),
         )
         if store == "single":
             stack.callback(lambda: system.server.stop())
