@@ -45,6 +45,9 @@ format: $(STAMP) ## Format the code and fix what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
+bugs: $(STAMP) ## Plant bugs on purpose, a promise after the other: what shows it must find them
+	$(BIN)/python -m tests.planted
+
 scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time
 	$(BIN)/python -m tests.scenarios
 
@@ -138,4 +141,4 @@ $(VENV)/%/.stamp: requirements-%.lock | $(STAMP)
 	fi
 	@touch $@
 
-.PHONY: help run test setup fast check lint tests-without-waiting format docs scenarios schedules chaos failovers upgrades alerts soak bench manifests screenshots pictures site release image lock clean
+.PHONY: help run test setup fast check lint tests-without-waiting format docs bugs scenarios schedules chaos failovers upgrades alerts soak bench manifests screenshots pictures site release image lock clean

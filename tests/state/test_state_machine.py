@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 )
 
 from tests.conftest import drawn, new_keys, planted
+from tests.planted import MODEL, of, plant_in_scripts
 from tests.schedules.wire import Wire
 from worker.models import (
     Acked,
@@ -43,7 +44,7 @@ from worker.models import (
     Snoozed,
     Update,
 )
-from worker.state import buffer, scripts
+from worker.state import buffer
 from worker.state.buffer import Buffer
 from worker.state.dead_letters import DeadLetters, Redriven
 from worker.state.keys import LEDGER
@@ -591,83 +592,13 @@ def search(client: redis.Redis) -> None:
         run_machine(client, number, max_examples=6, phases=[Phase.generate])
 
 
-#: Bugs, each put into a script on purpose: what it would do, the script, its text, the wrong text.
-BUGS = {
-    "an old value overwrites a newer one when a batch comes back": (
-        "settle",
-        "      for name, pair in pairs(newer.a) do\n        record.a[name] = pair\n",
-        "      for name, pair in pairs(newer.a) do\n        record.a[name] = record.a[name] or pair\n",
-    ),
-    "an update with an old event time wins": ("add", "version >= known[2]", "version >= 0"),
-    "a user in flight enters a lane, too": ("add", "if not in_flight[i] then", "if true then"),
-    "a value that arrived during the flight is forgotten": (
-        "settle",
-        "  if newer then\n    enter_lane",
-        "  if false then\n    enter_lane",
-    ),
-    "a ticket is good for two claims": ("claim", "redis.call('ZREM', tickets, batch) == 0", "false"),
-    "a reclaimed batch can still be settled": (
-        "reclaim",
-        "redis.call('HDEL', batches, expired)",
-        "local _ = 0",
-    ),
-    "a lost batch can be extended": ("extend", "redis.call('HEXISTS', batches, batch) == 0", "false"),
-    "a merge is not counted": (
-        "settle",
-        "      counts.coalesced = counts.coalesced + 1\n      newer",
-        "      newer",
-    ),
-    "an update that changes nothing forgets its time": (
-        "add",
-        "repeated, known[2] = true, version",
-        "repeated = true",
-    ),
-    "a removal is taken for an unknown value": ("add", "value ~= cjson.null and value", "value"),
-    "a claimed user stays pending": ("claim", "redis.call('HDEL', pending, unpack(users))", "local _ = 0"),
-    "backfill goes before live": (
-        "claim",
-        "'ZRANGE', live, 0, limit - 1",
-        "'ZRANGE', backfill, 0, limit - 1",
-    ),
-    "a redrive is not counted": ("redrive", "counts.redriven = counts.redriven + 1", "local _ = 0"),
-    "a newer value leaves the old one in the dead letter": ("add", "letter.a[name][2] <= pair[2]", "false"),
-    "a retry costs no attempt": ("settle", "(record.n or 0) + cost", "(record.n or 0)"),
-    "a failure of the service costs an attempt at once": (
-        "settle",
-        "failed_at and outage_ended_at < failed_at and failed_at < ok_at",
-        "failed_at",
-    ),
-    "a suspect is forgotten": ("settle", "record.s = 1", "local _ = 0"),
-    "a worker goes on though there is no full batch": ("settle", "ready >= size", "ready >= 1"),
-    "a partial batch is not noted": ("dispatch", "redis.call('SET', partial_at, now)", "local _ = 0"),
-    "a late call's value stays": ("reassert", "known[1] ~= value", "false"),
-    "what is in flight counts as sent after a late call": (
-        "reassert",
-        "in_flight[name] or delivered[name]",
-        "not sent and delivered[name]",
-    ),
-    "a late call hides what is pending": ("reassert", "not newest.a[name] and", ""),
-    "a user sent again enters a lane while in flight": ("reassert", "if not sent then", "if true then"),
-    "users sent again are not counted": ("reassert", "created = created + 1", "local _ = 0"),
-    "an unknown outcome is forgotten": ("settle", "unknown == 1 and 1 or nil", "nil"),
-    "nobody learns that the service works": ("settle", "'ok_at', claimed", "'ok_at', 0"),
-}
+BUGS = of(MODEL)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("bug", planted(BUGS))
 def test_the_model_catches(bug: str, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, right, wrong = BUGS[bug]
-    as_written = scripts.as_written
-
-    def spoiled(name: str) -> str:
-        text = as_written(name)
-        if name != script:
-            return text
-        assert right in text
-        return text.replace(right, wrong)
-
-    monkeypatch.setattr(scripts, "as_written", spoiled)
+    plant_in_scripts(BUGS[bug], monkeypatch)
 
     with pytest.raises((AssertionError, redis.ResponseError, StopIteration, BaseExceptionGroup)):
         search(wire)
