@@ -78,8 +78,8 @@ manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for pro
 screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/operate/console.md (needs chromium)
 	$(BIN)/python -m tests.console.story
 
-pictures: $(STAMP) ## Draw the pictures of docs/, of real runs (needs chromium)
-	$(BIN)/python -m tests.pictures
+pictures: $(STAMP) ## Draw the pictures of docs/, or those named (NAMES="how/limiter.svg"; needs chromium for Flower's)
+	$(BIN)/python -m tests.pictures $(NAMES)
 
 image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)
 	docker/image

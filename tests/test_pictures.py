@@ -1,50 +1,72 @@
-"""The pictures that do not depend on a run are those of their scripts; the others are drawn from what a run may show."""
+"""The pictures that are the same each time: what is in `docs/` is what their scripts draw, and what they draw is so."""
 
 from __future__ import annotations
 
 import re
-from xml.etree import ElementTree
+from collections.abc import Callable
+from pathlib import Path
 
-from tests.pictures import arrivals, outage, states
-from tests.pictures.__main__ import DOCS
-from tests.pictures.outage import Look
+import pytest
+
+from tests.pictures import architecture, bisection, failover, outage, slots, states
+from tests.schedules.wire import Wire
 from worker.state import scripts
 
-#: Scripts that neither move a user nor change what is remembered of one.
-OTHERS = {
-    "campaign", "finish", "keep", "look", "make_group", "pause", "pause_import", "pause_line", "recall", "record_audit", "record_dead_letters", "record_failure", "renew_signature", "reopen", "reserve", "resume",
-    "resume_import", "sample", "snapshot", "stop", "take",
-}  # fmt: skip
+HOW = Path(__file__).parent.parent / "docs" / "how"
+
+#: The pictures, each with what draws it.
+DRAWN: dict[str, Callable[[Wire], str]] = {
+    "architecture": lambda _: architecture.draw(),
+    "state-machine": lambda _: states.draw(),
+    "bisect": lambda _: bisection.draw(),
+    "limiter": lambda wire: slots.draw(slots.run(wire)),
+    "outage": lambda wire: outage.draw(outage.run(wire)),
+    "failover": lambda wire: failover.draw(failover.run(wire)),
+}
+
+#: What has to do with where a user is.
+_PLACES = "pending|live|backfill|delayed|flight|batches|dead|shadow"
+_MOVES = re.compile(rf"redis\.call\('(?:HSET|HDEL|ZADD|ZREM\w*)', (?:{_PLACES})\b")
+#: What puts right what is damaged is not drawn.
+_NOT_DRAWN = {"dispatch", "repair"}
 
 
-def test_the_state_machine_is_drawn_as_the_script_says() -> None:
-    assert (DOCS / "how" / "state-machine.svg").read_text() == states.draw(), "make pictures"
+def _movers() -> set[str]:
+    """The scripts that move a user, or the batch it is in."""
+    return {name for name in scripts.names() if _MOVES.search(scripts.as_written(name))}
 
 
-def test_every_script_that_moves_a_user_is_on_the_page_of_the_state_machine() -> None:
-    page = (DOCS / "how" / "state-machine.md").read_text()
-    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_picture_is_what_its_script_draws(name: str, wire: Wire) -> None:
+    drawn = DRAWN[name](wire)
 
-    assert set(scripts.names()) - OTHERS == named
-
-
-def test_arrivals_are_counted_over_the_second_before() -> None:
-    drawn = arrivals.draw([number / 98 for number in range(300)])
-
-    ElementTree.fromstring(drawn)
-    assert "98 to 99 calls" in drawn
+    assert (HOW / f"{name}.svg").read_text(encoding="utf-8") == drawn, "draw it again: make pictures"
 
 
-def test_an_outage_has_its_colours() -> None:
-    lines = ["open"] * 8 + ["stopped"] * 8 + ["probing"] + ["open"] * 8
-    seen = [Look(number / 4, 100 * number, 1000 - 40 * number, line) for number, line in enumerate(lines)]
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_picture_loads_nothing_and_runs_nothing(name: str) -> None:
+    drawn = (HOW / f"{name}.svg").read_text(encoding="utf-8")
 
-    drawn = outage.draw(seen)
+    assert set(re.findall(r"https?://[^\"' ]+", drawn)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(script|image|use|foreignObject)\b|@import|url\((?!#)", drawn)
+    assert ("animation:" in drawn) <= ("prefers-reduced-motion: reduce" in drawn)
+    assert len(drawn) < 60_000
 
-    ElementTree.fromstring(drawn)
-    assert re.findall(r'<rect class="(open|stopped|probing)" x="[\d.]+" y="268"', drawn) == [
-        "open",
-        "stopped",
-        "probing",
-        "open",
-    ]
+
+def test_the_page_names_every_script_and_its_table_those_that_move_a_user() -> None:
+    page = (HOW / "state-machine.md").read_text(encoding="utf-8")
+    table = page.partition("## The transitions")[2].partition("\n## ")[0]
+
+    moving = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+
+    assert moving == _movers()
+    assert set(scripts.names()) | set(scripts.SHARED) <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_the_picture_of_the_states_has_every_script_that_moves_a_user() -> None:
+    words = {name for names, *_ in states.MOVES for name in names}
+    outcomes = {"ack", "retry", "snooze", "dead_letter"}
+
+    assert outcomes <= words
+    assert words - outcomes | {"settle"} == _movers() - _NOT_DRAWN
+    assert "settle" in states.draw()

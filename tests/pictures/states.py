@@ -1,76 +1,71 @@
-"""The states of a user, and the scripts that move it: `docs/how/state-machine.svg`."""
+"""The places of a user, and the scripts that move it: `docs/how/state-machine.svg`."""
 
 from __future__ import annotations
 
-from tests.pictures.svg import picture, text
+from tests.pictures.svg import arrow, box, picture, text
 
-WIDTH, HEIGHT = 860, 450
-
-#: Name, what it means, x, y of the middle, colour.
-STATES = (
-    ("pending", "accepted, not being sent", 430, 150, "box"),
-    ("in flight", "claimed, under a lease", 430, 320, "box"),
-    ("delivered", "remembered in the shadow", 750, 320, "box done"),
-    ("dead letter", "kept for a person", 110, 320, "box kept"),
-    ("quarantined", "cannot be read; bytes kept", 110, 150, "box kept"),
+HEIGHT = 524
+#: Name, what it means, x, y, width, height, look.
+PLACES = (
+    ("in flight", "until settle ends it", 152, 252, 176, 56, "box"),
+    ("delivered", "remembered", 352, 376, 116, 54, "box done"),
+    ("dead letter", "kept for a person", 182, 376, 116, 54, "box kept"),
+    ("quarantine", "raw bytes kept", 12, 376, 134, 54, "box kept"),
 )
-#: Lanes of who is pending.
-LANES = ("live", "backfill", "delayed")
-#: The scripts that move a user, the path of the arrow, and where its words stand.
-ARROWS = (
-    ("add", "M430 30 L430 94", 442, 66, ""),
-    ("claim", "M400 204 L400 282", 390, 248, "end"),
-    ("settle: retry, snooze", "M460 284 L460 206", 472, 240, ""),
-    ("reclaim", "", 472, 256, ""),
-    ("settle: ack", "M516 320 L654 320", 586, 310, "middle"),
-    ("settle: dead_letter", "M344 320 L206 320", 272, 310, "middle"),
-    ("redrive", "M130 284 Q170 225 310 190", 218, 240, ""),
-    ("purge", "M110 356 L110 404", 122, 386, ""),
-    ("forget", "M750 356 L750 404", 762, 386, ""),
-    ("when read", "M312 150 L206 150", 258, 140, "middle"),
-    ("reassert", "M740 284 Q710 200 552 166", 692, 210, ""),
+LANES = (("live", "first come"), ("backfill", "spare seats"), ("delayed", "not before t"))
+#: What moves a user: the script or, of `settle`, the outcome; its arrow, and where its words stand.
+MOVES = (
+    (("add",), "M240 34V71", 248, 56, ""),
+    (("claim",), "M206 172V251", 199, 206, "end"),
+    (("retry", "snooze"), "M274 252V173", 282, 206, ""),
+    (("ack",), "M328 292C390 296 410 320 410 375", 392, 326, "end"),
+    (("dead_letter",), "M240 308V375", 232, 346, "end"),
+    (("reclaim",), "M152 266C110 264 110 296 151 294", 112, 284, "end"),
+    (("redrive",), "M286 376C330 320 352 250 352 173", 358, 256, ""),
+    (("reassert",), "M446 376C462 300 452 220 418 173", 432, 212, "end"),
+    (("purge",), "M240 430V462", 247, 450, ""),
+    (("forget",), "M410 430V462", 417, 450, ""),
+    (("correct",), "M352 392C324 392 324 416 351 416", 346, 446, "end"),
+    # A delay that is over: back to the own lane.
+    (("claim",), "M366 108C356 97 340 97 330 107", 322, 97, "end"),
 )
 
 
 def draw() -> str:
     """The SVG."""
-    parts = [
-        '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L10 5L0 10z" class="tip"/></marker></defs>'
-    ]
-    for name, meaning, x, y, look in STATES:
-        height = 108 if name == "pending" else 72
-        width = {"pending": 236, "in flight": 172}.get(name, 184)
-        parts.append(
-            f'<rect class="{look}" x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width}" height="{height}" rx="8"/>'
-        )
-        top = y - 30 if name == "pending" else y - 6
+    parts = [text(240, 26, "an update is accepted", "middle small faint")]
+    parts += [box(92, 72, 336, 100), text(104, 92, "pending", "name")]
+    for place, (lane, meaning) in enumerate(LANES):
+        x = 104 + 106 * place
         parts += [
-            text(x, top, name, "middle name"),
-            text(x, top + (20 if name != "pending" else 18), meaning, "middle small faint"),
+            box(x, 108, 100, 52, "lane", 5),
+            text(x + 50, 130, lane, "mono middle"),
+            text(x + 50, 148, meaning, "small faint middle"),
         ]
-    for place, lane in enumerate(LANES):
-        x = 322 + 74 * place
+    for name, meaning, x, y, width, height, look in PLACES:
+        middle = x + width / 2
         parts += [
-            f'<rect class="lane" x="{x}" y="158" width="68" height="32" rx="5"/>',
-            text(x + 34, 178, lane, "middle small mono"),
+            box(x, y, width, height, look),
+            text(middle, y + height / 2 - 3, name, "middle name"),
+            text(middle, y + height / 2 + 15, meaning, "middle small faint"),
         ]
-    for words, line, x, y, look in ARROWS:
-        parts += [f'<path class="arrow" d="{line}" marker-end="url(#tip)"/>'] if line else []
-        parts.append(text(x, y, words, f"{look} small mono"))
+    for names, line, x, y, look in MOVES:
+        parts += [arrow(line)] if line else []
+        parts += [text(x, y + 14 * place, name, f"{look} mono") for place, name in enumerate(names)]
     parts += [
-        text(430, 22, "Producer, Celery, stream, file", "middle small"),
-        text(110, 420, "gone", "middle small faint"),
-        text(750, 420, "no longer remembered", "middle small faint"),
-        text(430, 392, "A user in flight may be pending, too: its newer values wait", "middle small faint"),
-        text(
-            430, 408, "outside the lanes until settle merges what came back under them.", "middle small faint"
-        ),
+        # What cannot be read leaves from wherever a script meets it.
+        arrow("M92 140C20 150 22 300 32 375", "arrow dashed"),
+        arrow("M160 308C140 330 116 350 108 375", "arrow dashed"),
+        text(46, 218, "cannot", "small faint"),
+        text(46, 233, "be read", "small faint"),
+        text(240, 480, "gone", "middle small faint"),
+        text(410, 480, "forgotten", "middle small faint"),
+        text(14, 496, "A user in flight may be pending, too:", "small faint"),
+        text(14, 512, "its newer values wait outside the lanes.", "small faint"),
     ]
     style = """
-.box { fill: none; stroke: var(--ink); stroke-width: 1.5; } .done { stroke: var(--good); stroke-width: 2.5; } .kept { stroke: var(--limit); }
-.lane { fill: none; stroke: var(--line); } .arrow { fill: none; stroke: var(--faint); stroke-width: 1.5; } .tip { fill: var(--faint); }
-.name { font-weight: 600; font-size: 15px; }
+.lane { fill: var(--paper); stroke: var(--line); } .done { stroke: var(--good); stroke-width: 1.6; }
+.kept { stroke: var(--limit); stroke-width: 1.6; } .dashed { stroke-dasharray: 4 3; }
 """
     title = "A user is pending in one of three lanes, then in flight, then delivered, a dead letter, or pending again"
-    return picture(WIDTH, HEIGHT, title, parts, style)
+    return picture(HEIGHT, title, parts, style)
