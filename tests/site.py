@@ -28,7 +28,7 @@ LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def on_pre_build(config: Any) -> None:
+def on_startup(command: str, dirty: bool) -> None:
     """Let the reference see the client under the name that it is installed with."""
     package = ROOT / "build" / "api" / "imattr"
     package.parent.mkdir(parents=True, exist_ok=True)
