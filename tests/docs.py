@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from tests import planted
 from tests.bench.rivals import page
 from tests.monitoring import dashboard
 from tests.monitoring import page as monitoring
@@ -19,6 +20,7 @@ from worker.operate.metric_catalog import CODES, FLEET, WORKER, Metric
 DOCS = Path(__file__).parent.parent / "docs"
 OPERATE = DOCS / "operate"
 ERROR_CODES, SETTINGS, METRICS = OPERATE / "error-codes.md", OPERATE / "settings.md", OPERATE / "metrics.md"
+PROOF = DOCS / "proof.md"
 COMMANDS = DOCS / "reference" / "commands.md"
 
 REACTIONS = {
@@ -168,6 +170,13 @@ def _label_values(values: Sequence[str]) -> str:
     return ", ".join(f"`{value}`" for value in values) or "any"
 
 
+def proof() -> str:
+    """The page on proof, with the bugs that were planted."""
+    before, _, rest = PROOF.read_text(encoding="utf-8").partition("<!-- bugs -->\n")
+    _, end, after = rest.partition("<!-- /bugs -->")
+    return f"{before}<!-- bugs -->\n{planted.table()}\n{end}{after}"
+
+
 #: Exit codes, and what each stands for.
 EXIT_CODES = {
     0: "done",
@@ -218,6 +227,7 @@ def _commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Comman
 
 
 if __name__ == "__main__":
+    PROOF.write_text(proof(), encoding="utf-8")
     COMMANDS.write_text(commands(), encoding="utf-8")
     METRICS.write_text(metrics(), encoding="utf-8")
     monitoring.PAGE.write_text(monitoring.monitoring(), encoding="utf-8")

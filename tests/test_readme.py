@@ -71,3 +71,7 @@ def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
 
 def test_the_page_of_commands_is_what_they_say_of_themselves() -> None:
     assert docs.COMMANDS.read_text() == docs.commands(), "make docs"
+
+
+def test_the_page_on_proof_has_all_planted_bugs() -> None:
+    assert docs.PROOF.read_text() == docs.proof(), "make docs"
