@@ -736,10 +736,10 @@ def plant(bug: Bug, into: Path) -> None:
 
 def is_found(bug: Bug) -> bool:
     """Whether the tests that must find a bug do."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    runner = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     if _plants_itself(bug):
         return (
-            subprocess.run([*pytest, f"{bug.found_by}[{bug.what}]"], cwd=ROOT, capture_output=True).returncode
+            subprocess.run([*runner, f"{bug.found_by}[{bug.what}]"], cwd=ROOT, capture_output=True).returncode
             == 0
         )
     with tempfile.TemporaryDirectory() as directory:
@@ -748,7 +748,7 @@ def is_found(bug: Bug) -> bool:
         environ = {**os.environ, "PYTHONPATH": directory, "FAST_TESTS": "1"}
         # Without those that need real time, unless there are no others.
         for chosen in ("not slow", "slow"):
-            command = [*pytest, "-m", chosen, *bug.found_by.split()]
+            command = [*runner, "-m", chosen, *bug.found_by.split()]
             done = subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True)
             if done.returncode != NO_TESTS:
                 break
