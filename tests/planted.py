@@ -433,7 +433,7 @@ BUGS = (
         LUA + "failover.lua",
         "whole(math.max(current + 1, epoch or 0))",
         "whole(current)",
-        "tests/test_failover.py",
+        "tests/state/test_server.py",
     ),
     Bug(
         Promise.FAILOVER,
@@ -441,7 +441,7 @@ BUGS = (
         LUA + "failover.lua",
         "    redis.call('DEL', tickets)\n",
         "",
-        "tests/test_failover.py",
+        "tests/state/test_server.py",
     ),
     Bug(
         Promise.FAILOVER,
@@ -449,7 +449,7 @@ BUGS = (
         LUA + "failover.lua",
         "local moved = known and id ~= known",
         "local moved = false",
-        "tests/test_failover.py",
+        "tests/state/test_server.py",
     ),
     Bug(
         Promise.FAILOVER,
@@ -457,7 +457,7 @@ BUGS = (
         "worker/state/confirmation.py",
         "if have < self.replicas:",
         "if have < 0:",
-        "tests/test_failover.py tests/test_producer.py",
+        "tests/test_failover.py",
     ),
     Bug(
         Promise.FAILOVER,

@@ -92,3 +92,20 @@ def test_what_is_no_simulator_is_left_alone(place: str) -> None:
 def test_a_simulator_that_is_gone_is_told() -> None:
     with pytest.raises(SandboxError, match=r"does not answer: .*refused"):
         set_at(f"http://127.0.0.1:{free_port()}")
+
+
+def test_one_user_is_refused_by_name_and_takes_no_share_from_others() -> None:
+    faults = read_faults(["70107@u:9", "91000:0.5"])
+
+    assert (faults[0].kind, faults[0].code, faults[0].user) == ("user_code", 70107, "u:9")
+    assert faults[1].chance == 0.5
+    assert [(each.what, each.share) for each in shown(faults)] == [("70107@u:9", 1.0), ("91000", 0.5)]
+    calls = Faults(read_faults(["70107@u9"]))
+    assert calls.strike(b'{"UserAttrs": [{"To_Account": "u9"}]}')
+    assert not calls.strike(b'{"UserAttrs": [{"To_Account": "u91"}]}')
+
+
+@pytest.mark.parametrize("text", ["70107@", "@u9", "7010@u9", "timeout@u9", "502@u9"])
+def test_a_user_is_refused_with_an_error_code(text: str) -> None:
+    with pytest.raises(ValueError, match="must be CODE@USER"):
+        read_faults([text])

@@ -35,17 +35,19 @@ def faults(context: click.Context, as_json: bool) -> None:
 
 
 @faults.command("set")
-@click.argument("wanted", nargs=-1, required=True, metavar="WHAT[:SHARE]...")
+@click.argument("wanted", nargs=-1, required=True, metavar="WHAT[:SHARE]|CODE@USER...")
 @explained
 def set_faults(wanted: tuple[str, ...]) -> None:
     """Let a share of all calls fail from now on, in place of what was set.
 
     WHAT is an ErrorCode (91000), an HTTP status (502), timeout, reset, truncated, or lost; without SHARE, every call fails.
+    CODE@USER refuses one user by name in every call, and nobody else.
 
     \b
       imattr faults set 91000:0.1 timeout:0.05   some calls
       imattr faults set 502                      an outage
       imattr faults set 60020                    the plan has expired
+      imattr faults set 70107@u9                 a user without an account
     """
     found = read_faults(wanted)
     notation.set_to(_simulator(), found)

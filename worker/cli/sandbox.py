@@ -215,6 +215,7 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
     for name, url in sandbox.health_urls.items():
         table.add_row("", f"{url}/metrics  {name}; also /livez, /readyz")
     table.add_row("logs", str(directory))
+    table.add_row("settings", f"{directory / SETTINGS_FILE}  for producers and Celery clients of your own")
     out.print(table)
     out.print()
     here = "" if directory == SANDBOX else f" --directory {directory}"

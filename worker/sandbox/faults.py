@@ -90,6 +90,11 @@ def read_faults(texts: Iterable[str]) -> list[Fault]:
     """The faults that texts name. Raises `ValueError`, which names the text, for one that cannot be read."""
     faults, left = [], 1.0
     for text in texts:
+        code, at, user = text.partition("@")
+        if at:
+            # A user is refused in every call that it is in, and takes no share of the calls from others.
+            faults.append(_refused_user(text, code, user))
+            continue
         what, colon, number = text.partition(":")
         share = _share(text, number) if colon else 1.0
         if share > left + 1e-9:
@@ -112,17 +117,26 @@ def _share(text: str, number: str) -> float:
     return share
 
 
+def _refused_user(text: str, code: str, user: str) -> Fault:
+    if not (_is_error_code(code) and user):
+        raise ValueError(f"{text}: must be CODE@USER, with an ErrorCode of five digits and a user id")
+    return Fault("user_code", code=int(code), user=user, times=None)
+
+
+def _is_error_code(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) == 5 and text[0] != "0"
+
+
 def _fault(text: str, what: str) -> Fault:
     if what in _NAMED:
         return _NAMED[what][0]
-    if what.isascii() and what.isdecimal():
-        if len(what) == 3 and 400 <= int(what) <= 599:
-            return Fault("status", code=int(what), times=None)
-        if len(what) == 5 and what[0] != "0":
-            return Fault("code", code=int(what), times=None)
+    if _is_error_code(what):
+        return Fault("code", code=int(what), times=None)
+    if what.isascii() and what.isdecimal() and len(what) == 3 and 400 <= int(what) <= 599:
+        return Fault("status", code=int(what), times=None)
     raise ValueError(
         f"{text}: must be WHAT or WHAT:SHARE, with WHAT an ErrorCode of five digits, an HTTP status from 400 to 599, "
-        f"or one of {', '.join(_NAMED)}"
+        f"or one of {', '.join(_NAMED)}; or CODE@USER"
     )
 
 
@@ -143,7 +157,7 @@ def shown(faults: Iterable[Fault]) -> list[Shown]:
         if fault.times == 0:
             continue
         share = left * fault.chance
-        left -= share
+        left -= 0 if fault.user else share
         found.append(_in_words(fault, share))
     return found
 
@@ -151,6 +165,8 @@ def shown(faults: Iterable[Fault]) -> list[Shown]:
 def _in_words(fault: Fault, share: float) -> Shown:
     if fault.kind == "code":
         return Shown(str(fault.code), share, fault.struck, rule_for(fault.code).meaning)
+    if fault.kind == "user_code":
+        return Shown(f"{fault.code}@{fault.user}", 1.0, fault.struck, rule_for(fault.code).meaning)
     if fault.kind == "status":
         code = fault.code or 502
         phrase = next((f", {status.phrase}" for status in HTTPStatus if status == code), "")
