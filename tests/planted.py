@@ -478,10 +478,11 @@ BUGS = (
     ),
     Bug(
         Promise.NEWEST,
-        "a worker sends though its lease is over",
+        "a worker goes on with a batch that it has lost",
         DELIVERY + "loop.py",
-        "if self._limiter.redeem(claim.permit) and self._is_covered(claim):",
-        "if self._limiter.redeem(claim.permit):",
+        '            case "lost":\n                return "fenced"\n            case "must wait"',
+        '            case "lost":\n                claim.permit, claim.permit_used = permit, False\n                return None\n'
+        '            case "must wait"',
         "tests/delivery/test_loop.py",
     ),
     Bug(
