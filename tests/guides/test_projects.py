@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.conftest import ManualClock
+from tests.conftest import SECRET_KEY, ManualClock
 from worker.intake.brokers import RedisQueue
 from worker.intake.celery_queue import QueueConsumer
 from worker.producer import Producer
@@ -33,8 +34,26 @@ TRIED = {"celery", "django", "fastapi", "flask"}
 Run = Callable[..., str]
 
 
+def page(guide: str) -> str:
+    return (GUIDES / f"{guide}.md").read_text()
+
+
 def files(guide: str) -> dict[str, str]:
-    return dict(FILE.findall((GUIDES / f"{guide}.md").read_text()))
+    return dict(FILE.findall(page(guide)))
+
+
+def python(code: str, directory: Path, environ: dict[str, str], expected: int = 0, *arguments: str) -> str:
+    """Run code in a process of its own, with nothing in its environment but this; returns what it prints."""
+    path = os.pathsep.join([str(directory), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code, *arguments],
+        cwd=directory,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": path, **environ},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == expected, done.stderr
+    return done.stdout
 
 
 def test_every_file_in_a_guide_is_tried() -> None:
@@ -50,21 +69,8 @@ def run(tmp_path: Path, server: EmbeddedServer, keys: Keys) -> Run:
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content.replace("redis://redis:6379/0", server.url))
-        environ = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
-            "IMATTR_REDIS_URL": url,
-            "IMATTR_SDKAPPID": str(keys.sdkappid),
-        }
-        done = subprocess.run(
-            [sys.executable, "-W", "error::SyntaxWarning", "-c", code, *arguments],
-            cwd=tmp_path,
-            env=environ,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        environ = {"IMATTR_REDIS_URL": url, "IMATTR_SDKAPPID": str(keys.sdkappid)}
+        return python(code, tmp_path, environ, 0, *arguments)
 
     return begin
 
@@ -113,6 +119,26 @@ if sys.argv[1] == "save":
         profile = Profile.objects.get(user_id="u1")
         profile.level = ""
         profile.save()
+elif sys.argv[1] == "save more":
+    profile = Profile.objects.create(user_id="u1", city="Paris", level="Gold")
+    with transaction.atomic():
+        profile.city = "Oslo"
+        profile.save()
+        try:
+            with transaction.atomic():
+                profile.city = "Rome"
+                profile.save()
+                raise KeyError
+        except KeyError:
+            pass
+        profile.level = "never saved"
+    outdated = Profile.objects.get(user_id="u1")
+    Profile.objects.update_or_create(user_id="u1", defaults={"level": "Silver"})
+    outdated.city = "Bergen"
+    outdated.save(update_fields=["city"])
+    with transaction.atomic():
+        profile = Profile.objects.create(user_id="u2", city="Paris")
+        profile.delete()
 else:
     call_command(sys.argv[1])
 print(sorted(Profile.objects.filter(sent_at=F("changed_at")).values_list("user_id", flat=True)))
@@ -124,6 +150,23 @@ def test_a_django_project_sends_what_it_commits(run: Run, client: redis.Redis, k
 
     assert pending(client, keys) == {"u1": {"city": "Paris", "level": False}}
     assert sent == "['u1']\n"
+
+
+def test_a_django_project_sends_what_the_database_has(run: Run, client: redis.Redis, keys: Keys) -> None:
+    sent = run("django", DJANGO, "save more")
+
+    assert pending(client, keys) == {"u1": {"city": "Bergen", "level": "Silver"}}
+    assert sent == "['u1']\n"
+
+
+def test_a_django_project_remembers_what_an_outage_left_of_part_of_a_profile(
+    run: Run, client: redis.Redis, keys: Keys
+) -> None:
+    run("django", DJANGO, "save")
+    part = 'Profile.objects.get(user_id="u1").save(update_fields=["city"])'
+    assert run("django", DJANGO.replace("call_command(sys.argv[1])", part), "part", url=NOWHERE) == "[]\n"
+
+    assert run("django", DJANGO, "send_attributes") == "['u1']\n"
 
 
 def test_a_django_project_sends_later_what_an_outage_left(run: Run, client: redis.Redis, keys: Keys) -> None:
@@ -182,7 +225,7 @@ with TestClient(shop.app) as web:
         web.put("/profiles/u1", json={"city": "Oslo"}),
         web.put("/profiles/u2", json={"city": "x" * 60}),
     ]
-print(*(answer.status_code for answer in answers), answers[-1].text)
+print(*(answer.status_code for answer in answers))
 
 class Fake:
     async def set(self, *args, **kwargs):
@@ -198,13 +241,12 @@ assert sent == [("u4", {"city": "Rome", "level": None})]
 def test_a_fastapi_application_sends_what_it_saves(run: Run, client: redis.Redis, keys: Keys) -> None:
     answers = run("fastapi", FASTAPI)
 
-    assert answers.startswith("204 204 422 ")
-    assert "the value of 'city' is 60 bytes, at most 50" in answers
+    assert answers == "204 204 204\n"
     assert pending(client, keys) == {"u1": {"city": "Oslo", "level": False}}
 
 
 def test_a_fastapi_application_survives_an_outage(run: Run) -> None:
-    assert run("fastapi", FASTAPI, url=NOWHERE).startswith("204 204 204 ")
+    assert run("fastapi", FASTAPI, url=NOWHERE) == "204 204 204\n"
 
 
 CELERY = """
@@ -242,3 +284,83 @@ def test_a_celery_project_sends_by_name(
         assert client.llen("celery") == 1
     finally:
         client.delete(*lists, "celery", "_kombu.binding.updates", "_kombu.binding.celery")
+
+
+def test_a_celery_project_hears_that_the_broker_is_down(run: Run) -> None:
+    run(
+        "celery",
+        """
+from kombu.exceptions import OperationalError
+from shop.tasks import app, profiles_changed
+
+app.conf.broker_url = "redis://127.0.0.1:1/0"
+try:
+    profiles_changed([("u1", "Oslo")])
+except OperationalError:
+    raise SystemExit
+raise AssertionError("sent")
+""",
+    )
+
+
+def test_two_apps_share_a_broker(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
+    (fragment,) = re.findall(
+        r"<!-- no-run -->\n```python\n(.*?)^```", page("many-apps"), re.MULTILINE | re.DOTALL
+    )
+    send = "from celery import Celery\n" + fragment.replace("redis://redis:6379/0", server.url)
+    send += "app1.send_task('attributes.update', ['u1', {'city': 'Oslo'}], queue='updates')\n"
+    read = "from worker.celery import app\nprint(app.conf.broker_transport_options['global_keyprefix'])"
+    environ = {"IMATTR_REDIS_URL": server.url, "IMATTR_SDKAPPID": "1", "IMATTR_BROKER_PREFIX": "app1:"}
+    environ |= {"IMATTR_SECRET_KEY": SECRET_KEY, "IMATTR_REGION": "singapore"}
+    try:
+        python(send, tmp_path, {})
+        assert client.llen("app1:updates") == 1
+        assert python(read, tmp_path, environ) == "app1:\n"
+    finally:
+        client.delete("app1:updates", "app1:_kombu.binding.updates")
+
+
+def test_a_second_project_of_compose_shares_nothing_with_the_first() -> None:
+    """Whatever of this machine compose uses is named by a variable that the page sets."""
+    compose = (GUIDES.parents[1] / "docker" / "compose.yaml").read_text()
+    (settings,) = re.findall(r'^```sh title=".*"\n(.*?)^```', page("many-apps"), re.MULTILINE | re.DOTALL)
+    used = re.findall(r"(?:ports: ..127\.0\.0\.1:|file: )\$\{(\w+):-", compose)
+
+    assert len(used) == compose.count("ports:") + compose.count("    file: ") == 5
+    assert set(used) < {line.partition("=")[0] for line in settings.splitlines()}
+
+
+def test_a_file_is_imported_as_the_page_says(
+    tmp_path: Path, server: EmbeddedServer, client: redis.Redis, keys: Keys
+) -> None:
+    (rows,) = re.findall(r"^```\n(user,.*?)^```", page("files"), re.MULTILINE | re.DOTALL)
+    (line,) = re.findall(r"^```json\n(.*?)^```", page("files"), re.MULTILINE | re.DOTALL)
+    (shown,) = re.findall(
+        r"^\$ imattr import users.csv.gz --dry-run\n(.*?)^```", page("files"), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "users.csv.gz").write_bytes(gzip.compress(f"{rows}u3,{'x' * 60},\n".encode()))
+    (tmp_path / "one.jsonl").write_text(line)
+    environ = {"IMATTR_REDIS_URL": server.url, "IMATTR_SDKAPPID": str(keys.sdkappid), "COLUMNS": "140"}
+
+    def imattr(*words: str, code: int = 0) -> str:
+        call = f"import sys\nfrom worker.cli.main import main\nsys.argv = {['imattr', *words]}\nmain()"
+        return python(call, tmp_path, environ, code)
+
+    dry = imattr("import", "users.csv.gz", "--dry-run", code=3)
+    assert not client.exists(keys.pending)
+    moment = r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00"
+    assert [re.sub(moment, "T", row).split() for row in dry.splitlines()] == [
+        re.sub(moment, "T", row).split() for row in shown.splitlines()
+    ]
+
+    imattr("import", "users.csv.gz", code=3)
+    assert pending(client, keys) == {"u1": {"city": "Paris", "level": "Gold"}, "u2": {"city": "Oslo"}}
+    (refused,) = (tmp_path / "users.csv.gz.refused.jsonl").read_text().splitlines()
+    assert json.loads(refused) == {
+        "line": 4,
+        "user": "u3",
+        "rule": "the value of 'city' is 60 bytes, at most 50",
+    }
+
+    imattr("import", "one.jsonl")
+    assert pending(client, keys)["u1"] == {"city": "Paris", "level": False}
