@@ -5,8 +5,8 @@
     producer = Producer("redis://localhost:6379/0", sdkappid=1400000000)
     producer.set("u1", {"city": "Paris"})
 
-These names are the client's public face; they are the same in the installed package `imattr` and here, in `worker`. They
-are loaded when they are first used, so that importing one module does not import all.
+These names are the client's public face; they are the same in the installed package `imattr` and here, in `worker`. Each is
+loaded when it is first used, so importing one module does not import them all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "__version__",
 ]
 
-#: The module of each name.
+#: The module that defines each name.
 _HOME = {
     "AsyncProducer": "async_producer",
     "BufferFull": "errors",

@@ -30,12 +30,12 @@ from .state.buffer import NOBODY_NEW, NOTHING_ADDED, Added, Guard, Known, add_ar
 from .state.connection import AsyncRedis, ResponseError, TimeoutError, connect_async
 from .state.keys import Keys
 
-#: Most connections to Redis. Further calls wait for one of them.
+#: Maximum connections to Redis. Further calls wait for a free one.
 CONNECTIONS = 16
 
 
 class AsyncProducer:
-    """Accepts updates. Many tasks of one event loop may share it; another loop needs another one."""
+    """Accepts updates. Many tasks of one event loop may share it; another loop needs its own."""
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class AsyncProducer:
     ) -> None:
         """The arguments are those of `Producer`, except `timeout`.
 
-        In seconds, it is the longest that `set`, or one chunk of `set_many`, may take in all. A Redis that has frozen ends
-        the call then with `redis.TimeoutError`.
+        It is the longest, in seconds, that `set` or one chunk of `set_many` may take in all. If Redis is frozen, the call
+        then raises `redis.TimeoutError`.
         """
         if password_file:
             redis_url = with_password_file(redis_url, os.fspath(password_file))
@@ -99,7 +99,7 @@ class AsyncProducer:
         return bulk.result
 
     async def add(self, updates: Sequence[Update], *, lane: Lane = "live") -> Added:
-        """Accept updates that are valid; see `Producer.add`."""
+        """Accept validated updates; see `Producer.add`."""
         async with self._in_time():
             return await self._accept(updates, lane)
 
@@ -127,7 +127,7 @@ class AsyncProducer:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """One deadline for all that a call asks of Redis, waiting for a connection included."""
+        """One deadline for everything a call asks of Redis, including the wait for a connection."""
         try:
             async with asyncio.timeout(self._timeout):
                 yield

@@ -1,6 +1,6 @@
 """The Celery app: ``celery -A worker worker --pool threads --concurrency 16``.
 
-Messages are tickets and updates, as JSON. A ticket has no user data, so losing, repeating or delaying one costs nothing:
+Messages are tickets and updates, as JSON. A ticket carries no user data, so losing, repeating or delaying one costs nothing:
 all state is in Redis. There is no beat, no ETA and no result backend. Settings below that are not obvious say what breaks
 without them.
 """
@@ -41,8 +41,8 @@ _stamps = Stamps()
 class PrivateRequest(Request):
     """A task as Celery's events, `inspect` and Flower see it: without its arguments.
 
-    The arguments of an update are user data, and clients put a text of them into the message's headers. Requests are created
-    in the order of the queue, so this is where a message gets its event time.
+    The arguments of an update are user data, and clients copy them as text into the message's headers. Requests are created
+    in queue order, so this is where a message gets its event time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,13 +56,13 @@ class PrivateRequest(Request):
         return super().info(safe=True)
 
     def send_event(self, type: str, **fields: Any) -> None:
-        """Show a ticket whose batches were not all delivered in a state of its own, since for Celery it has succeeded."""
+        """Give a ticket whose batches were not all delivered a state of its own, since Celery counts it as succeeded."""
         if type == "task-succeeded" and (worst := worst_outcome(fields.get("result"))):
             type = f"task-{worst}"
         super().send_event(type, **fields)
 
 
-#: What Flower shows in place of SUCCESS, the worst first. The other outcomes cost nobody anything.
+#: What Flower shows in place of SUCCESS, the worst first. The other outcomes cost nothing.
 _SHOWN = (
     "failed",
     "dead_lettered",
@@ -85,14 +85,15 @@ class PrivateTask(Task):
     """Base of all tasks."""
 
     Request = "worker.celery:PrivateRequest"
-    #: Characters of a result in Flower: enough for every batch that a ticket carries a worker through.
+    #: Characters of a result in Flower: enough for every batch of one ticket.
     resultrepr_maxsize = 8192
 
 
 def _settings() -> Settings:
-    """What the program that runs needs: a worker everything, Flower and Celery's other commands nothing of the API's.
+    """The settings that the running program needs: all for a worker, none of the API's for Flower and Celery's other
+    commands.
 
-    A worker asks for everything already here, so that all its configuration errors are reported together.
+    A worker reads them all here, so that all its configuration errors are reported together.
     """
     command = click.get_current_context(silent=True)
     return _read(
@@ -104,7 +105,7 @@ def _read(settings: Callable[[], Settings]) -> Settings:
     try:
         return settings()
     except ConfigError as error:
-        # Someone who forgot a variable should not get a traceback, which Celery's commands would print.
+        # Celery's commands would print a traceback to someone who forgot a variable.
         print("imattr cannot start:", *error.mistakes, sep="\n  ", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -129,7 +130,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
-        # True would end the worker with the threads pool.
+        # With the threads pool, True would end the worker.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         # After a reconnect, Celery would set the prefetch count from the pool's threads: with RabbitMQ they then read each
         # other's answers from the one connection, and hang.
@@ -145,7 +146,8 @@ def _configuration(settings: Settings) -> dict[str, Any]:
 
 
 def _broker_url(settings: Settings) -> str:
-    """The broker's URL in Celery's and Flower's notation; `worker.transport` reaches a Redis by the settings themselves."""
+    """The broker's URL in Celery's and Flower's notation; `worker.transport` connects to Redis from the settings
+    themselves."""
     place = settings.broker
     if place is None:
         return settings.broker_url.reveal()
@@ -169,12 +171,12 @@ def _transport(settings: Settings) -> dict[str, Any]:
     return {
         "global_keyprefix": settings.celery_prefix,
         "place": transport.name_of(settings.broker),
-        # For Flower, which looks for the queues itself.
+        # For Flower, which looks up the queues itself.
         "master_name": settings.broker.service,
-        # One message from each queue in turn, so that no number of updates keeps deliveries waiting. Any other share starves
-        # them: at four updates to one delivery, they lose a third of the rate.
+        # One message from each queue in turn, so that deliveries never wait behind updates. Any other ratio starves them: at
+        # four updates to one delivery, they lose a third of the rate.
         "queue_order_strategy": "round_robin",
-        # A message that is not acknowledged in this time runs again; far longer than any task takes.
+        # A message not acknowledged within this time runs again; far longer than any task takes.
         "visibility_timeout": max(120, round(3 * (settings.longest_task + LONGEST_CARRY))),
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
@@ -212,8 +214,8 @@ def _configure_logs(**_: Any) -> None:
     logging.getLogger("celery.worker.consumer.consumer").addFilter(_WithoutBodies())
 
 
-#: Pools that stop in order and use every slot; each is tested. With gevent, eventlet and solo, Celery does not acknowledge
-#: while it waits for work, and delivers a fraction.
+#: Pools that shut down cleanly and use every slot; each is tested. With gevent, eventlet and solo, Celery does not
+#: acknowledge while it waits for work, and delivers a fraction.
 POOLS = ("threads", "prefork")
 
 
@@ -235,7 +237,7 @@ def _refuse_eviction(**_: Any) -> None:
         with runtime.connect(settings) as redis:
             policy = redis.info("memory").get("maxmemory_policy", "noeviction")
     except RedisError:
-        # Away for now, or a service that lets nobody see it.
+        # Redis is away for now, or the service hides this setting.
         return
     if policy != "noeviction" and not settings.allow_eviction:
         what = "accepted updates" if policy.startswith("allkeys") else "keys that expire, such as elections"
@@ -249,7 +251,7 @@ def _refuse_eviction(**_: Any) -> None:
 
 @signals.worker_init.connect
 def _count(sender: Any, **_: Any) -> None:
-    """Count what this worker does, if there is a page that shows it."""
+    """Count what this worker does, if it has a page to show it on."""
     settings = runtime.settings()
     if not settings.health_port:
         return
@@ -274,8 +276,8 @@ def _tune_threads(**_: Any) -> None:
 
 @signals.worker_ready.connect
 def _spare_the_collector(**_: Any) -> None:
-    # Everything there is by now stays. Each full collection would scan all of it, for 50 ms in which every thread misses
-    # its slot. After a reconnect the worker is ready again: what has become garbage since is collected once.
+    # Everything allocated so far stays. Each full collection would scan all of it, and for those 50 ms every thread would
+    # miss its slot. After a reconnect the worker is ready again: garbage made since then is collected once.
     gc.unfreeze()
     gc.collect()
     gc.freeze()

@@ -12,15 +12,15 @@ class Clock(Protocol):
     """What the delivery loop and the limiter need to know about time, in seconds."""
 
     def monotonic(self) -> float:
-        """Seconds on a clock that never jumps, and that runs on while the machine is suspended."""
+        """Seconds on a clock that never jumps, and keeps running while the machine is suspended."""
 
     def sleep(self, seconds: float) -> None:
-        """Let that many seconds pass; nothing for zero or less."""
+        """Wait that many seconds; return at once for zero or less."""
 
 
 def _since_boot() -> float:
-    """Seconds since the machine started, the time in which it was suspended included."""
-    # Leases run on elsewhere while this machine sleeps; CLOCK_MONOTONIC, which is all that others than Linux have, does not.
+    """Seconds since the machine started, including time suspended."""
+    # Leases keep running while this machine sleeps; CLOCK_MONOTONIC, all that systems other than Linux have, does not.
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 

@@ -106,9 +106,10 @@ def _share(value: str) -> float:
 
 
 def _prefix(value: str) -> str:
-    """Return a prefix of keys and channels. Celery subscribes to patterns that begin with it, and no ACL rule may have a space."""
+    """Return a prefix of keys and channels. Celery subscribes to patterns that begin with it, and no ACL rule may contain a
+    space."""
     if re.search(r"[\s*?\[\]\\]", value):
-        raise ValueError("must not have spaces, or any of * ? [ ] \\ in it")
+        raise ValueError("must not contain spaces, or any of * ? [ ] \\")
     return value
 
 
@@ -177,7 +178,7 @@ def _readable_file(value: str) -> str:
 
 
 def _listed(value: str) -> tuple[str, ...]:
-    """The parts of a list that commas separate."""
+    """The parts of a comma-separated list."""
     return tuple(part for part in (part.strip() for part in value.split(",")) if part)
 
 
@@ -207,14 +208,14 @@ def _account(value: str) -> str:
     return value
 
 
-#: Kubernetes and Docker tell every container about every Service by variables; one for a Service named imattr, or
-#: imattr-something, begins like ours.
+#: Kubernetes and Docker set variables in every container for every Service; those for a Service named imattr, or
+#: imattr-something, begin like ours.
 _LINK_NAME = re.compile(
     r"IMATTR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?|NAME|ENV_\w+)"
 )
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
 _COLLIDES = (
-    "has the address of a Service in it, which the platform sets for a Service of that name: "
+    "holds the address of a Service, which the platform sets for a Service of that name: "
     "rename the Service, or set enableServiceLinks: false"
 )
 
@@ -232,7 +233,7 @@ def _bare(value: str) -> str:
 
 
 def _key(value: str) -> Secret:
-    """A secret key. Raises `ValueError` for what no key has in it, without showing any of it."""
+    """A secret key. Raises `ValueError` if it cannot be one, without showing any of it."""
     if not (value.isascii() and value.isprintable()) or re.match(r"[A-Za-z_]+ ?=.", value):
         raise ValueError(
             f"must be the key alone, on one line, without a name before it; this is {len(value)} characters"
@@ -251,7 +252,7 @@ class Settings:
     sdkappid: int = _setting(_whole(1), 0, "the app's SDKAppID")
     admin: str = _setting(_account, "administrator", "the app's administrator account")
     secret_key: Secret = _setting(_key, NO_SECRET, "the app's secret key")
-    secret_key_file: str = _setting(_text, "", "file that holds the secret key, instead of it")
+    secret_key_file: str = _setting(_text, "", "file that holds the secret key, instead of SECRET_KEY")
     region: str = _setting(_choice(*REGIONS), "", "named region of the API")
     api_url: str = _setting(_url("https", "http"), "", "base URL of the API, instead of a region")
     api: str = _setting(_choice("chat", "push"), "chat", "chat = im_set_attr, push = timpush/set_attr")
@@ -264,14 +265,16 @@ class Settings:
     replicas: int = _setting(
         _whole(0, 9), 0, "how many replicas must confirm an update before it counts as accepted; 0 = none"
     )
-    replicas_fsync: bool = _setting(_flag, False, "1 = they must have it on disk, too (Redis 7.2 and newer)")
+    replicas_fsync: bool = _setting(
+        _flag, False, "1 = those replicas must have it on disk (Redis 7.2 and newer)"
+    )
     allow_eviction: bool = _setting(_flag, False, "1 = start although maxmemory-policy is not noeviction")
     broker_prefix: str = _setting(
-        _prefix, "", "put before the names of Celery's keys in Redis; your Celery clients must use the same"
+        _prefix, "", "prefix of Celery's keys in Redis; your Celery clients must use the same"
     )
     broker_url: Secret = _setting(_broker, NO_SECRET, "Celery's broker, Redis or RabbitMQ; default REDIS_URL")
     broker_password_file: str = _setting(
-        _readable_file, "", "file that holds the password of BROKER_URL, if that is a Redis"
+        _readable_file, "", "file that holds the password of BROKER_URL, if that is Redis"
     )
     quota: int = _setting(_whole(1, 1000), 100, "calls a second that the API allows the app")
     read_quota: int = _setting(
@@ -280,9 +283,9 @@ class Settings:
         "calls a second for reading attributes back; 0 = reads share QUOTA with deliveries",
     )
     read_share: float = _setting(
-        _share, 0.05, "the part of a shared QUOTA that reads may take while deliveries need all of it"
+        _share, 0.05, "share of QUOTA that reads may take while deliveries could use all of it"
     )
-    batch_size: int = _setting(_whole(1, 100), 100, "most users a call")
+    batch_size: int = _setting(_whole(1, 100), 100, "maximum users a call")
     linger: float = _setting(_seconds(60), 0.25, "how long the oldest user waits for company")
     max_attempts: int = _setting(_whole(1, 1000), 8, "attempts before a failing user becomes a dead letter")
     backoff_base: float = _setting(_seconds(3600, above=True), 1.0, "back-off after the first failure")
@@ -305,26 +308,28 @@ class Settings:
     audit: int = _setting(
         _whole(0, 6000),
         0,
-        "calls a minute that read random users back, to see whether they are as delivered; 0 = none",
+        "calls a minute that read random users back, to check what was delivered; 0 = none",
     )
-    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "least level logged")
+    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "lowest level logged")
     log_format: str = _setting(_choice("json", "text"), "", "json or text; default text on a terminal")
 
     health_port: int = _setting(_whole(1, 65_535), 0, "port of the worker's health page; default off")
     console_host: str = _setting(_text, "127.0.0.1", "address on which the console listens")
     console_port: int = _setting(_whole(1, 65_535), 8300, "its port")
-    console_prefix: str = _setting(_path_prefix, "", "path under which a proxy shows it, such as /imattr")
-    console_accounts_file: str = _setting(_text, "", "file with the accounts that may use it")
+    console_prefix: str = _setting(
+        _path_prefix, "", "path under which a proxy serves the console, such as /imattr"
+    )
+    console_accounts_file: str = _setting(_text, "", "file with the accounts that may use the console")
     console_proxy_header: str = _setting(
-        _header, "", "header in which a proxy that authenticates names the user; default off"
+        _header, "", "header in which an authenticating proxy names the user; default off"
     )
     console_proxy_operators: tuple[str, ...] = _setting(
-        _listed, (), "names in that header, separated by commas, that are operators; all others are viewers"
+        _listed, (), "comma-separated names in that header that are operators; all others are viewers"
     )
     console_proxies: tuple[str, ...] = _setting(
         _networks,
         (),
-        "addresses or networks, separated by commas, from which that header and X-Forwarded-* are believed",
+        "comma-separated addresses or networks from which that header and X-Forwarded-* are trusted",
     )
 
     @property
@@ -349,18 +354,19 @@ class Settings:
 
     @property
     def needs_replica(self) -> bool:
-        """Whether a primary must have a replica in step for anybody to send. In a cluster, one that is cut off stops by itself."""
+        """Whether to send only while the primary has a replica in step. In a cluster, a primary that is cut off stops by
+        itself."""
         return self.replicas > 0 and self.redis.kind != "cluster"
 
     @property
     def celery_prefix(self) -> str:
-        """What the names of Celery's keys in Redis begin with. On a cluster, it puts all of them into the app's slot."""
+        """The prefix of Celery's keys in Redis. On a cluster, it puts all of them into the app's slot."""
         if self.broker is None or self.broker.kind != "cluster" or "{" in self.broker_prefix:
             return self.broker_prefix
         return f"{{imattr:{self.sdkappid}}}.{self.broker_prefix}"
 
     def current_key(self) -> Secret:
-        """The secret key, read again if it is in a file; the last known one if that cannot be read now."""
+        """The secret key, read again if it is in a file; the last known one if that file cannot be read now."""
         try:
             return (self.secret_key_file and _key_in(self.secret_key_file)) or self.secret_key
         except (OSError, ValueError):
@@ -368,12 +374,12 @@ class Settings:
 
     @property
     def longest_delay(self) -> float:
-        """Seconds: no user waits longer from one attempt to the next."""
+        """The longest that a user waits from one attempt to the next, in seconds."""
         return max(LONGEST_DELAY, self.backoff_max + self.hold + 1)
 
     @property
     def longest_task(self) -> float:
-        """Seconds that one deliver task may take: waiting, then sending until its lease is over."""
+        """Seconds that one deliver task may take: waiting, then sending until its lease ends."""
         return 2 * self.patience + self.lease + self.connect_timeout + self.read_timeout
 
     @classmethod
@@ -410,7 +416,7 @@ class Settings:
         return settings
 
     def _contradictions(self, role: Role, environ: Mapping[str, str]) -> list[str]:
-        """What is missing for the role, and what contradicts itself."""
+        """Settings that are missing for the role, or that contradict each other."""
         missing = {"SDKAPPID": self.sdkappid, "REDIS_URL": self.redis_url}
         if role == "worker":
             missing["SECRET_KEY"] = self.secret_key or environ.get(f"{PREFIX}SECRET_KEY_FILE")
@@ -437,17 +443,17 @@ class Settings:
                 "IMATTR_BROKER_URL has a password and IMATTR_BROKER_PASSWORD_FILE is set, choose one"
             )
         if self.broker_password_file and (not self.broker_url or self.broker is None):
-            found.append("IMATTR_BROKER_PASSWORD_FILE is for an IMATTR_BROKER_URL that is a Redis")
+            found.append("IMATTR_BROKER_PASSWORD_FILE needs an IMATTR_BROKER_URL that is Redis")
         if self.replicas_fsync and not self.replicas:
             found.append("IMATTR_REPLICAS_FSYNC needs IMATTR_REPLICAS")
         if self.audit and not self.shadow_ttl:
             found.append(
-                "IMATTR_AUDIT needs an IMATTR_SHADOW_TTL: without, nothing is remembered to compare with"
+                "IMATTR_AUDIT needs an IMATTR_SHADOW_TTL: without it, nothing is remembered to compare with"
             )
         if self.backoff_max < self.backoff_base:
             found.append("IMATTR_BACKOFF_MAX must not be less than IMATTR_BACKOFF_BASE")
         if self.console_proxy_header and not self.console_proxies:
-            found.append("IMATTR_CONSOLE_PROXY_HEADER needs IMATTR_CONSOLE_PROXIES: whose header is believed")
+            found.append("IMATTR_CONSOLE_PROXY_HEADER needs IMATTR_CONSOLE_PROXIES: whose header to trust")
         if self.console_proxy_operators and not self.console_proxy_header:
             found.append("IMATTR_CONSOLE_PROXY_OPERATORS needs IMATTR_CONSOLE_PROXY_HEADER")
         if self.patience < 2 / self.quota:

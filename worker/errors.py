@@ -4,7 +4,7 @@
     ├── ConfigError      settings are missing or wrong; lists all errors
     ├── InvalidUpdate    an update breaks a rule of the API; names the rule and the user
     ├── BufferFull       a new user was refused because too many are pending, or Redis has little memory left
-    ├── NotConfirmed     Redis has the update, but too few replicas said in time that they have it, too
+    ├── NotConfirmed     Redis has the update, but too few replicas confirmed it in time
     ├── CallFailed       an API call requested by a person failed; says what to do
     ├── CannotImport     a file cannot be imported; says why
     ├── UnusablePlan     a plan file cannot be written, or applied; says why
@@ -41,7 +41,7 @@ class InvalidUpdate(ImattrError):
 
 
 class BufferFull(ImattrError):
-    """Raised when there is no room for a user who is not pending yet. Later there may be.
+    """Raised when there is no room for a user who is not pending yet. There may be later.
 
     `limit` is `IMATTR_MAX_PENDING`, or None if Redis is short of memory.
     """
@@ -56,9 +56,9 @@ class BufferFull(ImattrError):
 
 
 class NotConfirmed(ImattrError):
-    """Raised when fewer replicas than `IMATTR_REPLICAS` said in time that they have an update.
+    """Raised when fewer replicas than `IMATTR_REPLICAS` confirmed an update in time.
 
-    It may be applied all the same. Sending it again is safe.
+    It may still be applied. Sending it again is safe.
     """
 
     def __init__(self, have: int, wanted: int, seconds: float) -> None:
@@ -86,7 +86,7 @@ class CannotImport(ImattrError):
 
 
 class UnusablePlan(ImattrError):
-    """Raised when the file of a plan cannot be written or applied; says why, without showing its content."""
+    """Raised when a plan file cannot be written or applied; says why, without showing its content."""
 
 
 class SandboxError(ImattrError):

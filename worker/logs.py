@@ -1,8 +1,7 @@
 """Structured logs on standard output: text on a terminal, else one JSON object a line.
 
-Secrets cannot get in: a `Secret` prints as ``***``, and any text that still has a secret that was announced with
-`protect`, or a UserSig in a URL, loses it here, in the last step before rendering. So that covers other libraries' lines
-and tracebacks, too.
+Secrets cannot get in: a `Secret` prints as ``***``, and the last step before rendering removes every secret registered with
+`protect`, and any UserSig in a URL. That covers other libraries' lines and tracebacks, too.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ Attributes = Mapping[str, str | None]
 
 #: Seconds by which an event time may be ahead of Redis' clock, unless the settings say otherwise.
 MAX_AHEAD = 300.0
-#: Seconds: nothing delays a user for longer, unless the settings allow a longer back-off. Stops have probes more often.
+#: The longest that anything delays a user, in seconds, unless the settings allow a longer back-off. Stops are probed more
+#: often.
 LONGEST_DELAY = 330.0
 #: Seconds after which a call that was sent can no longer take effect, with the default timeouts.
 LONGEST_CALL = 15.0
@@ -71,7 +72,7 @@ class Batch:
     probe: Literal["", "error", "outage", "data"] = ""
     #: Signatures older than this (seconds since 1970) are bad.
     signed_at: int = 0
-    #: Counts the claims of the fleet: by it, one that a failover has lost is known.
+    #: The fleet's count of claims, which shows when a failover has lost one.
     number: int = 0
 
 
@@ -87,7 +88,7 @@ class Acked:
 class Retried:
     """Send again after `delay` seconds; costs an attempt.
 
-    If not `proven`, only once a call that was claimed later has succeeded: the service may be to blame. `unknown` if the call
+    Unless `proven`, only once a call that was claimed later has succeeded: the service may be to blame. `unknown` if the call
     may have been applied.
     """
 
@@ -114,7 +115,7 @@ class DeadLettered:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """What is stored about it cannot be read: set aside, with its raw bytes."""
+    """Its record cannot be read: set aside, with its raw bytes."""
 
 
 Outcome = Acked | Retried | Snoozed | DeadLettered | Quarantined
@@ -193,7 +194,7 @@ def check_attrs(user: UserId, attrs: object, names: frozenset[str] = frozenset()
             continue
         if not (type(value) is str and value.isascii() and 0 < len(value) <= MAX_VALUE_BYTES):
             _check_text(user, f"the value of {name!r}", value, MAX_VALUE_BYTES)
-    # JSON needs a plain dict, and nobody may change what was checked.
+    # JSON needs a plain dict, and the caller must not change what was checked.
     return dict(attrs)
 
 

@@ -6,7 +6,7 @@
 Needs neither Celery nor the API's credentials. When `set` returns, the update is accepted: it will be delivered,
 superseded by a newer value, or kept as a dead letter. Errors of the `redis` library pass through unchanged.
 
-What is not I/O (`Bulk`, `MemoryWatch`, the functions below) is shared with `AsyncProducer`.
+Everything that does no I/O (`Bulk`, `MemoryWatch`, the functions below) is shared with `AsyncProducer`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Lane = Literal["live", "backfill"]
 #: Seconds that a call waits for Redis, unless the caller says otherwise.
 TIMEOUT = 1.0
 
-#: How many users may be pending, while memory is short, for what comes out of a queue in the same Redis to be let in.
+#: While memory is short, updates from a queue in the same Redis are let in until this many users are pending.
 DRAINED = 5000
 
 #: The share of Redis' memory limit beyond which new users are refused, and seconds between two readings of it.
@@ -67,7 +67,7 @@ class MemoryWatch:
         return True
 
     def keep(self, memory: Mapping[str, Any] | None) -> None:
-        """Take the answer of INFO memory; None if the service does not let us see it."""
+        """Take the answer of INFO memory; None if the service hides it."""
         limit = int(memory.get("maxmemory", 0)) if memory else 0
         self.is_short = bool(memory) and 0 < MEMORY_SHARE * limit < int((memory or {})["used_memory"])
 
@@ -84,13 +84,13 @@ class Memory:
             try:
                 self._watch.keep(self._redis.info("memory"))
             except ResponseError:
-                # Some services let nobody see it.
+                # Some services hide it.
                 self._watch.keep(None)
         return self._watch.is_short
 
 
 class Bulk:
-    """One `set_many` without its I/O: hands out chunks of valid updates, and takes what became of them."""
+    """One `set_many` without its I/O: hands out chunks of valid updates, and collects what became of them."""
 
     def __init__(self, updates: Iterable[object], names: frozenset[str]) -> None:
         """`names` are the app's attribute names, empty if they are not known."""
@@ -99,7 +99,7 @@ class Bulk:
         self._chunk: list[tuple[int, Update]] = []
 
     def chunks(self) -> Iterator[list[Update]]:
-        """Up to `MAX_UPDATES_PER_ADD` updates each; what is invalid is refused on the way."""
+        """Yield up to `MAX_UPDATES_PER_ADD` updates at a time; invalid ones are refused on the way."""
         while given := list(islice(self._numbered, MAX_UPDATES_PER_ADD)):
             self._chunk = []
             for index, update in given:
@@ -110,7 +110,7 @@ class Bulk:
             yield [update for _, update in self._chunk]
 
     def take(self, added: Added, limit: int | None) -> None:
-        """What became of the last chunk; `limit` is why there was no room, as in `BufferFull`."""
+        """Record what became of the last chunk; `limit` is why there was no room, as in `BufferFull`."""
         for place in added.full:
             index, update = self._chunk[place]
             full = BufferFull(update.user, limit)
@@ -130,7 +130,7 @@ def confirmation(replicas: int, timeout: float, *, fsync: bool) -> Confirmation 
 
 
 def options_of(settings: Settings) -> dict[str, Any]:
-    """The settings that a producer has."""
+    """The settings that concern a producer."""
     names = ("max_pending", "max_ahead", "replicas", "replicas_fsync")
     return {name: getattr(settings, name) for name in names}
 
@@ -175,16 +175,16 @@ class Producer:
     ) -> None:
         """`max_pending` refuses new users beyond that many with `BufferFull`; 0 = no limit.
 
-        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest
-        that connecting, or any answer of Redis, may take. A Redis that has frozen ends a call after that time with
-        `redis.TimeoutError`; one that cannot be reached, at once with `redis.ConnectionError`.
+        `max_ahead` in seconds is how far ahead of Redis' clock an event time may be. `timeout` in seconds is the longest that
+        connecting to Redis, or any of its answers, may take. If Redis is frozen, a call raises `redis.TimeoutError` after
+        that time; if it cannot be reached, `redis.ConnectionError` at once.
 
         With `replicas`, an update counts as accepted only once that many replicas of Redis have it, too (with
-        `replicas_fsync`, on disk). If they do not say so within four fifths of `timeout`, `NotConfirmed` is raised.
+        `replicas_fsync`, on disk). If they do not confirm that within four fifths of `timeout`, `NotConfirmed` is raised.
 
-        `password_file` holds the password in place of the URL, as it is, but for the end of its line. It is read for every
-        connection: after a change, this goes on with the new password as soon as Redis wants it. Raises `ValueError` for a
-        URL that cannot be read, or that has a password beside the file.
+        `password_file` holds the password in place of the URL, verbatim except for the line's end. It is read for every
+        connection, so a new password is used as soon as Redis demands it. Raises `ValueError` for a URL that cannot be read,
+        or that has a password despite the file.
         """
         if password_file:
             redis_url = with_password_file(redis_url, os.fspath(password_file))
@@ -219,8 +219,8 @@ class Producer:
     def from_env(cls, environ: Mapping[str, str] | None = None, *, timeout: float = TIMEOUT) -> Self:
         """Read the environment; raises `ConfigError`.
 
-        What counts are `IMATTR_REDIS_URL`, `IMATTR_REDIS_PASSWORD_FILE`, `IMATTR_SDKAPPID`, `IMATTR_MAX_PENDING`,
-        `IMATTR_MAX_AHEAD`, `IMATTR_REPLICAS` and `IMATTR_REPLICAS_FSYNC`.
+        Uses `IMATTR_REDIS_URL`, `IMATTR_REDIS_PASSWORD_FILE`, `IMATTR_SDKAPPID`, `IMATTR_MAX_PENDING`, `IMATTR_MAX_AHEAD`,
+        `IMATTR_REPLICAS` and `IMATTR_REPLICAS_FSYNC`.
         """
         return cls.of(
             Settings.from_env(os.environ if environ is None else environ, "producer"), timeout=timeout
@@ -228,7 +228,7 @@ class Producer:
 
     @classmethod
     def of(cls, settings: Settings, *, timeout: float = TIMEOUT, way: Way = "producer") -> Self:
-        """The producer that these settings describe; `way` is how its updates come, for who counts them."""
+        """The producer that these settings describe; `way` is how its updates arrive, for the counters."""
         made = cls(settings.redis, settings.sdkappid, timeout=timeout, **options_of(settings))
         made._way = way
         return made
@@ -270,13 +270,13 @@ class Producer:
         way: Way | None = None,
         again: bool = False,
     ) -> Added:
-        """Accept up to `MAX_UPDATES_PER_ADD` updates that are valid.
+        """Accept up to `MAX_UPDATES_PER_ADD` validated updates.
 
-        `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold, `way` how they came, if not as
-        usual, `again` whether to send what is remembered as delivered: see `Guard`. Raises `LostLead`.
+        `as_of_ms` is the time as of which an import is true, `lead` what its consumer must hold, `way` how they arrived, if
+        not as usual, `again` whether to send what is remembered as delivered: see `Guard`. Raises `LostLead`.
 
-        What a consumer adds leaves its queue in Redis. So while memory is short, a few users are let in for it all the
-        same; otherwise a queue that has filled the server could never empty.
+        Updates that a consumer adds leave their queue in Redis. So even while memory is short, it may add a few users;
+        otherwise a queue that has filled the server could never drain.
         """
         way = way or self._way
         guard = Guard(self._max_ahead, as_of_ms, lead, makes_room=lead is not None, way=way, again=again)
@@ -284,15 +284,15 @@ class Producer:
         return self._buffer.add(updates, lane=lane, max_pending=limit, guard=guard)
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
-        """Forget nothing that is delivered from `as_of_ms` on until `end_import`."""
+        """Until `end_import`, forget nothing that is delivered from `as_of_ms` on."""
         self._buffer.begin_import(name, as_of_ms)
 
     def show_import(self, name: str, about: Mapping[str, object]) -> None:
-        """Show how far an import has come, for people to look at."""
+        """Show people how far an import has come."""
         self._buffer.show_import(name, about)
 
     def end_import(self, name: str) -> None:
-        """The import is finished, or will never be."""
+        """End an import that is finished, or never will be."""
         self._buffer.end_import(name)
 
     def has_room(self, share: float = 0.0, *, makes_room: bool = False) -> bool:

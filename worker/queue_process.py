@@ -1,9 +1,9 @@
 """The consumer of Celery's queue, in a process of its own beside each worker.
 
-Reading thousands of messages a second keeps an interpreter busy. In a thread of the worker it would hold up the threads
-that deliver, whose slots do not wait, and they would hold it up; measured on two cores, a process of its own takes half as
-much again, and deliveries keep their slots. The worker starts it (`QueueProcess` in `steps.py`), and ends it by closing its
-standard input, which happens by itself when the worker is killed.
+Reading thousands of messages a second keeps an interpreter busy. A thread of the worker would delay the threads that deliver,
+whose slots do not wait, and be delayed by them; measured on two cores, a separate process takes in half as much again, and
+deliveries keep their slots. The worker starts it (`QueueProcess` in `steps.py`), and ends it by closing its standard input,
+which also happens when the worker is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from worker.intake.brokers import HEARTBEAT, Queue, RedisQueue
 from worker.state.connection import Redis
 from worker.steps import UPDATES
 
-#: How much the operating system prefers deliveries, whose slots do not wait, when there is not enough processor for both.
+#: How much the operating system prefers deliveries, whose slots do not wait, when there is too little CPU for both.
 NICENESS = 5
 
 
@@ -32,7 +32,7 @@ def open_queue() -> Queue:
     connection = app.connection_for_write(heartbeat=HEARTBEAT)
     if connection.transport.driver_type != "redis":
         return runtime.build_rabbit_queue(settings, connection, UPDATES)
-    # Over kombu's own pool, which knows how to reach this broker, and without its client, which knows few commands.
+    # Uses kombu's connection pool, which knows how to reach this broker, but not its client, which knows few commands.
     try:
         channel = connection.channel()
         prefix = channel.global_keyprefix
@@ -55,7 +55,7 @@ def show(worker: str, counts: dict[str, int], seconds: float) -> None:
         "eta": None,
         "expires": None,
     }
-    # Events are for looking at: without a broker there is nobody to look.
+    # Events are for people to see: without a broker, nobody can.
     with contextlib.suppress(Exception), app.events.default_dispatcher(hostname=worker) as events:
         events.send("task-received", uuid=id, root_id=id, parent_id=None, **about)
         events.send("task-started", uuid=id)
@@ -64,7 +64,7 @@ def show(worker: str, counts: dict[str, int], seconds: float) -> None:
 
 
 def main() -> None:
-    # Ctrl-C and SIGTERM may reach everything at once; the worker says when to end.
+    # Ctrl-C and SIGTERM may reach everything at once; the worker says when to stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)

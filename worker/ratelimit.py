@@ -17,16 +17,16 @@ quota::
     if limiter.acquire():
         call_the_api()
 
-The lowest quota that any of them has named lately is everybody's, and nobody reserves a slot more than `HORIZON`
-ahead, so none can take what the others rely on.
+The lowest quota that any of them has named lately applies to all, and nobody reserves a slot more than `HORIZON` ahead, so
+none can take what the others rely on.
 
 The API may grant less than the quota. A single refusal moves slots one percent apart. Several within a second pause
 everyone, void all permits and lower the limit; it then climbs towards the lowest limit refused by halving the distance,
-settles below it, and tries the next step ever more rarely. All of that is in the scripts, so the fleet learns it once.
+settles below it, and tries the next step ever more rarely. All of this is in the scripts, so the fleet learns it once.
 
 A thread can still be suspended between its last look at the clock and the socket. The difference between `GRACE` and the
-20 ms is the room for that. And a call that left later than `LATE` all the same makes its process leave the next slot empty:
-late calls add to the second they fall into, one each, however late they are.
+20 ms is the room for that. And when a call still leaves later than `LATE`, its process leaves the next slot empty: each late
+call adds one to the second it falls into, however late it is.
 
 Weakness: a process whose next slot comes more than a second after a late call makes room too late.
 """
@@ -50,8 +50,8 @@ from .state.scripts import number, text
 
 #: Slots are at least this many times further apart than 1 / quota; the script has the same number.
 SPACING = 1.02
-#: Seconds, or two slots if those are longer: nobody is given a slot further ahead. Less than the usual patience, so that a
-#: caller who asks now and then has a chance beside many who always wait. The script has the same number.
+#: Nobody is given a slot further ahead than this, in seconds, or than two slots if those are longer. Less than the usual
+#: patience, so that an occasional caller has a chance beside many that always wait. The script has the same number.
 HORIZON = 1.0
 #: Seconds before its slot at which a permit is checked once more by `acquire`, and has been checked by then.
 CHECK_BEFORE = 0.05
@@ -60,18 +60,18 @@ CHECK_BEFORE = 0.05
 TRIPS_NEEDED, SHORT_TRIPS, LONGEST_NOTICE = 2.5, 0.01, 0.5
 #: Seconds after its slot at which a permit lapses.
 GRACE = 0.010
-#: A call is late if it left more than so many seconds after its slot.
+#: A call is late if it left more than this many seconds after its slot.
 LATE = 0.015
 #: Seconds for which a limit is tried before the next one; longer than the API's window.
 DWELL = 1.5
-#: Seconds to stay below a ceiling that was met before the next step is tried: at first, and at most.
+#: Seconds to stay below a known ceiling before the next step is tried: at first, and at most.
 SHORTEST_HOLD, LONGEST_HOLD = 60.0, 960.0
 #: Seconds that a call which isolates suspects may wait for a slot; longer if its slots are rarer.
 ISOLATING_PATIENCE = 0.5
-#: How fast two machines' clocks may drift apart, seconds a second; far above any real one.
+#: How fast two machines' clocks may drift apart, in seconds per second; far above any real drift.
 DRIFT = 0.001
-#: A slot is not used while Redis' clock is known less exactly than this, in seconds; but no more than so many in a row are
-#: given up for that: if every answer is slow, there is nothing better to wait for.
+#: A slot is not used while Redis' clock is known less exactly than this, in seconds; but at most this many in a row are given
+#: up for that: if every answer is slow, there is nothing better to wait for.
 EXACT_ENOUGH, MOST_UNSURE = 0.010, 3
 #: A step of Redis' clock below this is taken to be a measuring error, in seconds.
 SMALLEST_JUMP = 0.010
@@ -102,7 +102,7 @@ DELIVERS, ISOLATES = Kind(0, "next_isolating"), Kind(10, "next_isolating")
 
 
 def reads(share: float) -> Kind:
-    """Calls that read: they get this part of the slots, from 0 to 1, while others wait."""
+    """Calls that read: they get this share of the slots, from 0 to 1, while others wait."""
     return Kind(0 if share >= 1 else round(1 / share) if share > 0 else -1, "next_reading")
 
 
@@ -110,11 +110,11 @@ def reads(share: float) -> Kind:
 class RateState:
     """What the limiter does now. Times in seconds since 1970 on Redis' clock."""
 
-    #: Calls a second that are tried while that is below the quota, else None.
+    #: The calls a second being tried, if below the quota, else None.
     limit: int | None = None
     #: Seconds between two slots; 0 before the first.
     apart: float = 0.0
-    #: What processes that share the rate have named as its quota lately, in calls a second, ascending.
+    #: The quotas that processes sharing the rate have named lately, in calls a second, ascending.
     quotas: tuple[int, ...] = ()
     paused_at: float = 0.0
     paused_until: float = 0.0
@@ -123,11 +123,11 @@ class RateState:
 
 
 class ClockSync:
-    """The offset of Redis' clock to this machine's monotonic clock.
+    """The offset between Redis' clock and this machine's monotonic clock.
 
-    Each answer has the time at which Redis made it, which was between our question and our receiving it. All these intervals
-    contain the true offset, so their intersection is far narrower than one round trip, and an interval that misses it proves
-    that Redis' clock has jumped.
+    Each answer carries the time at which Redis made it, which was between our asking and our receiving it. All these
+    intervals contain the true offset, so their intersection is far narrower than one round trip, and an interval that misses
+    it proves that Redis' clock has jumped.
     """
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ class ClockSync:
 
 
 class AnswerTimes:
-    """How long the last answers took, for what they say about the network.
+    """How long the last answers took, and what that says about the network.
 
-    An answer's time has the service's share in it, too; while that is steady, the differences are the network's.
+    An answer's time includes the service's share; while that is steady, the differences are the network's.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class RateLimiter:
     ) -> None:
         """`quota` in calls a second; `patience` in seconds, the longest wait for a permit.
 
-        If the primary `needs_replica`, nobody gets a slot while none is in step with it. `apart` for reads that have a
+        If the primary `needs_replica`, nobody gets a slot while no replica is in step with it. `apart` is for reads with a
         quota of their own.
         """
         self._redis, self._clock, self._patience = redis, clock, patience
@@ -246,11 +246,11 @@ class RateLimiter:
         )
 
     def acquire(self) -> bool:
-        """Wait for a slot and return at its moment: make one call, at once. False if no slot is free within patience."""
+        """Wait for a slot and return when it comes: make one call, at once. False if no slot is free within patience."""
         return self.take() is not None
 
     def take(self) -> Permit | None:
-        """The same, and return the permit: `sent`, `answered` and a refusal are about it."""
+        """The same, but return the permit, for `sent` and for a refusal."""
         give_up_at = self._clock.monotonic() + self._patience
         left = self._patience
         while left >= 0:
@@ -259,7 +259,7 @@ class RateLimiter:
                 if self._confirm(granted) and self.redeem(granted):
                     return granted
             elif granted is not None:
-                # Everybody who waits for the horizon to move would ask at the same moment.
+                # Otherwise, all who wait for the horizon to move would ask at the same moment.
                 wait = granted + random.uniform(0, CHECK_BEFORE)
                 if self._clock.monotonic() + granted > give_up_at:
                     return None
@@ -309,7 +309,7 @@ class RateLimiter:
         with self._lock:
             self.round_trip += (heard - asked - self.round_trip) / 8
             if server != self._server:
-                # Another server has another clock, and none of the last one's slots is good here.
+                # Another server has another clock: none of the last one's slots is valid here.
                 self._server, self._sync = server, ClockSync()
             steady = self._sync.observe(asked, answered_us / 1e6, heard)
             due = self._sync.local((answered_us + wait_us) / 1e6)
@@ -322,7 +322,7 @@ class RateLimiter:
         if not granted:
             return max(float(wait_us) / 1e6, 0.001)
         if unsure:
-            # A first answer came late: our slot may be anywhere in that time, and in a second that is full.
+            # The first answer came late: our slot may be anywhere in that time, even in a second that is full.
             return self._ask(kind, now_us, patience)
         permit = Permit(due, *made_for)
         self._limit, self._epoch = permit.limit, max(self._epoch, permit.epoch)
@@ -345,7 +345,7 @@ class RateLimiter:
     def redeem(self, permit: Permit) -> bool:
         """Wait for the slot; False if it was missed, is void, or must stay empty. Call `sent` once the call has left.
 
-        A pause by another process is not known here: whoever claims or confirms just before the slot learns of it.
+        This knows nothing of a pause by another process: a claim or a check just before the slot finds out.
         """
         self._clock.sleep(permit.due - self._clock.monotonic())
         if permit.epoch < self._epoch:

@@ -33,7 +33,7 @@ SCHEMES = {
     "redis+socket": "socket",
 }
 
-#: Where a server, and a sentinel, listens if nobody says so.
+#: The default ports of a server and of a sentinel.
 PORT, SENTINEL_PORT = 6379, 26379
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -74,7 +74,7 @@ class RedisUrl:
 
 
 def read_redis_url(url: str) -> RedisUrl:
-    """Read a URL; raises `ValueError` with the rule that it breaks, and nothing of what it says."""
+    """Read a URL; raises `ValueError` with the rule that it breaks, and nothing of its content."""
     scheme, separator, rest = url.strip().partition("://")
     kind: Any = SCHEMES.get(scheme.lower())
     if not separator or kind is None:
@@ -165,7 +165,7 @@ def _verification(value: str) -> str:
     return level
 
 
-#: What a URL may ask for; what a reader does not know, the other would not either.
+#: The options that a URL may have, with what reads each value.
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "ssl_ca_certs": str,
     "ssl_certfile": str,
@@ -185,7 +185,7 @@ def _options(query: str, *, tls: bool, kind: Kind) -> dict[str, Any]:
     tls_options: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
-            # What nobody knows may be a part of a password.
+            # An unknown name may be part of a password.
             known = ", ".join(_OPTIONS)
             raise ValueError(f"has an option ({len(name)} characters) that is none of {known}")
         try:
@@ -201,7 +201,7 @@ def _options(query: str, *, tls: bool, kind: Kind) -> dict[str, Any]:
     if tls_options and not tls:
         raise ValueError("has options for TLS without TLS: begin it with rediss")
     if kind != "sentinel" and any(name.startswith("sentinel_") for name in found):
-        raise ValueError("has an account of sentinels without naming any: begin it with redis+sentinel")
+        raise ValueError("has an account for sentinels but names none: begin it with redis+sentinel")
     if tls:
         found["tls_options"] = _tls(tls_options)
     return found

@@ -43,7 +43,7 @@ from worker.state.shadow import Shadow
 
 
 class Flag:
-    """A flag that processes forked from this one share. Setting it takes no lock, so a signal handler may."""
+    """A flag shared with processes forked from this one. Setting it takes no lock, so a signal handler may."""
 
     def __init__(self) -> None:
         self._byte = mmap.mmap(-1, 1)
@@ -61,8 +61,7 @@ class Flag:
 #: Set when this worker shuts down: batches in flight are finished, and no new ones begin.
 stopping = Flag()
 
-#: What this worker's processes report their work to. A worker that serves metrics puts another one in its place before it
-#: forks.
+#: Where this worker's processes report their work. A worker that serves metrics replaces it before it forks.
 meter = Meter()
 
 
@@ -87,7 +86,7 @@ def settings_without_key() -> Settings:
 
 
 def connect(settings: Settings) -> Redis:
-    """A redis for the worker's own state; it notices half-open connections."""
+    """A client for the worker's own state, which notices half-open connections."""
     return connection.connect(settings.redis, key=Keys(settings.sdkappid).pending, health_check_interval=15)
 
 

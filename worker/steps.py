@@ -1,7 +1,7 @@
-"""What a worker does beside its tasks: dispatch, take in what came by the stream and by Celery's queue, and audit.
+"""What a worker does beside its tasks: dispatching, taking in updates from the stream and Celery's queue, and auditing.
 
 Each is a step of the worker, with a thread of its own in the main process, from start to shutdown. A step of the worker
-rather than of the consumer, and a thread rather than a timer: a reconnect of the broker restarts the consumer and drops its
+rather than of the consumer, and a thread rather than a timer: reconnecting to the broker restarts the consumer and drops its
 timers.
 """
 
@@ -43,7 +43,7 @@ UPDATES, DELIVERIES = "updates", "deliveries"
 
 #: Seconds a worker waits for each of its threads to finish a turn.
 THREAD_PATIENCE = 10.0
-#: Seconds until a process that ended is started again, and that one which was asked to end may take.
+#: Seconds until a process that ended is started again, and how long one that was asked to end may take.
 RESTART_AFTER, PROCESS_PATIENCE = 1.0, 8.0
 
 
@@ -52,7 +52,7 @@ def _name(worker: Any) -> str:
 
 
 class _Loop(Protocol):
-    """What runs in a thread until it is stopped."""
+    """Something that runs in a thread until it is stopped."""
 
     def run(self) -> None: ...
 
@@ -147,7 +147,7 @@ class DispatcherStep(_ThreadStep):
         self._last_answer = time.monotonic()
         if self._last_answer >= self._report_at:
             self._report_at = self._last_answer + fleet.EVERY
-            # It is for people to look at.
+            # Only people look at it.
             with contextlib.suppress(RedisError):
                 self._report()
 
@@ -172,7 +172,7 @@ def _is_registered(worker: Any) -> bool:
 
 
 def _report(to: Fleet, worker: Any, settings: Mapping[str, str]) -> None:
-    """Say that this worker is alive, how busy its pool is, and how it is set up."""
+    """Report that this worker is alive, how busy its pool is, and how it is configured."""
     threads, busy = worker.concurrency, len(active_requests)
     to.report(_name(worker), threads=threads, busy=busy, version=VERSION, settings=settings)
 
@@ -190,7 +190,7 @@ class StreamStep(_ThreadStep):
 
 
 class AuditStep(_ThreadStep):
-    """This worker's auditor, if there is to be one."""
+    """This worker's auditor, if it is to have one."""
 
     def loop(self, worker: Any) -> _Loop | None:
         settings = runtime.settings()
@@ -221,14 +221,14 @@ class QueueProcess:
                 self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env=environ)
                 ended: dict[str, Any] = {"status": self._process.wait()}
             except OSError as error:
-                # The machine has no process or memory left for it, for now.
+                # The machine has no process or memory to spare for now.
                 ended = {"error": type(error).__name__}
             if not self._stopped.is_set():
                 log.error("queue_process_ended", **ended)
                 self._stopped.wait(RESTART_AFTER)
 
     def stop(self) -> None:
-        """End it in order: what it has taken is accepted or stays with the broker."""
+        """End it cleanly: what it has taken is accepted or stays with the broker."""
         self._stopped.set()
         process = self._process
         if process is None:
@@ -243,7 +243,7 @@ class QueueProcess:
 
 
 class QueueStep(_ThreadStep):
-    """What takes Celery's queue of updates in bulk, in place of Celery's own consumer."""
+    """Takes Celery's queue of updates in bulk, in place of Celery's own consumer."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -261,7 +261,7 @@ class QueueStep(_ThreadStep):
 def active_queues(state: Any) -> list[dict[str, Any]]:
     """List the queues that this worker takes from, for `celery inspect` and Flower.
 
-    In place of Celery's own, which does not know of the queue that is taken in bulk: Flower would not show it.
+    Replaces Celery's own, which does not know of the queue that is taken in bulk, so that Flower would not show it.
     """
     taking = state.consumer.task_consumer
     queues = [*(taking.queues if taking else ()), *state.consumer.controller.takes_in_bulk]

@@ -1,8 +1,8 @@
 """Makes Celery withstand whatever a queue holds, and whatever the broker answers.
 
-Celery ends the worker at an exception that it does not expect, and a message that has caused one goes to the next worker.
-So what cannot be used is kept among the refused updates here, before Celery sees it; and an error that nobody expected is
-waited out like a lost connection.
+Celery ends the worker on an exception that it does not expect, and the message that caused it goes to the next worker. So
+unusable messages are kept among the refused updates here, before Celery sees them; and unexpected errors are waited out like
+a lost connection.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def keep(rule: str, raw: object) -> None:
     runtime.refused().keep("celery", [(InvalidUpdate("?", rule), text)])
 
 
-#: What lets a script write on a server without room: that refuses the first write if it may need memory, and none after it.
-#: Whatever is there, this changes nothing.
+#: Lets a script write on a full server, which refuses a script's first write if that may need memory, but none that follow.
+#: This first write needs none and never changes anything.
 _DESPITE_FULL_MEMORY = "redis.pcall('SREM', KEYS[1], '')\n"
 
 
 def _despite_full_memory(command: str) -> str:
-    """A script that does a command. The command is part of the text: some services refuse what they cannot read."""
+    """A script that runs a command. The command is part of the text: some services refuse a script that hides it."""
     return f"{_DESPITE_FULL_MEMORY}return redis.call('{command}', KEYS[1], unpack(ARGV))"
 
 
-#: Deletes a binding table that nobody has refreshed in time. KEYS: the deadlines, the table, and the set of permanent bindings,
+#: Deletes a binding table that was not refreshed in time. KEYS: the deadlines, the table, and the set of permanent bindings,
 #: which keep the table. ARGV: the exchange, now in ms.
 _SWEEP = """
 local deadline = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or nil)
@@ -63,7 +63,7 @@ end
 """
 
 
-#: Where our brokers are, by name: options of a transport have names only, since `celery inspect` prints them.
+#: Where our brokers are, by name: the options of a transport hold only the name, since `celery inspect` prints them.
 _PLACES: dict[str, RedisUrl] = {}
 
 
@@ -75,9 +75,10 @@ def name_of(place: RedisUrl) -> str:
 
 
 def _sturdy(client: Any) -> Any:
-    """A client of kombu's whose writes a full server takes: they are tickets, and without those nothing would make room.
+    """A kombu client whose writes a full server accepts: they are tickets, and without those nothing would make room.
 
-    It also does without MULTI, which clusters of TencentDB refuse. What kombu sends together may safely be found half done.
+    It also does without MULTI, which clusters of TencentDB refuse. Commands that kombu sends together may safely be seen half
+    done.
     """
     execute, pipeline, register = client.execute_command, client.pipeline, client.register_script
 
@@ -115,10 +116,10 @@ def _sturdy(client: Any) -> Any:
 
 
 class SturdyChannel(redis_transport.Channel):
-    """kombu's Redis channel, with one client per connection pool, RESP2, and messages that cannot be read kept.
+    """kombu's Redis channel, with one client per connection pool, with RESP2, and keeping messages that cannot be read.
 
-    Creating a client costs more than the command: with a new one for each, as kombu has it, it takes a sixth of a
-    worker's CPU. And every server speaks RESP2, while older ones, and proxies, refuse the command that asks for RESP3.
+    Creating a client costs more than the command: kombu creates one for each, which takes a sixth of a worker's CPU. Every
+    server speaks RESP2, while older ones, and proxies, refuse the command that asks for RESP3.
     """
 
     from_transport_options: tuple[str, ...] = (*redis_transport.Channel.from_transport_options, "place")  # type: ignore[assignment]
@@ -157,15 +158,15 @@ class SturdyChannel(redis_transport.Channel):
         return self._client_of_pool
 
     def sweep_bindings(self, limit: int = 100) -> int:
-        """Delete binding tables that nobody has refreshed in time; returns how many were overdue.
+        """Delete binding tables that were not refreshed in time; returns how many were overdue.
 
-        In place of kombu's script, which makes the names of its keys itself: services that check scripts refuse it, once a
-        second and worker.
+        Replaces kombu's script, which builds the names of its keys itself: services that check scripts refuse it, once a
+        second for each worker.
         """
         prefix = self.global_keyprefix
         deadlines = prefix + self.keyprefix_binding_deadlines
         with self.conn_or_acquire() as client:
-            # Around kombu's client, which would put the prefix before the first key only.
+            # Bypasses kombu's client, which would put the prefix before the first key only.
             run = partial(Redis.execute_command, client)
             seconds, micros = run("TIME")
             now = seconds * 1000 + micros // 1000
@@ -194,7 +195,7 @@ class SturdyChannel(redis_transport.Channel):
         try:
             return super()._brpop_read(**options)  # type: ignore[no-untyped-call]
         except Exception as error:
-            # What redis-py itself refuses to send is something in the message.
+            # A DataError, redis-py's own refusal to send something, is the message's fault.
             if isinstance(error, Empty | RedisError | OSError) and not isinstance(error, DataError):
                 raise
             self._keep_popped(error)
@@ -208,7 +209,7 @@ class SturdyChannel(redis_transport.Channel):
         try:
             keep(f"Celery cannot read the message ({type(error).__name__})", message)
         except RedisError:
-            # Nothing else has it: Celery notes what it has taken only after it has read it.
+            # Nothing else has it: Celery records a message only after reading it.
             with self.conn_or_acquire() as client:
                 client.rpush(queue, message)
             raise
@@ -233,8 +234,7 @@ redis_transport.SentinelTransport.Channel = SturdyChannel  # type: ignore[assign
 def _check(message: Any) -> None:
     """Refuse an update that Celery could not pass to its task, and take callbacks out; raises `InvalidUpdate`.
 
-    A task whose arguments or callbacks are no such thing fails outside its body: without a word to anybody, and its slot in
-    the pool is lost.
+    A task whose arguments or callbacks are malformed fails outside its body: silently, and its slot in the pool is lost.
     """
     headers = message.headers
     if type(headers) is not dict or message.errors:
@@ -258,14 +258,14 @@ def _check(message: Any) -> None:
         message._decoded_cache = None
 
 
-# kombu would unpack a bomb of any size as soon as it sees the message.
+# kombu would decompress a bomb of any size as soon as it sees the message.
 for _kind in ("application/x-gzip", "application/x-bz2", "application/x-lzma"):
     _pack, _ = compression.get_encoder(_kind)  # type: ignore[no-untyped-call]
     compression.register(_pack, partial(decompressed, compression=_kind), _kind)  # type: ignore[no-untyped-call]
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # Celery has no type hints
-    """Celery's consumer, which goes on after every error."""
+    """Celery's consumer, made to carry on after every error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
