@@ -116,8 +116,8 @@ def test_a_producer_needs_the_app_and_redis_only() -> None:
         ({"REDIS_URL": "localhost:6379"}, "IMATTR_REDIS_URL must be a URL that starts with redis://"),
         ({"ADMIN": "管理员"}, "IMATTR_ADMIN must be 1 to 32 bytes of printable ASCII"),
         ({"LINGER": "nan"}, "IMATTR_LINGER must be a number of seconds"),
-        ({"BROKER_PREFIX": "a b"}, "IMATTR_BROKER_PREFIX must not have spaces"),
-        ({"BROKER_PREFIX": "[1]"}, "IMATTR_BROKER_PREFIX must not have spaces, or any of * ? [ ]"),
+        ({"BROKER_PREFIX": "a b"}, "IMATTR_BROKER_PREFIX must not contain spaces"),
+        ({"BROKER_PREFIX": "[1]"}, "IMATTR_BROKER_PREFIX must not contain spaces, or any of * ? [ ]"),
     ],
 )
 def test_what_cannot_hold_is_refused(changes: dict[str, str], mistake: str) -> None:

@@ -1,4 +1,4 @@
-"""The app's attribute names, as far as they are known: the API refuses a call with an unknown one.
+"""The app's attribute names, if known: the API refuses a call with an unknown one.
 
 They are kept in Redis so that producers, which have no credentials for the API, can validate against them.
 """
@@ -15,14 +15,14 @@ from ..models import check_names
 from .keys import Keys
 from .scripts import text
 
-#: Seconds for which a reader trusts what it has read.
+#: Seconds for which a reader trusts what it last read.
 FRESH_FOR = 30.0
 #: Seconds for which nobody in the fleet asks the API for them again.
 READ_EVERY = 60
 
 
 class NamesCache:
-    """The names that were read last, and whether they must be read again."""
+    """The names last read, and whether they must be read again."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -33,7 +33,7 @@ class NamesCache:
         return self._read_at is None or self._clock.monotonic() - self._read_at > FRESH_FOR
 
     def keep(self, members: Iterable[bytes | str]) -> frozenset[str]:
-        """Take what Redis answered."""
+        """Keep what Redis answered."""
         self.names, self._read_at = frozenset(map(text, members)), self._clock.monotonic()
         return self.names
 
@@ -50,7 +50,7 @@ class AttributeNames:
         self._cache = NamesCache(clock)
 
     def get(self) -> frozenset[str]:
-        """Return the app's names; empty if they are not known, and any name passes."""
+        """Return the app's names; empty if they are not known: then any name passes."""
         with self._lock:
             if self._cache.is_stale():
                 self._cache.keep(self._redis.smembers(self._key))
@@ -66,10 +66,10 @@ class AttributeNames:
         return frozenset(map(text, names)) if 0 < left <= READ_EVERY * 1000 else None
 
     def set(self, names: Iterable[str]) -> None:
-        """Replace the names by what the API says; raises `ValueError` for names that no app can have."""
+        """Replace the names with the API's; raises `ValueError` for names that no app can have."""
         checked = check_names(names)
         gone = {text(name) for name in self._redis.smembers(self._key)} - set(checked)
-        # What is new comes before what is gone leaves: no set at all would mean that any name passes.
+        # New names are added before old ones are removed: without a set, any name would pass.
         with self._redis.pipeline(transaction=False) as pipe:
             if checked:
                 pipe.sadd(self._key, *checked)

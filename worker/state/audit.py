@@ -1,4 +1,4 @@
-"""What audits have found so far: users counted by verdict, over all workers and commands. No user, and no value."""
+"""What audits have found so far: users counted by verdict, over all workers and commands. Has no user ids and no values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from . import scripts
 from .keys import Keys
 from .scripts import number, text
 
-#: What becomes of a user who is looked at.
+#: What may become of a user that is checked.
 COUNTED = ("as_delivered", "lost", "changed", "gone", "skipped")
 
 
 @dataclass(frozen=True, slots=True)
 class AuditTotals:
-    """Users by what became of them. `since` and `at`, the first and the last time, in seconds since 1970; None = never."""
+    """Users by what became of them. `since` and `at` are the first and the last time, in seconds since 1970; None = never."""
 
     as_delivered: int = 0
     lost: int = 0
@@ -53,7 +53,7 @@ class AuditLog:
         """The totals; what cannot be read counts as 0."""
         raw: Any = self._redis.hgetall(self._key)
         found = {text(name): number(value) for name, value in raw.items()}
-        # As in the ledger, none is less than nothing.
+        # As in the ledger, no count is negative.
         counts = {name: max(0, found.get(name, 0)) for name in COUNTED}
         since, at = (found[name] / 1000 if found.get(name, 0) > 0 else None for name in ("since", "at"))
         return AuditTotals(**counts, since=since, at=at)

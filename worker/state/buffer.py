@@ -1,4 +1,4 @@
-"""The coalescing buffer: the state machine of every user, one atomic script a step.
+"""The coalescing buffer: the state machine of every user, with one atomic script for each step.
 
 ::
 
@@ -47,14 +47,14 @@ from .confirmation import Confirmation
 from .history import History
 from .keys import LEDGER, Keys
 
-#: Most updates per `add`; bounds how long one script keeps Redis busy (2 to 6 ms). More are not faster, and beside a full
-#: rate of updates, deliveries would wait so long for Redis that they miss their slots.
+#: Most updates per `add`; bounds how long one script keeps Redis busy (2 to 6 ms). More are no faster, and at a full rate of
+#: updates, deliveries would wait for Redis so long that they miss their slots.
 MAX_UPDATES_PER_ADD = 200
 
-#: Users forgotten at a time, when their values were delivered long ago.
+#: Users whose old deliveries are forgotten at a time.
 MOST_FORGOTTEN = 2500
 
-#: More attempts than any policy makes.
+#: More attempts than any policy allows.
 MOST_ATTEMPTS = 1_000_000
 
 #: Records looked at in one step of a repair.
@@ -66,7 +66,7 @@ NOBODY_NEW = -1
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-#: Why the script `add` refuses an update that is valid by itself.
+#: Why the script `add` refuses an otherwise valid update.
 RULES = {
     "ahead": "occurred_at is further ahead of Redis' clock than IMATTR_MAX_AHEAD allows",
     "forgotten": "a value that was delivered after the file's time (--as-of) may be newer: it has been forgotten",
@@ -91,7 +91,7 @@ NOTHING_ADDED = Added(0, 0, 0, 0)
 
 
 class LostLead(Exception):
-    """Nothing was added, since another worker has taken the lead, and these updates, meanwhile."""
+    """Nothing was added: another worker has since taken the lead, and these updates."""
 
 
 class Known(NamedTuple):
@@ -116,12 +116,12 @@ Way = Literal["producer", "import", "celery", "stream"]
 
 
 class Guard(NamedTuple):
-    """Under what conditions updates are added.
+    """The conditions under which updates are added.
 
     `max_ahead` in seconds: how far ahead of Redis' clock an event time may be. `as_of_ms`: the time as of which an import
-    is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding frees memory elsewhere, so that even a
-    full server must take it. `way`: how the updates came, for who counts them. `again`: whether values are sent although
-    they are remembered as delivered.
+    is true, 0 if it is none. `lead`: who must lead. `makes_room`: whether adding frees memory elsewhere, so that even a full
+    server must accept it. `way`: how the updates arrived, for the counters. `again`: whether to send values that are
+    remembered as delivered.
     """
 
     max_ahead: float = MAX_AHEAD
@@ -133,7 +133,7 @@ class Guard(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """How many users were settled, and whether the ticket that goes on with the next batch was issued."""
+    """How many users were settled, and whether the ticket for the next batch was issued."""
 
     users: int
     goes_on: bool = False
@@ -157,7 +157,7 @@ class Snapshot:
     waiting: int
     in_flight: int
     dead: int
-    #: What could not be read and was set aside, until somebody drops it.
+    #: Records that could not be read and were set aside, until somebody drops them.
     quarantine: int
     #: Seconds since the oldest first update in a lane, None if it is empty.
     oldest: Mapping[str, float | None]
@@ -187,11 +187,11 @@ class Snapshot:
 
     @property
     def balanced(self) -> bool:
-        """Whether the ledger accounts for everybody."""
+        """Whether the ledger accounts for every update."""
         return self.imbalance == 0
 
 
-#: For updates that are no import's, from whoever.
+#: For updates from anywhere but an import.
 PLAIN = Guard()
 
 
@@ -232,7 +232,7 @@ def add_arguments(
 
 
 def read_added(reply: Sequence[Any]) -> tuple[Added, Known]:
-    """What the script `add` answered; raises `LostLead`."""
+    """Read the answer of the script `add`; raises `LostLead`."""
     if not reply:
         raise LostLead
     known = Known(*reply[:2])
@@ -244,7 +244,7 @@ def read_added(reply: Sequence[Any]) -> tuple[Added, Known]:
 
 
 def _without_users(about: bytes | str | None) -> str:
-    """What an import last said of itself, for the history: not which users it refused."""
+    """What an import last reported, for the history, without the users it refused."""
     try:
         found = json.loads(about or b"")
         return _encode({name: value for name, value in found.items() if name != "refusals"})
@@ -253,7 +253,7 @@ def _without_users(about: bytes | str | None) -> str:
 
 
 def new_batch_id() -> BatchId:
-    """A fresh id for a ticket, its Celery task and its batch."""
+    """Return a new id for a ticket, its Celery task and its batch."""
     return BatchId(str(uuid.uuid4()))
 
 
@@ -292,8 +292,8 @@ class Buffer:
     ) -> None:
         """`redis` must return bytes (`decode_responses=False`); times in seconds.
 
-        `longest_call` is for how long after it was sent a call may still take effect. With a `confirmation`, `redis` must
-        have a single connection.
+        `longest_call` is how long after it was sent a call may still take effect. With a `confirmation`, `redis` must have a
+        single connection.
         """
         self._redis = redis
         self._keys = keys
@@ -350,7 +350,7 @@ class Buffer:
         return added
 
     def has_room(self, max_pending: int, share: float = 0.0) -> bool:
-        """Whether fewer than `max_pending` users are pending; with a `share`, whether that part is free. 0 = no limit."""
+        """Whether fewer than `max_pending` users are pending; with a `share`, whether that share is free. 0 = no limit."""
         return not max_pending or self._redis.hlen(self._keys.pending) < max_pending * (1 - share)
 
     def claim(
@@ -358,8 +358,8 @@ class Buffer:
     ) -> Batch | None:
         """Claim up to `size` users in exchange for the ticket.
 
-        None if the ticket is spent, lost or unknown; if the line is stopped, unless the ticket is its probe's; or if the
-        permit, given by its `epoch`, has lapsed.
+        Returns None if the ticket is spent, lost or unknown; if the line is stopped, unless the ticket is its probe's; or if
+        the permit, given by its `epoch`, has lapsed.
         """
         args = (_argument(now_ms), ticket, size, self._lease_ms, _argument(epoch))
         reply = self._claim(self._claim_keys, args)
@@ -390,8 +390,8 @@ class Buffer:
 
         Delivered users prove that the service works, as of `claimed_ms`, when their batch was claimed. `successor` is a
         ticket to issue if another batch of `size` users is ready for it. Returns None if the batch is no longer held (its
-        lease was reclaimed): then nothing has changed. `number` is the claim's. If a failover has lost that claim, nobody
-        sends until its call can no longer take effect. `calls` are those made for these users, and `call_seconds` what they
+        lease was reclaimed): then nothing has changed. `number` is the claim's. If a failover has lost that claim, nothing is
+        sent until its call can no longer take effect. `calls` are those made for these users, and `call_seconds` what they
         took together.
         """
         packed = _encode({user: _outcome(outcome) for user, outcome in outcomes.items()})
@@ -429,8 +429,8 @@ class Buffer:
     def reclaim(self, *, now_ms: int | None = None) -> BatchId | None:
         """Return the users of one expired lease to pending; returns the batch id, or None if no lease has expired.
 
-        Costs no attempt: the worker failed, not the users. A reclaimer that dies between the two steps leaves a lease of its
-        own, which expires like any other.
+        Costs no attempt: the worker failed, not the users. If the reclaimer dies between the two steps, it leaves a lease of
+        its own, which expires like any other.
         """
         k = self._keys
         keys = [k.batches, k.leases, k.flight, k.quarantine, k.history]
@@ -442,9 +442,9 @@ class Buffer:
         return BatchId(expired.decode())
 
     def reassert(self, users: Iterable[ClaimedUser], *, now_ms: int | None = None) -> int:
-        """Send the newest values of users again, since a call with these older ones may have been applied after them.
+        """Send users' newest values again, since a call with these older ones may have been applied after them.
 
-        Returns of how many users newer values are known, and will be sent. The late call must have landed.
+        Returns how many users have newer values, which will be sent. The late call must have landed.
         """
         k = self._keys
         keys = [k.pending, k.live, k.flight, k.shadow, k.shadow_at, k.server, k.ledger]
@@ -454,7 +454,7 @@ class Buffer:
     def forget(self, *, make_room: bool = False, now_ms: int | None = None) -> int:
         """Forget what was delivered long ago, up to `MOST_FORGOTTEN` users; returns how many that were.
 
-        To `make_room` on a server that is nearly full, also what was delivered lately, oldest first.
+        To `make_room` on a nearly full server, also forgets what was delivered lately, oldest first.
         """
         keys = [self._keys.shadow, self._keys.shadow_at, self._keys.imports, self._keys.forgotten_at]
         most = 0 if make_room else self._shadow_max
@@ -462,16 +462,16 @@ class Buffer:
         return int(self._forget(keys, args))
 
     def begin_import(self, name: str, as_of_ms: int) -> None:
-        """Forget nothing that is delivered from `as_of_ms` on until `end_import`; beginning again changes nothing."""
+        """Until `end_import`, forget nothing that is delivered from `as_of_ms` on; beginning again changes nothing."""
         if self._redis.zadd(self._keys.imports, {name: as_of_ms}, nx=True):
             self._history.note("import_began", "import", name=name)
 
     def show_import(self, name: str, about: Mapping[str, object]) -> None:
-        """Show how far an import has come, for people to look at."""
+        """Show people how far an import has come."""
         self._redis.hset(self._keys.import_progress, name, _encode(about))
 
     def end_import(self, name: str) -> None:
-        """The import is finished, or will never be."""
+        """End an import that is finished, or never will be."""
         about = self._redis.hget(self._keys.import_progress, name)
         self._redis.hdel(self._keys.import_progress, name)
         self._redis.hdel(self._keys.import_pauses, name)
@@ -553,9 +553,9 @@ class Buffer:
 def _read_records(
     users: Sequence[bytes], packed: Sequence[bytes], outage_ended_at: int, ok_at: int
 ) -> tuple[tuple[ClaimedUser, ...], list[UserId]]:
-    """What a claim returned: the users, and those whose record cannot be read."""
+    """Read what a claim returned: the users, and those whose record cannot be read."""
     try:
-        # One call of the decoder for all of them costs a third of a hundred calls.
+        # One call of the decoder for all of them takes a third of the time of a hundred calls.
         records = json.loads(b"[%b]" % b",".join(packed))
         pairs = zip(users, records, strict=True)
         return tuple(_claimed(user, record, outage_ended_at, ok_at) for user, record in pairs), []
@@ -574,7 +574,7 @@ _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, Recu
 
 
 def _claimed(user: bytes, record: dict[str, Any], outage_ended_at: int, ok_at: int) -> ClaimedUser:
-    """One user of a claim; raises one of `_UNREADABLE` if its record is not one."""
+    """Read one user of a claim; raises one of `_UNREADABLE` if its record cannot be read."""
     attrs = {}
     for name, (value, version) in record["a"].items():
         if not (type(value) is str or value is False) or not 0 <= version <= LATEST_MS:

@@ -31,7 +31,7 @@ class Confirmation:
     fsync: bool = False
 
     def _fill(self, pipe: Any, keys: Sequence[str], args: Sequence[scripts.Argument]) -> Any:
-        """Put both commands into one round trip on one connection, because WAIT covers only its own connection's writes."""
+        """Put both commands into one round trip on one connection, since WAIT covers only its own connection's writes."""
         pipe.evalsha(_add()[1], len(keys), *keys, *args)
         wait = max(1, round(self.seconds * 1000))
         if self.fsync:

@@ -3,8 +3,8 @@
 Everything outside `state/` takes `Redis` and the errors from here, so only this room knows the library.
 
 All keys of an app are on one server: the only one, the primary that sentinels name, or the cluster node that has the app's
-slot. So every client here is a plain one. Its connections look up that server whenever they connect, and leave it once it
-is no longer the right one.
+slot. So every client here is a plain one. Its connections look that server up whenever they connect, and leave it once it is
+no longer the right one.
 """
 
 from __future__ import annotations
@@ -75,17 +75,16 @@ __all__ = [
 
 #: Seconds that connecting, and one answer, may take before the caller gets an error.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 4.0
-#: Seconds that a sentinel, or a node asked where a slot is, may take.
+#: Seconds that a sentinel, or a node that is asked where a slot is, may take.
 LOOKUP_TIMEOUT = 0.5
-#: Makes a connection say nothing about the client (CLIENT SETINFO): some services refuse that, a user with few rights leaves
-#: a refusal in the server's ACL LOG, and it costs two round trips. Newer libraries take the one, older ones the other.
+#: Keeps a connection from describing the client (CLIENT SETINFO): some services refuse that, a user with few rights leaves a
+#: refusal in the server's ACL LOG, and it costs two round trips. Newer libraries take the one option, older ones the other.
 _SILENT: dict[str, Any] = (
     {"driver_info": None}
     if "driver_info" in inspect.signature(AbstractConnection.__init__).parameters
     else {"lib_name": None, "lib_version": None}
 )
-#: Seconds after which the sentinels are asked again who the primary is: an old one that is cut off from them goes on
-#: answering.
+#: Seconds after which the sentinels are asked again for the primary: an old one that is cut off from them keeps answering.
 LOOK_AGAIN = 1.0
 
 
@@ -100,10 +99,10 @@ class Locator(Protocol):
     """Finds the primary."""
 
     def locate(self) -> tuple[str, int]:
-        """Look it up, now; raises `ConnectionError` if nobody knows."""
+        """Look it up now; raises `ConnectionError` if nobody knows."""
 
     def current(self) -> tuple[str, int] | None:
-        """Where it was last found, looking again now and then; None if not known, or if it need not be watched."""
+        """Where it was last found, looked up again from time to time; None if not known, or if it need not be watched."""
 
 
 class SentinelLocator:
@@ -151,15 +150,15 @@ class SentinelLocator:
             answers.append((int(state.get("config-epoch", 0)), (host, port)))
             if 2 * len(answers) > len(self._sentinels):
                 break
-        # Those that do not answer are asked last next time: each costs its timeout.
+        # Those that do not answer are asked last next time, since each costs its timeout.
         self._sentinels.sort(key=unreachable.__contains__)
         if not answers:
             raise ConnectionError(reason)
         return max(answers)[1]
 
     def _look(self, sentinel: Redis) -> tuple[Any, tuple[str, int]]:
-        # The sentinel that leads a failover counts it as done, and names the new primary, while what it watches is still
-        # the old one: until the other replicas follow, which may take seconds. Clients of the old one lose what they write.
+        # The sentinel that leads a failover counts it as done, and names the new primary, while it still watches the old one,
+        # until the other replicas follow. That may take seconds, and what clients write to the old one is lost.
         with sentinel.pipeline(transaction=False) as pipe:
             pipe.sentinel_master(self._service)
             pipe.sentinel_get_master_addr_by_name(self._service)
@@ -224,8 +223,8 @@ class ClusterLocator:
         return None
 
 
-#: What a server answers when it is no longer the primary, or cannot write. Within a script, Redis 6.2 puts that at the end of
-#: a longer message.
+#: A server's answers when it is no longer the primary, or cannot write. From a script, Redis 6.2 puts them at the end of a
+#: longer message.
 _LEAVE = (ReadOnlyError, AskError, TryAgainError, ClusterDownError)
 _LEAVE_WORDS = ("-READONLY ", "UNBLOCKED ", "NOREPLICAS ")
 
@@ -272,7 +271,7 @@ class _Sync(_Following):
 
 
 class _Async(_Following):
-    # Looking up blocks, for as long as a sentinel may take: so it has a thread.
+    # A lookup blocks for as long as a sentinel may take, so it runs in a thread.
 
     async def _connect(self) -> None:
         if self.locator:
@@ -326,14 +325,14 @@ class _PasswordFile(CredentialProvider):
         self._password = ""
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        # Whoever replaces the file may be in the middle of it: then the last one may still do.
+        # The file may be in the middle of being replaced: then the last password may still work.
         problem = "is empty"
         try:
             self._password = self._path.read_text(encoding="utf-8-sig").rstrip("\r\n") or self._password
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({type(error).__name__})"
         if not self._password:
-            raise AuthenticationError(f"the file of the password, {self._path}, {problem}")
+            raise AuthenticationError(f"the password file, {self._path}, {problem}")
         return (self._username, self._password) if self._username else (self._password,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
@@ -341,12 +340,13 @@ class _PasswordFile(CredentialProvider):
 
 
 def _introduction(*, tls: bool, logs_in: bool) -> dict[str, Any]:
-    # With TLS 1.3, a pool refuses a connection that has not read anything yet: the server's session tickets wait there.
+    # With TLS 1.3, a pool refuses a connection that has not been read from yet: the server's session tickets are waiting in
+    # it.
     return {} if tls and not logs_in else _SILENT
 
 
 def _lookup_options(url: RedisUrl, *, logs_in: bool) -> dict[str, Any]:
-    """For connections that only ask where to connect: each gives up soon, and another one is asked."""
+    """Options of connections that only ask where to connect: each gives up soon, and another server is asked."""
     return {
         "socket_timeout": LOOKUP_TIMEOUT,
         "socket_connect_timeout": LOOKUP_TIMEOUT,
@@ -415,14 +415,14 @@ def connect(
 
 
 def retry_once() -> Retry:
-    """For callers that must hear of a failure at once: only a dropped connection is opened again, a single time.
+    """For callers that must hear of a failure at once: only a dropped connection is reopened, and only once.
 
     Repeating a command whose answer was lost is safe for every script here.
     """
     return Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
 
 
-#: The class for asyncio of each of ours.
+#: The asyncio class for each of ours.
 _FOR_ASYNCIO: dict[Any, Any] = {
     _Connection: _AsyncConnection,
     _SSLConnection: _AsyncSSLConnection,

@@ -1,8 +1,8 @@
 """Dead letters: users whose update was given up, kept for a person to inspect, redrive or delete.
 
-There is one record per user. A newer update takes the attributes it replaces out of the record (in the script that accepts
-it), and redriving merges under anything newer, so an old value can never come back. Records are read in pages, oldest
-first: a hundred thousand of them are never in memory at once.
+There is one record per user. A newer update removes the attributes it replaces from the record (in the script that accepts
+it), and redriving merges under anything newer, so an old value can never come back. Records are read in pages, oldest first:
+a hundred thousand of them are never in memory at once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Filter:
 #: No condition at all.
 EVERYTHING = Filter()
 
-#: Letters that somebody has looked at: user -> ms at which it became a letter.
+#: Letters as somebody has seen them: user -> ms at which it became a letter.
 Chosen = Mapping[UserId, int]
 
 
@@ -91,7 +91,7 @@ class DeadLetters:
         return int(self._redis.hlen(self._keys.dead))
 
     def find(self, wanted: Filter = EVERYTHING) -> Iterator[Letter]:
-        """Yield the letters, oldest first. Those that come or go meanwhile may be missed."""
+        """Yield the letters, oldest first. Those added or removed meanwhile may be missed."""
         if wanted.user is not None:
             yield from self._read([wanted.user], wanted)
             return
@@ -105,7 +105,7 @@ class DeadLetters:
             fresh = [(text(user), score) for user, score in page if text(user) not in seen]
             if not fresh:
                 return
-            # The next page begins at the time of this one's last letter, of which some were seen.
+            # The next page begins at the time of this one's last letter, so some of its letters were seen already.
             last = fresh[-1][1]
             seen = {user for user, score in fresh if score == last} | (
                 seen if earliest == f"{last:.0f}" else set()
@@ -120,15 +120,15 @@ class DeadLetters:
                 yield letter
 
     def choose(self, wanted: Filter = EVERYTHING) -> Chosen:
-        """The letters as they are now, to do something with exactly these: user -> ms at which it became a letter."""
+        """Return the letters as they are now, to act on exactly these: user -> ms at which it became a letter."""
         if wanted == EVERYTHING:
-            # Those that cannot be read, too: redriving sets them aside.
+            # Includes those that cannot be read: redriving sets them aside.
             everybody: Any = self._redis.zscan_iter(self._keys.dead_at, count=PAGE)
             return {text(user): int(at) for user, at in everybody}
         return {letter.user: letter.at_ms for letter in self.find(wanted)}
 
     def redrive(self, chosen: Chosen, *, by: str = SOMEBODY) -> Redriven:
-        """Put these letters back to pending, in the lane for spare seats; those that have changed since are left out."""
+        """Put these letters back to pending, in the lane for spare seats; skip those that have changed since."""
         total = Redriven()
         for page in scripts.pages(chosen.items(), PAGE):
             redriven, outdated = self._redrive(self._redrive_keys, ["", json.dumps(page), by])

@@ -1,7 +1,7 @@
-"""Who works, and how fast: for people and autoscalers, nothing is decided by it.
+"""Which workers there are, and how fast they are: for people and autoscalers; nothing is decided by it.
 
-Each worker says every few seconds that it is alive, and how many of its threads are busy. The leading dispatcher takes a
-sample of the fleet's counters as often; a rate is the difference of two samples, so it is what was done, not what is allowed.
+Every few seconds, each worker reports that it is alive and how many of its threads are busy, and the leading dispatcher
+samples the fleet's counters. A rate is the difference of two samples, so it says what was done, not what is allowed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from . import scripts
 from .keys import Keys
 from .scripts import number, text
 
-#: Seconds between two samples, and between two signs of life.
+#: Seconds between two samples, and between two reports of a worker.
 EVERY = 5.0
-#: Samples that are kept: a little more than an hour; and those of a minute: a little more than a day.
+#: Samples that are kept, a little more than an hour's; and one a minute, a little more than a day's.
 SAMPLES, MINUTES = 800, 1500
-#: Seconds after which a worker that has said nothing counts as gone, and after which it is forgotten.
+#: Seconds after which a silent worker counts as gone, and after which it is forgotten.
 ALIVE, FORGOTTEN = 15.0, 3600.0
 
 NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
@@ -41,7 +41,7 @@ class Sample:
     accepted: int
     pending: int
     in_flight: int
-    #: Seconds for which the oldest pending user had waited; None from a worker of the version before.
+    #: Seconds for which the oldest pending user had waited; None from a worker of the previous version.
     oldest: float | None = None
 
     @classmethod
@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What was done a second, over some time. `call` is the mean time of a call in seconds, None if there was none."""
+    """What was done a second, over some period. `call` is the mean time of a call in seconds, None if there was none."""
 
     calls: float
     users: float
@@ -85,9 +85,9 @@ class Worker:
 
 
 def pace(samples: Sequence[Sample], seconds: float) -> Pace | None:
-    """The pace over the last `seconds` before the newest sample; None if there are not two samples in it.
+    """The pace over the last `seconds` before the newest sample; None if they have fewer than two samples.
 
-    After a failover the counters may be lower than before: then what came before does not count.
+    After a failover the counters may be lower than before: then earlier samples do not count.
     """
     if len(samples) < 2:
         return None
@@ -122,12 +122,12 @@ class Fleet:
     def report(
         self, name: str, *, threads: int, busy: int, version: str, settings: Mapping[str, str] = NO_SETTINGS
     ) -> None:
-        """Say that a worker is alive, and which of its settings are not the defaults."""
+        """Report that a worker is alive, and which of its settings are not the defaults."""
         about = {"at": self._now(), "threads": threads, "busy": busy, "version": version}
         self._redis.hset(self._keys.workers, name, json.dumps(about | {"settings": dict(settings)}))
 
     def leave(self, name: str) -> None:
-        """Say that a worker has ended."""
+        """Report that a worker has ended."""
         self._redis.hdel(self._keys.workers, name)
 
     def samples(self, most: int = SAMPLES) -> list[Sample]:
@@ -140,7 +140,7 @@ class Fleet:
         return self._since(self._keys.samples, at)
 
     def minutes_since(self, at: float) -> list[Sample]:
-        """Those of each minute, likewise."""
+        """The samples kept one a minute, likewise."""
         return self._since(self._keys.samples_by_minute, at)
 
     def _since(self, key: str, at: float) -> list[Sample]:
@@ -160,7 +160,7 @@ class Fleet:
         return int(seconds) + int(micros) / 1e6
 
     def _reports(self) -> dict[str, tuple[float, Worker | None]]:
-        """Each worker's last report, by name, with its time; what cannot be read is long gone."""
+        """Each worker's last report, by name, with its time; one that cannot be read counts as long gone."""
         found: dict[str, tuple[float, Worker | None]] = {}
         for name, packed in self._redis.hgetall(self._keys.workers).items():
             try:

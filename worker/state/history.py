@@ -1,7 +1,7 @@
 """What happened to the line and the fleet, and who did it: the newest events, in a capped stream.
 
-An event is written by the same script as the step that it tells of, so there is none without the other. No event has a user
-or a value.
+An event is written by the same script as the step that it records, so there is never one without the other. No event has a
+user or a value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. `details` are figures and words by name, all as text."""
+    """One event. `details` are figures and words by name, all text."""
 
     at_ms: int
     event: str
@@ -53,7 +53,7 @@ class History:
         return found[:limit]
 
     def note(self, event: str, by: str, **details: object) -> None:
-        """Write an event that no script writes. A Redis that is away must not stop what it tells of."""
+        """Write an event that no script writes. What it records goes on even if Redis is away."""
         fields: dict[Any, Any] = {
             "event": event,
             "by": by,

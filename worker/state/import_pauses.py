@@ -31,18 +31,18 @@ class ImportPauses:
         self._resume = scripts.load(redis, "resume_import")
 
     def pause(self, name: str, reason: str, *, by: str = SOMEBODY) -> bool:
-        """Let an import wait until `resume`; False if it waits already, or is no unfinished import."""
+        """Make an import wait until `resume`; False if it waits already, or is not unfinished."""
         seconds, micros = self._redis.time()
         about = json.dumps(asdict(Pause(by, reason, seconds + micros / 1e6)))
         keys = [self._keys.imports, self._keys.import_pauses, self._keys.history]
         return bool(self._pause(keys, [name, about, by, reason]))
 
     def resume(self, name: str, *, by: str = SOMEBODY) -> bool:
-        """Let it go on; False if it was not paused."""
+        """Let it continue; False if it was not paused."""
         return bool(self._resume([self._keys.import_pauses, self._keys.history], [name, by]))
 
     def find(self, name: str) -> Pause | None:
-        """Who paused this one, if anybody."""
+        """Who paused this import, if anybody."""
         return _pause(self._redis.hget(self._keys.import_pauses, name))
 
     def everyone(self) -> dict[str, Pause]:
@@ -52,7 +52,7 @@ class ImportPauses:
 
 
 def _pause(packed: bytes | str | None) -> Pause | None:
-    """What is stored; a pause that cannot be read is one all the same."""
+    """Read what is stored; a pause that cannot be read is still a pause."""
     if packed is None:
         return None
     try:

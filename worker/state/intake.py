@@ -1,4 +1,4 @@
-"""What came in, by which way, counted for people: `imattr status` and the exporter show it, nothing decides by it."""
+"""Counts what came in, and by which way, for people: `imattr status` and the exporter show it; nothing is decided by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .keys import Keys
 from .refused import Source
 from .scripts import number
 
-#: What is counted: messages taken, and what became of their updates; whole messages that had expired, or must wait.
+#: What is counted: messages taken, and what became of their updates; whole messages that had expired, or have to wait.
 COUNTS = ("taken", "accepted", "coalesced", "unchanged", "stale", "refused", "expired", "scheduled")
 
 
@@ -31,7 +31,7 @@ PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 
 
 def queue_length(broker: Redis, lists: Iterable[str]) -> int:
-    """How many messages are in the lists of a queue of Celery's, at a Redis broker."""
+    """How many messages are in the lists of a Celery queue, at a Redis broker."""
     with broker.pipeline(transaction=False) as pipe:
         for key in lists:
             pipe.llen(key)
@@ -41,8 +41,8 @@ def queue_length(broker: Redis, lists: Iterable[str]) -> int:
 class Intake(NamedTuple):
     """What came in so far, and what waits to be taken.
 
-    `queue` counts what came by Celery's queue, and has "waiting": the messages in it when last looked at, at most half a
-    second ago. Its "scheduled" are the messages that wait for their time now. `ways` has the updates accepted and `refused`
+    `queue` counts what came by Celery's queue; its "waiting" are the messages in the queue when last checked, at most half a
+    second ago, and its "scheduled" those that wait for their time now. `ways` counts the updates accepted, and `refused`
     those refused, by the way they came.
     """
 
@@ -53,7 +53,7 @@ class Intake(NamedTuple):
 
 
 def read_intake(redis: Redis, keys: Keys) -> Intake:
-    """Count what came in."""
+    """Read the counts."""
     found = redis.hgetall(keys.intake)
 
     def count(field: str) -> int:

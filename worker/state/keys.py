@@ -1,20 +1,20 @@
-"""Every key in Redis: the one catalogue of names, types and meanings.
+"""Every key in Redis: the only catalogue of names, types and meanings.
 
 All keys of an app share the hash tag ``{imattr:<sdkappid>}``, so they are on one Cluster node. Every script gets the ones
-it needs through KEYS; none is built inside a script. Names of keys and fields stay as they are: workers of the version
-before run beside these.
+it needs through KEYS; none is built inside a script. Names of keys and fields never change: workers of the previous version
+run beside these.
 
-A *record* is what is known about one user and not delivered yet, as JSON::
+A *record* is what is known about one user and has not been delivered yet, as JSON::
 
     {"t": 1700000000000, "n": 2, "f": 1700000060000, "u": 1, "s": 1, "b": 1, "a": {"city": ["Paris", 1700000000000]}}
 
 ``t`` first-updated ms, ``n`` attempts used (absent = 0), ``f`` ms of a failure that counts as an attempt only if a call
 claimed later succeeds, ``u`` present if the last call may have been applied, ``s`` present if the user is a suspect, ``b`` present if only a
 backfill asked for it, ``a`` attribute name -> [value, version], with the value false to remove the attribute. A version is
-the event time (ms) the producer gave, else Redis' clock at arrival. The names are short because a million pending users have
+the event time (ms) the producer gave, else Redis' clock at arrival. The names are short because a million pending users mean
 a million records.
 
-What was delivered is remembered as such a record, too, with ``c``, the number of the claim that delivered it.
+Delivered values are remembered as such a record, too, with ``c``, the number of the claim that delivered them.
 
 Where a user can be: in exactly one of `live`, `backfill`, `delayed` (then `pending` has the record),
 or in `flight` (then `pending` has a record only if something newer arrived meanwhile).
@@ -22,7 +22,7 @@ or in `flight` (then `pending` has a record only if something newer arrived mean
 
 from dataclasses import dataclass
 
-#: The counters of the ledger, in the order in which people read them.
+#: The counters of the ledger, in reading order.
 LEDGER = (
     "accepted",
     "redriven",
@@ -48,12 +48,12 @@ class Keys:
 
     @property
     def pattern(self) -> str:
-        """A pattern for SCAN that matches all of them, and nobody else's."""
+        """A SCAN pattern that matches all of them, and no others."""
         return self._key("*")
 
     @property
     def pending(self) -> str:
-        """hash: user -> record, for users who wait to be sent."""
+        """hash: user -> record, for users waiting to be sent."""
         return self._key("pending")
 
     @property
@@ -113,17 +113,17 @@ class Keys:
 
     @property
     def imports(self) -> str:
-        """zset: unfinished import scored by the ms as of which it is true; what was delivered since is not forgotten."""
+        """zset: unfinished import scored by the ms as of which it is true; anything delivered since is kept in the shadow."""
         return self._key("imports")
 
     @property
     def import_progress(self) -> str:
-        """hash: unfinished import -> JSON of how far it has come: "at" s, "state", "lines", "share" of the file, "eta" s."""
+        """hash: unfinished import -> JSON of its progress: "at" s, "state", "lines", "share" of the file, "eta" s."""
         return self._key("import_progress")
 
     @property
     def import_pauses(self) -> str:
-        """hash: unfinished import that must wait -> JSON of who said so: "by", "reason", "at" s."""
+        """hash: paused import -> JSON of who paused it: "by", "reason", "at" s."""
         return self._key("import_pauses")
 
     @property
@@ -233,7 +233,7 @@ class Keys:
 
     @property
     def taken(self) -> str:
-        """zset: digest of a message of RabbitMQ's that is not acknowledged yet, scored by the ms it was first taken."""
+        """zset: digest of a RabbitMQ message that is not acknowledged yet, scored by the ms it was first taken."""
         return self._key("taken")
 
     @property
@@ -256,13 +256,13 @@ class Keys:
 
     @property
     def samples_by_minute(self) -> str:
-        """stream, capped: one of those a minute, for a day."""
+        """stream, capped: one of those samples a minute, for a day."""
         return self._key("samples_by_minute")
 
     @property
     def workers(self) -> str:
-        """hash: name of a worker -> JSON of its last sign of life: "at" s, "threads", "busy" ones, "version", and the
-        "settings" that are not the defaults, without secrets."""
+        """hash: name of a worker -> JSON of its last report: "at" s, "threads", "busy" ones, "version", and the "settings"
+        that are not the defaults, without secrets."""
         return self._key("workers")
 
     @property
@@ -272,7 +272,7 @@ class Keys:
 
     @property
     def console_key(self) -> str:
-        """string: random text from which consoles make the tokens of forms for whoever has no session."""
+        """string: random text from which consoles make form tokens for people without a session."""
         return self._key("console_key")
 
     @property

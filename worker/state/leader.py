@@ -1,8 +1,8 @@
 """Leaders: some work is done by one worker of the fleet at a time, until its term ends.
 
-A leader renews its term well before the end. A worker that is killed is missed for one term; one that ends in order
-steps down, so that another need not wait. Two workers may both believe they lead for a moment, after one of them was
-suspended: what a leader does must be safe then, too.
+A leader renews its term well before the end. A killed worker is missed for one term; one that ends cleanly steps down, so
+that no other has to wait. Two workers may both believe they lead for a moment, after one of them was suspended: what a leader
+does must be safe then, too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Leader:
 
     @property
     def lead(self) -> Lead:
-        """What Redis can check while this worker acts: a term that ended elsewhere is known only there."""
+        """What Redis can check while this worker acts: only Redis knows of a term that ended elsewhere."""
         return Lead(self._key, self._worker)
 
     def forget(self) -> None:
@@ -81,7 +81,7 @@ class LeaderLoop:
     def __init__(self, leader: Leader) -> None:
         self.leader = leader
         self._stopped = threading.Event()
-        #: Why turns have failed since the last one that did not: each reason is told once.
+        #: Why turns have failed since the last good one: each reason is logged once.
         self._told: set[str] = set()
 
     def run(self) -> None:
@@ -100,7 +100,7 @@ class LeaderLoop:
         self.sign_of_life()
         try:
             pause = self.turn()
-        # Whatever it is, the thread must survive it: nobody takes its place while it is elected.
+        # The thread must survive any error: nobody replaces it while it is elected.
         except Exception as error:
             reason = type(error).__name__
             if reason not in self._told:
@@ -117,7 +117,7 @@ class LeaderLoop:
         """Campaign and, if this worker leads, take a turn; returns the seconds until the next one."""
         if other_leads_for := self.leader.campaign():
             self.follow()
-            # Followers do not all campaign at the same moment.
+            # So that followers do not all campaign at the same moment.
             return min(self.leader.term, other_leads_for) + random.uniform(0.01, 0.1)
         return self.lead()
 

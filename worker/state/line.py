@@ -6,11 +6,11 @@
       │               ▲                              │
       └──pause──▶ paused    └──── it failed: twice the wait ────┘
 
-A stop is of one of three kinds. An *error* in settings, permission or account, which no retry can fix: a person must. An
-*outage*: call after call fails and none succeeds, which is the service's fault, not the users'. Or the *data*: too many
-users become dead letters, as after a bad deployment. None of them loses anything: users go back to pending at no cost,
-updates are still accepted and coalesced, and one batch at a time is sent as a probe. A pause is made by a person, and only
-a person ends it.
+A stop is of one of three kinds. An *error* in settings, permission or account, which a person must fix: no retry can. An
+*outage*: call after call fails and none succeeds, which is the service's fault, not the users'. Or the *data*: too many users
+become dead letters, as after a bad deployment. None of them loses anything: users go back to pending at no cost, updates are
+still accepted and coalesced, and one batch at a time is sent as a probe. A pause is made by a person, and only a person ends
+it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from .scripts import number, text
 Kind = Literal["error", "outage", "data"]
 State = Literal["open", "stopped", "probing", "paused"]
 
-#: Seconds until the first probe, and between two probes at most: how late a recovery is noticed.
+#: Seconds until the first probe, and at most between two probes: how late a recovery is noticed.
 WAITS: dict[Kind, tuple[float, float]] = {
     "error": (30.0, 300.0),
     "outage": (1.0, 60.0),
     "data": (30.0, 300.0),
 }
-#: Calls of the whole fleet that must fail in a row before it counts as an outage.
+#: Calls of the whole fleet that must fail in a row to count as an outage.
 OUTAGE_AFTER = 5
-#: Dead letters with one code that stop the line: so many in a row with nobody delivered in between; or at least so many
-#: within a window (seconds), if they are this share of all users in it.
+#: Dead letters with one code that stop the line: this many in a row with nobody delivered in between; or at least this many
+#: within a window (seconds), if they are this share of all its users.
 DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, DEAD_WINDOW = 20, 50, 0.2, 60.0
 #: Seconds for which a code is ignored after a person has opened a line that the data had stopped.
 IGNORED_FOR = 3600.0
 
 
-#: Who did something, if nobody says.
+#: Who did something, unless said otherwise.
 SOMEBODY = "somebody"
 
 
@@ -108,7 +108,7 @@ class Line:
         return number(self._redis.hget(self._keys.health, "failures"))
 
     def record_dead_letters(self, code: int, users: int, *, now_ms: int | None = None) -> bool:
-        """Count users that became dead letters; returns whether they are too many."""
+        """Count users that became dead letters; returns whether there are too many."""
         bounds = (DEAD_IN_A_ROW, DEAD_IN_WINDOW, DEAD_PART, round(DEAD_WINDOW * 1000))
         args = ("" if now_ms is None else now_ms, code, users, *bounds)
         return bool(self._record_dead_letters([self._keys.health, self._keys.ledger], args))
@@ -134,14 +134,14 @@ class Line:
         return bool(self._reopen(keys, args))
 
     def pause(self, reason: str, *, by: str = SOMEBODY, now_ms: int | None = None) -> bool:
-        """Stop sending until `resume`, because a person says so; False if one has said so already."""
+        """Stop sending until `resume`, at a person's request; False if the line was paused already."""
         args = ("" if now_ms is None else now_ms, reason, by)
         return bool(self._pause([self._keys.line, self._keys.history], args))
 
     def resume(self, *, by: str = SOMEBODY, now_ms: int | None = None) -> bool:
         """Open the line, whatever stopped it; False if it was open.
 
-        If the data stopped it, that code is ignored for `IGNORED_FOR`, and such users become dead letters.
+        If the data stopped it, that code is ignored for `IGNORED_FOR`, and its users become dead letters.
         """
         args = ("" if now_ms is None else now_ms, round(IGNORED_FOR * 1000), by)
         return bool(self._resume([self._keys.line, self._keys.health, self._keys.history], args))

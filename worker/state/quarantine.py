@@ -1,6 +1,6 @@
-"""The quarantine: what was found in Redis and cannot be read, kept with its raw bytes for a person.
+"""The quarantine: what cannot be read in Redis, kept with its raw bytes for a person.
 
-Nothing comes back from here by itself. What a user's record was can be seen in its bytes, and sent again.
+Nothing leaves it by itself. A user's record can be recognised in its bytes, and sent again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Quarantine:
         return int(self._redis.hlen(self._key))
 
     def find(self) -> Iterator[Unreadable]:
-        """Yield the entries, in no particular order; one that comes meanwhile may be missed."""
+        """Yield the entries, in no particular order; those added meanwhile may be missed."""
         found: Any = self._redis.hscan_iter(self._key, count=PAGE)
         for id, raw in found:
             yield Unreadable.of(id, raw)

@@ -30,7 +30,7 @@ PAGE = 500
 #: Characters of a payload that are kept.
 MAX_PAYLOAD = 1000
 
-#: Nothing that is scheduled.
+#: No scheduled updates.
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 Source = Literal["celery", "stream"]
@@ -40,7 +40,7 @@ _ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class RefusedUpdate:
-    """A refused update. `payload` is its JSON, cut when it is long."""
+    """A refused update. `payload` is its JSON, cut if it is long."""
 
     id: str
     source: str
@@ -67,7 +67,7 @@ def _text(update: object) -> str:
     try:
         return json.dumps(update, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):
-        # Keys that are not text, or too deep: nothing that JSON could hold.
+        # Keys that are not text, or too deep: JSON cannot hold it.
         return f"<{type(update).__name__}>"
 
 
@@ -85,9 +85,9 @@ class Refused:
         refused: Sequence[tuple[InvalidUpdate, object]],
         scheduled: Mapping[str, int] = NOTHING,
     ) -> None:
-        """Keep updates, whatever they are, each with its reason; and scheduled ones, each with the ms until which it waits."""
+        """Keep any updates, each with its reason; and scheduled ones, each with the ms until which it waits."""
         updates = [
-            # A lone surrogate may be what it was refused for.
+            # It may have been refused for a lone surrogate.
             [part.encode(errors="replace").decode() for part in (source, error.user, error.rule, text)]
             for error, update in refused
             for text in [_text(update)[:MAX_PAYLOAD]]

@@ -1,8 +1,8 @@
 """Loads the Lua scripts beside this file: one file is one atomic step of the state machine.
 
 `SHARED` are the files with functions that several scripts share; those that a script uses go before it. A script names its
-keys first. What is sent has ``KEYS[1]`` and so on in place of the names, because some services run only scripts in which
-every key is visible.
+keys first. The text that is sent has ``KEYS[1]`` and so on in place of the names, because some services run only scripts in
+which every key is visible.
 """
 
 import re
@@ -15,7 +15,7 @@ from redis import Redis
 
 T = TypeVar("T")
 
-#: What a script takes as an argument.
+#: What a script accepts as an argument.
 Argument = str | int | float | bytes
 
 #: Files with functions that several scripts share; each may use what those before it define.
@@ -26,7 +26,7 @@ _NAMING = re.compile(r"^local ([\w, ]+) =\s+((?:KEYS\[\d+\][,\s]*)+)\n", re.MULT
 
 
 class Script(Protocol):
-    """A script registered on a connection pool. It is sent again by itself after SCRIPT FLUSH."""
+    """A script registered on a connection pool. It is sent again automatically after SCRIPT FLUSH."""
 
     def __call__(self, keys: Sequence[str], args: Sequence[Argument]) -> Any: ...
 
@@ -39,15 +39,15 @@ def names() -> list[str]:
 
 
 def source(name: str) -> str:
-    """Return what is sent to run ``lua/<name>.lua``."""
+    """Return the text that is sent to run ``lua/<name>.lua``."""
     return _with_literal_keys(as_written(name))
 
 
 def as_written(name: str) -> str:
     """Return the text of ``lua/<name>.lua``, with what it uses of the shared functions before it."""
     text = _body(name)
-    # From the last definition to the first, since each may use those above it. Only what is used, because Redis takes
-    # 0.3 us for each function at every call of the script.
+    # From the last definition to the first, since each may use those above it. Only those used, because each function costs
+    # Redis 0.3 us at every call of the script.
     for definition in reversed("\n\n".join(_body(file).strip() for file in SHARED).split("\n\n")):
         defined = re.search(r"^local (?:function )?(\w+)", definition, re.MULTILINE)
         if defined and re.search(rf"\b{defined[1]}\b", text):
@@ -67,7 +67,7 @@ def _with_literal_keys(text: str) -> str:
         for match in _NAMING.finditer(text)
         for name, key in zip(re.findall(r"\w+", match[1]), re.findall(r"KEYS\[\d+\]", match[2]), strict=True)
     }
-    # A name after a dot is a field, and one in quotes a word.
+    # A name after a dot is a field, and one in quotes is a word.
     names = rf"(?<![.'\w])({'|'.join(named)})(?![\w'])"
     return re.sub(names, lambda match: named[match[1]], _NAMING.sub("", text))
 
@@ -86,7 +86,7 @@ def number(value: bytes | str | None) -> int:
 
 
 def pages(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Split into lists of up to `size`: what one step of a script takes."""
+    """Split into lists of up to `size`, each for one call of a script."""
     rest = iter(items)
     while page := list(islice(rest, size)):
         yield page

@@ -1,7 +1,7 @@
-"""What is remembered as delivered: the shadow of what the API has.
+"""The shadow: what is remembered as delivered, and should be what the API has.
 
-For whoever reads the API and compares. Only users with nothing under way can be compared, and only if the same is remembered
-before and after the reading: `look` says both, at one instant for all users.
+For comparing with what is read from the API. Only users with nothing under way can be compared, and only if the same is
+remembered before and after reading: `look` tells both, at one instant for all users.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Unknown(Enum):
     UNKNOWN = "unknown"
 
 
-#: Stands for a value of which nobody knows whether the API has it.
+#: In place of a value that the API may or may not have.
 UNKNOWN: Final = _Unknown.UNKNOWN
 #: A value; None if it was removed.
 Remembered = str | None | Literal[_Unknown.UNKNOWN]
@@ -35,7 +35,7 @@ Remembered = str | None | Literal[_Unknown.UNKNOWN]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of one user at one instant."""
+    """What is known about one user at one instant."""
 
     #: Whether something is pending or in flight.
     in_motion: bool
@@ -43,7 +43,7 @@ class Known:
     values: Mapping[str, tuple[Remembered, int]]
     #: The number of the claim that delivered last, 0 if it is not known.
     claim: int
-    #: Another one whenever anything about this memory has changed. It has the values in it: not for logs.
+    #: Changes whenever anything about this memory does. It contains the values: not for logs.
     mark: str
 
 
@@ -58,7 +58,7 @@ class Shadow:
         self._correct = scripts.load(redis, "correct")
 
     def look(self, users: Sequence[UserId]) -> tuple[int, dict[UserId, Known]]:
-        """Return Redis' time in ms, and what is known of up to 1000 users then."""
+        """Return Redis' time in ms, and what is known about up to 1000 users at that time."""
         if not users:
             return 0, {}
         now, *found = self._recall(self._tables, [json.dumps(users)])
@@ -69,16 +69,16 @@ class Shadow:
         }
 
     def draw(self, count: int) -> list[UserId]:
-        """Return up to so many users of whom something is remembered: others each time, at random, each once."""
+        """Return up to `count` distinct users with something remembered: a new random draw each time."""
         found: Any = self._redis.hrandfield(self._shadow, count)
         return [text(user) for user in found or []]
 
     def size(self) -> int:
-        """The number of users of whom something is remembered."""
+        """The number of users with something remembered."""
         return int(self._redis.hlen(self._shadow))
 
     def everybody(self) -> Iterator[list[UserId]]:
-        """Yield the users of whom something is remembered, some at a time; a few may come twice."""
+        """Yield the users with something remembered, some at a time; a few may come twice."""
         cursor, begun = 0, False
         while cursor or not begun:
             found: Any = self._redis.zscan(self._shadow_at, cursor, count=SOME)
@@ -86,16 +86,16 @@ class Shadow:
             yield [text(user) for user, _ in found[1]]
 
     def forgotten_ms(self) -> int:
-        """Return when the newest value was delivered that has been forgotten since, in ms; 0 if none was."""
+        """Return when the newest forgotten value was delivered, in ms; 0 if none was forgotten."""
         return scripts.number(self._redis.get(self._forgotten_at))
 
     def correct(
         self, found: Mapping[UserId, tuple[str, Mapping[str, str | None]]], *, now_ms: int | None = None
     ) -> list[UserId]:
-        """Remember what the API was found to have; returns the users of whom that holds now.
+        """Remember what the API was found to have; returns the users for whom that is remembered now.
 
-        `found` has for each of up to 1000 users the mark of the `look` before the reading, and what was read, None where
-        there is nothing. A user in motion, or of another mark by now, is left alone.
+        `found` has, for each of up to 1000 users, the mark of the `look` before reading, and what was read, None where there
+        is nothing. A user in motion, or whose mark has changed, is left alone.
         """
         if not found:
             return []
@@ -119,5 +119,5 @@ def _known(in_motion: bool, packed: bytes | None, trusted: bool) -> Known:
         claim = raw.get("c", 0)
         return Known(in_motion, values, claim if type(claim) is int else 0, mark)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        # Whoever touches it next sets it aside.
+        # The next script that touches it sets it aside.
         return Known(in_motion, {}, 0, mark)

@@ -1,4 +1,4 @@
-"""Everything that is known of one user, for a person who asks."""
+"""Everything known about one user, for a person who asks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = Mapping[str, tuple[str | None, int]]
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What is accepted and not delivered. Times in ms since 1970."""
+    """What is accepted and not delivered yet. Times in ms since 1970."""
 
     values: Values
     since_ms: int
@@ -31,7 +31,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What was delivered last, as far as it is remembered. `unknown` names are those whose value at the API nobody knows.
+    """What was delivered last, if remembered. `unknown` are the names whose value at the API nobody knows.
 
     `call` is the number of the batch, as in its log line; 0 if it is not known.
     """
@@ -58,12 +58,12 @@ class UserState:
     delayed_until_ms: int | None = None
     batch: str | None = None
     lease_ends_ms: int | None = None
-    #: What is there and cannot be read: it is set aside when it is next touched.
+    #: What is stored but cannot be read; it is set aside when it is next touched.
     damaged: tuple[str, ...] = field(default=())
 
 
 def look(redis: Redis, keys: Keys, user: UserId) -> UserState:
-    """Return what is known of a user."""
+    """Return what is known about a user."""
     k = keys
     script = scripts.load(redis, "look")
     tables = [

@@ -1,16 +1,16 @@
 --[[
-Merge updates into what is pending; of each attribute, the newest version wins.
+Merge updates into what is pending; the newest version of each attribute wins.
 
-An update without an event time is newer than everything known: the order of arrival rules. One from further in the
-future than a clock may be wrong is refused: it would make everything stale that follows. A newer value takes the old
-one out of the user's dead letter, since redriving it could only be wrong. If the clock was set back and nothing else is
-remembered, the dead letter alone knows how new an update without an event time must be.
+An update without an event time is newer than everything known: arrival order counts. One from further in the future than
+a clock may be wrong is refused: it would make everything that follows stale. A newer value removes the old one from the
+user's dead letter, since redriving it could only be wrong. If the clock was set back and nothing else is remembered, only
+the dead letter tells how new an update without an event time must be.
 
-What an import says was true at one time ("as of"). It is refused for a user of whom nothing is known if a value that was
-delivered later has been forgotten: it could be this user's.
+An import was true at one time ("as of"). Its update for a user of whom nothing is known is refused if a value delivered
+after that time has been forgotten: it could be this user's.
 
-Whoever takes updates from a stream or a queue does so while it leads. One that was suspended and has lost the lead adds
-nothing any more: its successor has added the same, and newer ones.
+A consumer of a stream or a queue adds only while it leads. One that was suspended and has lost the lead adds nothing: its
+successor has added the same updates, and newer ones.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`
@@ -61,7 +61,7 @@ if makes_room then
 end
 local number = arrive(now * 1000, seen)
 if seen > 0 and seen == number - 1 then
-  -- What the caller knows was accepted there, and this server does not.
+  -- Updates that the caller knows were accepted there, and this server does not have.
   local accepted, lost, emptied = numbers(redis.call('HMGET', server, 'accepted', 'lost', 'emptied'))
   if emptied == 0 and seen_accepted - accepted > lost then
     redis.call('HSET', server, 'lost', whole(seen_accepted - accepted))
@@ -103,8 +103,8 @@ for i, update in ipairs(updates) do
     local waiting, sent = record and record.a or none, attributes(in_flight[i])
     local remembered, undelivered = memory and memory.a or none, letter and letter.a or none
 
-    -- Values that are newer than what is known; what repeats a delivered value makes that as new as itself. Each place
-    -- was checked against the next when its value was accepted, so the first one found is the newest.
+    -- Values newer than what is known; repeating a delivered value makes that value as new as the repetition. Each place was
+    -- checked against the next when its value was accepted, so the first one found is the newest.
     local fresh, repeated = {}, false
     for name, value in pairs(attrs) do
       value = value ~= cjson.null and value

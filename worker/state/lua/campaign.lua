@@ -1,6 +1,6 @@
 --[[
-Become or remain the leader for another term, unless another worker leads. A term that has longer to go than a term is
-from before the server's clock was set back, and over.
+Become or remain the leader for another term, unless another worker leads. A term with longer to go than a whole term
+dates from before the server's clock was set back, and is over.
 
 KEYS[1]  string with expiry: name of the leader
 ARGV[1]  this worker's name
@@ -14,7 +14,7 @@ local leading, left = redis.call('GET', leader), redis.call('PTTL', leader)
 if leading and leading ~= me and left <= term then
   return math.max(1, left)
 end
--- A full server sets nothing, unless something was deleted first.
+-- A full server refuses SET, unless the script deletes something first.
 redis.call('DEL', leader)
 redis.call('SET', leader, me, 'PX', term)
 return 0

@@ -4,7 +4,7 @@ Take up to one batch of users out of the lanes, for a limited time, in exchange 
 Users whose delay is over join their own lane again first, at the place of their first update. `live` goes before
 `backfill`, which fills the seats that are left. A ticket is good for one claim, so a message that the broker delivers
 twice claims nothing the second time, and a batch id is never reused. While the line is stopped, only its probe claims
-anything; after an outage, ever fewer users, so that one who makes the service fail cannot keep the line stopped. A
+anything; after an outage, ever fewer users, so that a user who makes the service fail cannot keep the line stopped. A
 permit that has lapsed claims nothing either.
 
 A user without a record leaves the lanes. So does one whose record is known to be unreadable, which is set aside; records
@@ -89,7 +89,7 @@ end
 local records, claimed, fields = redis.call('HMGET', pending, unpack(users)), {}, {}
 for i, user in ipairs(users) do
   local packed = records[i]
-  -- No id has other bytes, and no worker could name such a user.
+  -- No user id has other bytes, and no worker could name such a user.
   if packed and string.find(user, '[^ -~]') then
     set_aside('pending', now, user, packed)
     count({ quarantined = 1 })

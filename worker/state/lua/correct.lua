@@ -1,8 +1,8 @@
 --[[
-Remember what the API was found to have, instead of what was delivered. Versions stay: nothing older is accepted later on.
+Remember what the API was found to have, instead of what was delivered. Versions stay: nothing older is accepted later.
 
-A user of whom something is under way, or of whom more was delivered since it was looked at, is left alone. A user of whom
-nothing is remembered needs no correction.
+A user who has something under way, or something delivered since it was looked at, is left alone. A user with nothing
+remembered needs no correction.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  hash, flight: user -> record

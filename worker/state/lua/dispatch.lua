@@ -1,15 +1,15 @@
 --[[
 Issue as many tickets as there are batches to send.
 
-Wanted are the full batches, plus one for the rest if a delayed user is due, if its oldest user has lingered, or if that
-user came after a quiet time: only those who come within the linger of the last partial batch wait for company. The
-tickets still outstanding are subtracted, so two workers that both believe they lead issue no more than one would.
+That is the number of full batches, plus one for the rest if a delayed user is due, if its oldest user has lingered, or if
+that user came after a quiet time: only users that come within the linger of the last partial batch wait for company.
+Outstanding tickets are subtracted, so two workers that both believe they lead issue no more than one would.
 
-No more is issued than there are free slots soon: workers that go on with one batch after another take slots without a
+No more are issued than there are free slots soon: workers that carry on with batch after batch take slots without a
 ticket from here. During a pause nothing is issued; while the line is stopped, one ticket when a probe is due.
 
-A time that cannot be is from before the server's clock was set back: an update from the future has lingered, and a delay
-longer than any is over.
+An impossible time dates from before the server's clock was set back: an update from the future has lingered, and a delay
+longer than any possible one is over.
 
 KEYS[1]  zset, tickets
 KEYS[2]  zset, lane `live`
@@ -42,13 +42,13 @@ local paused_at, paused_until, limit, slot = numbers(redis.call('HMGET', rate, '
 if paused_at / 1000 <= now + 1 and paused_until / 1000 > now then
   return { 0, math.ceil(paused_until / 1000 - now) }
 end
--- A slot further away than any wait for it is from before the clock was set back.
+-- A slot further away than any wait for one dates from before the clock was set back.
 local ahead = math.max(0, slot / 1000 - now)
 local free = horizon - (ahead <= ticket_ttl and ahead or 0)
 local most = math.max(2, math.ceil(free / 1000 * (limit > 0 and math.min(limit, quota) or quota)))
 
 redis.call('ZREMRANGEBYSCORE', tickets, '-inf', now - ticket_ttl)
--- A ticket from the future is from before the clock was set back: it would never grow old.
+-- A ticket from the future dates from before the clock was set back: it would never grow old.
 redis.call('ZREMRANGEBYSCORE', tickets, '(' .. now + ticket_ttl, '+inf')
 local outstanding = redis.call('ZCARD', tickets)
 for _, user in ipairs(redis.call('ZRANGEBYSCORE', delayed, '(' .. now + longest, '+inf', 'LIMIT', 0, 1000)) do
@@ -70,7 +70,7 @@ local state, next_probe, wait = unpack(redis.call('HMGET', line, 'state', 'next_
 if state then
   next_probe, wait = tonumber(next_probe or nil), numbers(redis.call('HMGET', line, 'wait'))
   next_probe = finite(next_probe) and next_probe or math.huge
-  -- A probe further away than the wait was set before the clock was set back.
+  -- A probe further away than the wait dates from before the clock was set back.
   local is_due = state ~= 'paused' and (next_probe <= now or next_probe > now + wait)
   if is_due and wanted > 0 then
     redis.call('ZADD', tickets, now, prefix .. '0001')

@@ -14,7 +14,7 @@ ARGV[3]  lease in ms
 ARGV[4]  epoch of the permit it will use, empty = none yet
 ARGV[5]  number of the claim
 ARGV[6]  how long its last call may be under way, ms
-Returns  1; 0 if the batch is not held any more; -1 if it is, but must not send: the line is stopped, or the permit has
+Returns  1; 0 if the batch is no longer held; -1 if it is, but must not be sent: the line is stopped, or the permit has
          lapsed
 ]]
 local batches, leases, rate, line, server, tickets, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]

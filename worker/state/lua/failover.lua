@@ -1,6 +1,6 @@
 --[[
-What several scripts share to notice that Redis failed over. The loader puts what a script uses of it before the script, after
-what that uses of the prelude.
+Functions that several scripts share to notice that Redis failed over. The loader puts those that a script uses before it,
+after those of the prelude.
 ]]
 
 -- What the server says about replication: its id, which changes with every promotion and restart, and the whole text. Some
@@ -11,7 +11,7 @@ local function replication()
   return string.match(about, 'master_replid:(%x+)'), about
 end
 
--- Let nobody send for so long, and void all permits. Times in us.
+-- Let nobody send for that long, and void all permits. Times in us.
 local function hold_all(now, length, reason, epoch)
   local paused_at, paused_until, current = numbers(redis.call('HMGET', rate, 'paused_at', 'paused_until', 'epoch'))
   paused_until = math.max(paused_at <= now and paused_until or 0, now + length)
@@ -19,14 +19,13 @@ local function hold_all(now, length, reason, epoch)
   redis.call('HSET', rate, 'next', whole(paused_until), 'epoch', whole(math.max(current + 1, epoch or 0)))
 end
 
--- Notice when this is another server, or other data, than scripts ran on before, and return its number. `seen` is the
+-- Notice whether this is another server, or other data, than scripts ran on before, and return its number. `seen` is the
 -- number that the caller knows, 0 = none; `now` in us.
 --
--- A promoted replica, and a server that was restarted, may be in the past: it does not know the claims and slots of the
--- last moments. So permits and tickets are void, and nothing is sent until whatever was under way has landed: the API
--- gives up after 3 s (1047/34620). Epochs and claim numbers go on far above any that may have been lost, so a claim with a
--- number in between was. Numbers begin with the time in seconds: a caller who knows one from before the first has seen
--- data that is gone.
+-- A promoted replica, or a restarted server, may lag: it does not know the claims and slots of the last moments. So permits
+-- and tickets are void, and nothing is sent until everything under way has landed: the API gives up after 3 s (1047/34620).
+-- Epochs and claim numbers continue far above any that may have been lost, so a claim with a number in between was lost.
+-- Numbers begin with the time in seconds: a caller who knows one from before the first has seen data that is gone.
 local function arrive(now, seen)
   local QUIET, FAR = 3e6, 1e6
   local known = redis.call('HGET', server, 'id')
@@ -52,7 +51,7 @@ local function arrive(now, seen)
   return number
 end
 
--- Notice a claim that was made on the server before and is unknown to this one: its users may be sent again while its call
+-- Notice a claim that was made on the previous server and is unknown to this one: its users may be sent again while its call
 -- is still under way. `length` in us is how long that may be.
 local function miss_claim(now, claim, length)
   local from, upto = numbers(redis.call('HMGET', server, 'gap_from', 'gap_to'))
@@ -62,8 +61,8 @@ local function miss_claim(now, claim, length)
   end
 end
 
--- Since when (ms) everything delivered is known here; 0 = since ever. The server before may have delivered newer values of
--- which this one has not heard.
+-- Since when (ms) everything delivered is known here; 0 = always. The previous server may have seen newer values delivered
+-- that this one does not know of.
 local function trusted_since()
   local servers, at = numbers(redis.call('HMGET', server, 'servers', 'at'))
   return servers > 1 and at or 0

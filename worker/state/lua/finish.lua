@@ -1,5 +1,5 @@
 --[[
-Forget what was taken out of a queue of Celery's, now that it is accepted.
+Forget what was taken out of a Celery queue, now that it is accepted.
 
 KEYS[1]  list, what was taken: the time, then the messages
 ARGV[1]  the time of the taking: a consumer that slept meanwhile must not finish its successor's

@@ -1,9 +1,9 @@
 --[[
-Forget what was delivered long ago: what is past its time, and what is beyond the number of users kept, oldest first.
+Forget what was delivered long ago: values past their time, and users beyond the number kept, oldest first.
 
-While an import is unfinished, whatever was delivered after the time as of which it is true stays: it would otherwise be
-overwritten. The number of users kept bounds that, too; "forgotten_at" says what had to go then, or went before an import
-began.
+While an import is unfinished, everything delivered after the time as of which it is true stays: the import would
+otherwise overwrite it. The number of users kept bounds that, too; "forgotten_at" says what had to go then, or went before
+an import began.
 
 KEYS[1]  hash, shadow: user -> record last delivered
 KEYS[2]  zset, shadow_at

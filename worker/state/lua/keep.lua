@@ -12,7 +12,7 @@ Returns  how many were kept
 local refused, scheduled, intake = KEYS[1], KEYS[2], KEYS[3]
 local updates, later, most = cjson.decode(ARGV[1]), cjson.decode(ARGV[2]), ARGV[3]
 
--- First a write that needs no memory: a full server then takes the others. What is kept here leaves its queue.
+-- First a write that needs no memory: a full server then accepts the others. What is kept here leaves its queue.
 redis.call('ZREM', scheduled, '')
 for _, update in ipairs(updates) do
   local source, user, rule, payload = unpack(update)

@@ -1,5 +1,5 @@
 --[[
-Read everything that is known of one user, at one instant. Writes nothing.
+Read everything known about one user, at one instant. Writes nothing.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`

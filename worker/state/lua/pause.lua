@@ -1,11 +1,11 @@
 --[[
-Let nobody reserve a slot for a while; slots reserved before lapse. The longer of two pauses wins.
+Let nobody reserve a slot for a while; slots reserved earlier lapse. The longer of two pauses wins.
 
 If the API refused a call for its frequency, it depends on how many it refused within a second. A few are the network's
 doing, or a stall's, unless the API names a longer pause: slots move one percent apart, two stay empty, and everything
 goes on. More, or any below a known ceiling, mean that less is granted: everyone pauses, and the limit drops to the last
-one that was good, or by a quarter. Then only the first refusal counts: the others were sent before anybody knew, in an
-older epoch.
+good one, or by a quarter. Then only the first refusal counts: the others were sent before anybody knew, in an older
+epoch.
 
 KEYS[1]  hash, rate: "next", "epoch"; "paused_at" us, "paused_until" us, "reason", "code"; and, below the quota,
          "limit", "good", "bad", "step", "granted", "climb_at" us, "hold" us; "apart", "jitter", "stretch",
@@ -26,7 +26,7 @@ local now, length, reason, code = now_us(ARGV[1]), tonumber(ARGV[2]), ARGV[3], A
 local epoch, refused, dwell = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
 local shortest, longest = tonumber(ARGV[8]), tonumber(ARGV[9])
 
--- First a write that needs no memory: a full server then takes the others.
+-- First a write that needs no memory: a full server then accepts the others.
 redis.call('HDEL', rate, '')
 local current = numbers(redis.call('HMGET', rate, 'epoch'))
 if has_lapsed(epoch) then
@@ -43,7 +43,7 @@ if refused > 0 and limit == 0 and length <= 1e6 then
   redis.call('HSET', rate, 'refused_at', whole(first and now or since), 'refusals', refusals)
   if refusals < math.max(4, refused / 10) then
     if first then
-      -- What was tried after the quiet failed again: try it ever more rarely.
+      -- The attempt after the quiet failed again: try it ever more rarely.
       local again = quiet > 0 and now >= since + quiet and now < since + 2 * quiet + shortest
       quiet = again and math.min(2 * quiet, longest) or (now < since + quiet and quiet or shortest)
       redis.call('HSET', rate, 'stretch', whole(math.min(stretch + STEP, MOST)), 'stretch_at', whole(now + quiet))

@@ -1,5 +1,5 @@
 --[[
-Let an unfinished import wait until a person says otherwise, unless one has said so already.
+Make an unfinished import wait until a person resumes it, unless it is paused already.
 
 KEYS[1]  zset, imports
 KEYS[2]  hash, import_pauses

@@ -1,5 +1,5 @@
 --[[
-Stop sending because a person says so, unless one has said so already: who was first, and when, stays.
+Stop sending at a person's request, unless the line is paused already: who was first, and when, stays.
 
 KEYS[1]  hash, line
 KEYS[2]  stream, history

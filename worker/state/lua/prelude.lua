@@ -1,6 +1,6 @@
 --[[
-What several scripts share. The loader puts what a script uses of it before the script, so every function here is local to
-one run. Keys have the names that all scripts give them.
+Functions that several scripts share. The loader puts those that a script uses before it, so every function here is local
+to one run. Keys have the names that all scripts give them.
 ]]
 
 -- The time in microseconds since 1970: as given, else the server's.
@@ -17,7 +17,7 @@ local function now_ms(given)
   return given ~= '' and tonumber(given) or math.floor(now_us('') / 1000)
 end
 
--- A whole number as text: Redis would write a big one as 1.7e+15.
+-- A whole number as text: Redis would write a large one as 1.7e+15.
 local function whole(number)
   return string.format('%.0f', number)
 end
@@ -27,7 +27,7 @@ local function finite(value)
   return type(value) == 'number' and value > -1e300 and value < 1e300
 end
 
--- What HMGET found, as numbers, 0 where there is none.
+-- What HMGET found, as numbers; 0 where there is none.
 local function numbers(found)
   for i = 1, #found do
     local number = tonumber(found[i] or nil)
@@ -36,7 +36,7 @@ local function numbers(found)
   return unpack(found)
 end
 
--- What was set aside because it cannot be read, with its raw bytes.
+-- Set aside something that cannot be read, with its raw bytes.
 local function set_aside(kind, now, user, packed)
   redis.call('HSET', quarantine, string.format('%s:%.0f:%s', kind, now, user), packed)
 end
@@ -56,8 +56,8 @@ local function users_of(packed)
   return good and type(users) == 'table' and type(users[1]) == 'string' and users or nil
 end
 
--- A packed record, or nil if it cannot be read. Redis does not undo what a script has written when it fails, so whatever
--- passes here can be used and packed again. A memory has no time, and its values may be unknown (null).
+-- A packed record, or nil if it cannot be read. Redis does not undo a failed script's writes, so anything that passes here
+-- can be used and packed again. A memory has no time, and its values may be unknown (null).
 local function readable(packed, is_memory)
   local good, record = pcall(cjson.decode, packed)
   if not good or type(record) ~= 'table' or type(record.a) ~= 'table' then
@@ -88,7 +88,7 @@ local function readable(packed, is_memory)
   return record
 end
 
--- No attributes at all. Shared, so nobody may write to it.
+-- No attributes at all. Shared, so never write to it.
 local none = {}
 
 -- The attributes in a packed record or memory: name -> {value, version}.
@@ -106,7 +106,7 @@ local function enter_lane(user, record)
   end
 end
 
--- Add to counters of the ledger: counter -> how many. One that is no number starts over.
+-- Add to counters of the ledger: counter -> how many. One that is not a number starts over.
 local function count(counts)
   for counter, number in pairs(counts) do
     if number > 0 and type(redis.pcall('HINCRBY', ledger, counter, number)) == 'table' then
@@ -121,12 +121,12 @@ local function has_lapsed(epoch)
 end
 
 -- A full server refuses a script's first write if that may need memory, but none that follow. This one needs none. For
--- scripts that make room, or without which nothing would.
+-- scripts that make room, or that making room depends on.
 local function despite_full_memory()
   redis.call('HDEL', server, '')
 end
 
--- Write down what happened to the line and the fleet, for people: the event, who did it ("by"), and figures. Not for values.
+-- Record what happened to the line and the fleet, for people: the event, who did it ("by"), and figures. Never values.
 local function note(event, ...)
   redis.call('XADD', history, 'MAXLEN', '~', 10000, '*', 'event', event, ...)
 end

@@ -1,5 +1,5 @@
 --[[
-Delete dead letters for good, if they are still those that somebody has looked at.
+Delete dead letters for good, if they have not changed since somebody looked at them.
 
 KEYS[1]  hash, dead: user -> dead letter
 KEYS[2]  zset, dead_at

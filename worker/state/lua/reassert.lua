@@ -3,8 +3,8 @@ Send the newest values of some users again, because a call with older ones may h
 frozen, and sent it although the lease had ended.
 
 The newest value of an attribute is the one that is pending, else in flight, else delivered. What is pending goes out by
-itself. A user in flight goes out again after its batch. Nothing is done for values that nobody knows, or that are those of
-the late call.
+itself. A user in flight goes out again after its batch. Nothing is done for values that are unknown, or the same as the
+late call's.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`

@@ -18,7 +18,7 @@ Returns  the old batch id, or false if no lease has ended
 local batches, leases, flight, quarantine, history = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, batch, lease = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 
--- Those in flight whom no batch holds.
+-- Users in flight that no batch holds.
 local function strays()
   local held, found = {}, {}
   for _, packed in ipairs(redis.call('HVALS', batches)) do
@@ -34,10 +34,10 @@ local function strays()
   return found
 end
 
--- First a write that needs no memory: a full server then takes the others.
+-- First a write that needs no memory: a full server then accepts the others.
 redis.call('HDEL', batches, '')
 if redis.call('HLEN', batches) == 0 and redis.call('HLEN', flight) > 0 then
-  -- Somebody deleted the batches: what was in flight may still be.
+  -- Somebody deleted the batches: their users may still be in flight.
   redis.call('HSET', batches, batch, cjson.encode(redis.call('HKEYS', flight)))
 end
 if redis.call('HLEN', batches) > redis.call('ZCARD', leases) then

@@ -1,6 +1,6 @@
 --[[
-Count users that became dead letters, and say whether they are too many: many in a row with the same code and nobody
-delivered in between, or a good part of all users within a minute. A bad deployment must not empty the buffer into the
+Count users that became dead letters, and say whether there are too many: many in a row with the same code and nobody
+delivered in between, or a large share of all users within a minute. A bad deployment must not empty the buffer into the
 dead letters.
 
 KEYS[1]  hash, health: "dead_code", "dead_row", "dead_seen", "dead_since" ms, "dead_count", "dead_base"
@@ -18,7 +18,7 @@ local health, ledger = KEYS[1], KEYS[2]
 local now, code, users = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local row_max, window_max, share, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
--- First a write that needs no memory: a full server then takes the others.
+-- First a write that needs no memory: a full server then accepts the others.
 redis.call('HDEL', health, '')
 local same = redis.call('HGET', health, 'dead_code') == code
 local row, seen, since, total, base =

@@ -7,7 +7,7 @@ Returns  how many have failed in a row
 local health = KEYS[1]
 
 local failures = numbers(redis.call('HMGET', health, 'failures')) + 1
--- First a write that needs no memory: a full server then takes the other.
+-- First a write that needs no memory: a full server then accepts the other.
 redis.call('HDEL', health, '')
 redis.call('HSET', health, 'failures', failures)
 return failures

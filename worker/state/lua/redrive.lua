@@ -1,8 +1,8 @@
 --[[
 Put dead letters back to pending, merged under anything newer: an old value never comes back.
 
-Only letters that are still those that somebody has looked at. An attribute returns unless something newer is pending, in
-flight or delivered. Redriven users join the lane `backfill`: live updates go first.
+Only letters that have not changed since somebody looked at them. An attribute returns unless something newer is pending,
+in flight or delivered. Redriven users join the lane `backfill`: live updates go first.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `backfill`

@@ -27,7 +27,7 @@ redis.call('HSET', health, 'signed_at', signed_at, 'failures', 0, 'calm_at', who
 local limit, bad = unpack(redis.call('HMGET', rate, 'limit', 'bad'))
 local lower, step = math.max(1, math.floor(quota / 10)), math.max(1, math.floor(quota / 10))
 if lower < (tonumber(limit) or quota) then
-  -- A ceiling that was met before is still the best guess.
+  -- A ceiling met earlier is still the best guess.
   redis.call('HSET', rate, 'limit', lower, 'good', 0, 'bad', bad or 0, 'step', step)
   redis.call('HSET', rate, 'granted', 0, 'climb_at', whole(now + dwell))
 end

@@ -1,7 +1,7 @@
 --[[
 Bring the ledger and the lanes back into agreement with the records, after keys were deleted or evicted. Users whose
 record waits in no lane join theirs, and those without a record leave it. What the ledger cannot explain is counted as
-lost; less than nothing if there are more records than it knew of.
+lost; a negative number if there are more records than it knew of.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  zset, lane `live`

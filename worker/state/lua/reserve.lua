@@ -1,26 +1,26 @@
 --[[
 Reserve the next free slot of the shared clock, first come, first served.
 
-What decides for the fleet is the fleet's, whatever one caller asks for. The quota is the lowest that anybody has named
-within a minute of slots, which no clock that jumps can shorten; when it falls, permits for faster slots lapse, and a
-second passes first, since their calls may just have been made. No slot is further away than the horizon: a caller with
-less patience gets none, one with more asks again. A next slot beyond it is from before the server's clock was set back.
-It is then at the horizon, when every slot granted before has passed. A pause that began in the future is void for the
+Fleet-wide values are the fleet's, whatever one caller asks for. The quota is the lowest that anybody has named within a
+minute of slots, which no jumping clock can shorten; when it falls, permits for faster slots lapse, and a second passes
+first, since their calls may just have been made. No slot is further away than the horizon: a caller with less patience
+gets none, one with more asks again. A next slot beyond the horizon dates from before the server's clock was set back. It
+is then set at the horizon, when every slot granted earlier has passed. A pause that began in the future is void for the
 same reason.
 
 The API counts arrivals, and the network delays some calls more than others. If it does so by up to J seconds, slots
 (1 + J) / quota apart keep every second. J is the average of what callers see in the times of answers; refusals correct
 it upwards ("stretch"), and quiet downwards again, below what is seen only after a long hold.
 
-The API may allow less than the quota that was configured. Then "limit" is the number of calls a second that is tried
-now, and it climbs whenever a full second's calls at it have passed: by doubling steps as long as no ceiling is known,
-then by halving the way to the ceiling ("bad", the lowest limit refused), and once there only after a long hold, which
-doubles each time the next step is refused again.
+The API may allow less than the configured quota. Then "limit" is the number of calls a second being tried, and it climbs
+whenever a full second's calls at it have passed: by doubling steps as long as no ceiling is known, then by halving the
+way to the ceiling ("bad", the lowest limit refused), and once there only after a long hold, which doubles each time the
+next step is refused again.
 
-Where updates count as accepted only once replicas have them, nobody sends while none is in step: a primary that is cut
-off from all of them may already have a successor. A server that does not list them is believed.
+Where updates count as accepted only once replicas have them, nobody sends while none is in step: a primary cut off from
+all of them may already have a successor. A server that does not list its replicas is trusted.
 
-Calls of some kinds, which isolate bad users or read, get at most one in so many slots while others wait for slots, too.
+Some kinds of calls, those that isolate bad users or read, get at most one slot in a given number while other calls wait.
 
 KEYS[1]  hash, rate: "next" free slot us, "next_isolating" and "next_reading" us, "paused_at" us, "paused_until" us, "epoch";
          "limit", "good", "bad", "step" calls a second, "granted" since "limit" was set, "climb_at" us, "hold" us; "apart" us
@@ -48,10 +48,10 @@ local now, named, patience = now_us(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3
 local one_in, dwell, seen = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local server_seen, needs_replica, notice, turn = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9]), ARGV[10]
 
--- How long a quota counts as named, us. At most so much of J is taken from answers, us: a service that slows down looks
+-- How long a quota counts as named, us. At most this much of J is taken from answers, us: a service that slows down looks
 -- like a network that does.
 local SECOND, LATELY, MOST_SEEN = 1e6, 60e6, 1e5
--- Slots are never closer than this, for threads that are a little late; how much J is rounded up by.
+-- Slots are never closer than this, to allow for slightly late threads; how much J is rounded up by.
 local CLOSEST, MARGIN = 1.02, 0.005
 -- The stretch falls by one percent this often, and below what is seen only after this long.
 local STEP, EVERY, HELD = 1e4, 2.5e6, 300e6
@@ -98,7 +98,7 @@ local function width()
   if at == 0 or at > now + math.max(hold, HELD) then
     at = now + HELD
   elseif stretch > 0 and jitter + STEP < jitter_then then
-    -- The network is calmer than when it was stretched.
+    -- The network is calmer than when slots were stretched.
     at = math.min(at, now + EVERY)
   end
   if now >= at and (stretch > 0 or jitter + stretch > (CLOSEST - 1 - MARGIN) * SECOND) then
@@ -113,7 +113,7 @@ end
 
 local function climb()
   local granted, climb_at, bad, step, hold = numbers(redis.call('HMGET', rate, 'granted', 'climb_at', 'bad', 'step', 'hold'))
-  -- A climb further away than any wait is from before the clock was set back.
+  -- A climb further away than any wait dates from before the clock was set back.
   if granted < limit or (now < climb_at and climb_at - now < 4e9) then
     redis.call('HSET', rate, 'granted', granted + 1)
     return
@@ -147,7 +147,7 @@ slot = math.max(slot, now + math.min(notice, patience), paused)
 if slot - now > patience then
   return { 0, slot - now - patience, now, number }
 end
--- A turn further away than any is from before the clock was set back.
+-- A turn further away than any possible one dates from before the clock was set back.
 if others_wait and one_in < 0 then
   return { 0, slot - now, now, number }
 elseif others_wait and one_in > 0 and slot < turn_at and turn_at <= slot + 3 * one_in * SECOND / limit then

@@ -1,8 +1,8 @@
 --[[
-Open the line because a person says so, whatever stopped it.
+Open the line at a person's request, whatever stopped it.
 
 If the data stopped it, that code is ignored for a while: the person has seen it, and would otherwise be asked again and
-again. If the settings did, the key may have been wrong: signatures made until now are not used any more.
+again. If the settings did, the key may have been wrong: signatures made until now are no longer used.
 
 KEYS[1]  hash, line
 KEYS[2]  hash, health

@@ -1,5 +1,5 @@
 --[[
-Let an import go on that a person has paused.
+Let a paused import continue.
 
 KEYS[1]  hash, import_pauses
 KEYS[2]  stream, history

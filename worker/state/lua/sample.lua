@@ -1,6 +1,6 @@
 --[[
-Take a sample of what the fleet has done so far, from which its pace is measured. What has changed in Redis itself and in the
-rate since the last sample goes into the history: those steps are too many, or too deep in other scripts, to be written there.
+Take a sample of what the fleet has done so far, from which its pace is measured. Changes in Redis itself and in the rate
+since the last sample go into the history here: those steps are too many, or too deep in other scripts, to record there.
 The first sample of each minute is kept for longer.
 
 KEYS[1]  stream, samples

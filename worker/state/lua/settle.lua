@@ -1,15 +1,15 @@
 --[[
-End a claim, user by user; users without an outcome of their own get the one for the rest, or stay.
+End a claim, user by user; users without an outcome of their own get the one for the rest, or stay in flight.
 
 Only users that the batch still holds are touched, so a batch whose lease was reclaimed, or a user settled before,
 changes nothing: the batch id is the fencing token. What comes back from flight is merged under anything newer that
 arrived meanwhile, and keeps the time of its first update.
 
 A failure that may be the service's costs an attempt only once a call claimed after it has succeeded, and not if it
-belongs to an outage: until then the record has its time ("f").
+belongs to an outage: until then the record keeps its time ("f").
 
-What was delivered is remembered until `forget.lua` forgets it; while an import is unfinished, even with a memory of no
-length. What an import delivered is remembered as of its own time.
+Delivered values are remembered until `forget.lua` forgets them; while an import is unfinished, even with memory turned
+off. Values that an import delivered are remembered as of its own time.
 
 Outcomes: ["ack"], ["retry", delay ms, 1 = costs an attempt at once, else 0, 1 = the call may have been applied, else 0],
 ["snooze", delay ms, 1 = must not share a call with others from now on, else 0], ["dead_letter", code, message],
@@ -46,7 +46,7 @@ ARGV[9]  number of the claim, 0 = unknown
 ARGV[10] how long its last call may be under way, ms
 ARGV[11] calls made for these users
 ARGV[12] how long those took together, ms
-Returns  {the number of users settled, or -1 if the batch is not held any more; 1 if the ticket was issued, else 0}
+Returns  {the number of users settled, or -1 if the batch is no longer held; 1 if the ticket was issued, else 0}
 ]]
 local pending, live, backfill, delayed, flight = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local batches, leases, dead, dead_at = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
@@ -79,7 +79,7 @@ redis.call('HDEL', flight, unpack(users))
 local ok_at, outage_ended_at = numbers(redis.call('HMGET', health, 'ok_at', 'calm_at'))
 local counts = { delivered = 0, coalesced = 0, dead_lettered = 0, quarantined = 0, calls = calls, call_ms = call_ms }
 local memories, times, since = {}, {}, trusted_since()
--- What the API now has: the values sent, or null where nobody knows. Versions stay a floor either way.
+-- What the API now has: the values sent, or null where unknown. Versions stay a floor either way.
 local function remember(i, user, packed, unknown)
   local at = now
   if delivered[i] or unknown or is_importing then
@@ -102,7 +102,7 @@ local function remember(i, user, packed, unknown)
   times[#times + 1], times[#times + 2] = at, user
 end
 
--- A dead letter has what is not superseded, and keeps what an earlier one of the user still had to say.
+-- A dead letter has what is not superseded, including what is left of the user's earlier one.
 local function dead_letter(user, record, newer, code, message)
   local letter = { a = {}, code = code, message = message, attempts = (record.n or 0) + 1, t = record.t, at = now }
   local superseded = newer and newer.a or {}

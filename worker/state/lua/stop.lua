@@ -1,5 +1,5 @@
 --[[
-Stop the line, or keep it stopped: nothing is sent but a probe now and then.
+Stop the line, or keep it stopped: only an occasional probe is sent.
 
 The first stop waits for its probe as long as its reason asks; each probe that fails doubles the wait. Other batches that
 come back from flight while the line is stopped change nothing, and a person's pause stays in force. A code that a person
@@ -21,7 +21,7 @@ local line, health, history = KEYS[1], KEYS[2], KEYS[3]
 local now, batch, kind, code, reason = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local first, longest = tonumber(ARGV[6]), tonumber(ARGV[7])
 
--- First a write that needs no memory: a full server then takes the others.
+-- First a write that needs no memory: a full server then accepts the others.
 redis.call('HDEL', line, '')
 local state, probe = unpack(redis.call('HMGET', line, 'state', 'probe'))
 local wait, ignored_until = numbers(redis.call('HMGET', line, 'wait')), numbers(redis.call('HMGET', health, 'let_until'))

@@ -1,9 +1,9 @@
 --[[
-Take messages out of a queue of Celery's, oldest first, and note when: the first time is the one that counts.
+Take messages out of a Celery queue, oldest first, and note when: the first time is the one that counts.
 
 What was taken stays in a list of its own until `finish`, so a consumer that dies loses nothing: the next one gets the
-same messages, with the same time. Each taking has a time of its own, later than the one before, which makes it the
-version of what is in it. All of these keys are the broker's, none the state's.
+same messages, with the same time. Each taking has a time of its own, later than the one before, which becomes the version
+of its updates. All of these keys are the broker's, none the state's.
 
 KEYS[1]  list, the queue, with the newest message on the left
 KEYS[2]  list, the same queue at the second priority
@@ -38,7 +38,7 @@ end
 
 local messages, bytes = {}, 0
 for priority = 1, 4 do
-  -- A few at a time: how long they are is known only afterwards.
+  -- A few at a time: their length is known only afterwards.
   local popped = {}
   while popped and #messages < most and bytes < most_bytes do
     popped = pop(priority, math.min(16, most - #messages))
