@@ -1,1 +1,1 @@
-"""Ways in: the stream, files, and the rules they share."""
+"""The ways in: Celery's queue, the stream and files, and the rules they share."""

@@ -1,8 +1,8 @@
-"""Back-pressure where tasks take the updates: while there is no room for new users, they stay in the broker's queue.
+"""Back-pressure where tasks take the updates: while there is no room for new users, updates stay in the broker's queue.
 
 Only with a broker whose messages cannot be taken in bulk (`celery_queue.py` has its own).
 A task that finds the buffer full cannot wait: its thread is one of those that deliver, and so make room. It puts its update
-back, and this stops the worker from taking more, so that updates do not circulate.
+back, and this module stops the worker from taking more, so that updates do not circulate.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ class Backpressure:
         try:
             return self._has_room(0.0 if self._open else FREE_SHARE)
         except RedisError:
-            # Anything taken now could only be put back.
+            # Any update taken now could only be put back.
             return False

@@ -1,7 +1,7 @@
-"""Takes messages out of the broker's queue in bulk, and acknowledges them in bulk.
+"""Takes and acknowledges the messages of the broker's queue in bulk.
 
-Whatever the broker, a message stays with it until `finish`, and a message that is taken a second time has the time of
-the first: otherwise what was delivered twice would count as newer than what happened in between.
+Whatever the broker, a message stays with it until `finish`, and a message that is taken again keeps the time of its first
+taking: otherwise a redelivered message would count as newer than what happened in between.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from worker.state.connection import Redis
 from worker.state.intake import queue_length
 from worker.state.keys import Keys
 
-#: Most messages, and bytes, of one taking: while a script takes more, everybody else waits for Redis.
+#: Most messages, and bytes, of one taking: while a script takes more, every other client waits for Redis.
 MOST, MOST_BYTES_AT_ONCE = 1000, 4_000_000
-#: Messages that RabbitMQ sends ahead: two takings, so that it is never waited for.
+#: Messages that RabbitMQ sends ahead: two takings, so that none has to wait for it.
 PREFETCH = 2 * MOST
-#: Seconds between two heartbeats of RabbitMQ, and until an answer of it is overdue.
+#: Seconds between two heartbeats of RabbitMQ, and until one of its answers is overdue.
 HEARTBEAT, ANSWER_TIMEOUT = 20.0, 10.0
-#: Seconds for which RabbitMQ's messages are remembered if they are never acknowledged.
+#: Seconds for which RabbitMQ messages are remembered if they are never acknowledged.
 REMEMBERED = 7 * 86_400
 
 
@@ -47,22 +47,23 @@ class Queue(Protocol):
         """Acknowledge all of them: they are accepted, or kept as refused."""
 
     def wait(self, seconds: float) -> None:
-        """Wait until there may be a message, at most so long."""
+        """Wait until there may be a message, at most that long."""
 
     def waiting(self) -> int:
         """How many messages are in the queue."""
 
     def close(self) -> None:
-        """Let go of the broker. Raises nothing."""
+        """Disconnect from the broker. Raises nothing."""
 
 
 class RedisQueue:
     """A queue of kombu's Redis transport: a list for each priority."""
 
     def __init__(self, redis: Redis, lists: Sequence[str], *, name: str, close: Callable[[], object]) -> None:
-        """`lists` are the four keys of the queue, from the highest priority to the lowest; `name` starts our own keys.
+        """`lists` are the four keys of the queue, from the highest priority to the lowest; `name` is the prefix of our own
+        keys.
 
-        `close` lets go of what `redis` came from.
+        `close` releases what `redis` came from.
         """
         self._redis, self._close = redis, close
         self._lists = list(lists)
@@ -79,7 +80,7 @@ class RedisQueue:
         self._finish([self._taken], [taken.id])
 
     def wait(self, seconds: float) -> None:
-        # Moves the oldest message to where it is: there is no other way to wait without taking.
+        # Moves the oldest message to the place where it is already: there is no other way to wait without taking.
         self._redis.blmove(self._lists[0], self._lists[0], seconds, "RIGHT", "RIGHT")  # type: ignore[arg-type]
 
     def waiting(self) -> int:
@@ -93,12 +94,12 @@ class RedisQueue:
 class RabbitQueue:
     """A queue of RabbitMQ, consumed over a connection of py-amqp.
 
-    RabbitMQ delivers a message again after its consumer is gone, and does not say when it did so first. So that is
-    remembered in the state, from before the message is accepted until RabbitMQ has seen the acknowledgement.
+    RabbitMQ delivers a message again after its consumer is gone, and does not say when it first did. So the state remembers
+    that, from before the message is accepted until RabbitMQ has seen the acknowledgement.
     """
 
     def __init__(self, connection: Any, queue: str, redis: Redis, keys: Keys) -> None:
-        """`connection` is a `kombu.Connection`, `redis` a connection to the state; `close` lets go of both."""
+        """`connection` is a `kombu.Connection`, `redis` a connection to the state; `close` closes both."""
         self._connection, self._queue, self._redis, self._key = connection, queue, redis, keys.taken
         self._buffer: list[Any] = []
         self._bytes = 0
@@ -115,7 +116,7 @@ class RabbitQueue:
         try:
             channel.queue_declare(self._queue, passive=True)
         except self._connection.channel_errors:
-            # Nobody has sent anything yet. Queue and exchange as every Celery client declares them.
+            # Nobody has sent anything yet. Declare queue and exchange as every Celery client does.
             channel = self._connection.channel()
             channel.exchange_declare(self._queue, "direct", durable=True, auto_delete=False)
             channel.queue_declare(self._queue, durable=True, auto_delete=False)
@@ -174,14 +175,14 @@ class RabbitQueue:
             self._drain(seconds)
 
     def _drain(self, seconds: float) -> None:
-        """Read what RabbitMQ has sent; waits at most so long for the first message."""
+        """Read what RabbitMQ has sent; waits at most that long for the first message."""
         now = time.monotonic()
         if now - self._checked_at >= HEARTBEAT / 4:
             self._checked_at = now
             self._connection.heartbeat_check(rate=4)
-        # So many reads that a taking is full: a message is one or two of them.
+        # Enough reads to fill a taking: a message takes one or two.
         for _ in range(2 * MOST):
-            # More large ones stay in the socket.
+            # Further large messages stay in the socket.
             if len(self._buffer) >= MOST or self._bytes >= MOST_BYTES_AT_ONCE:
                 return
             try:
@@ -209,7 +210,7 @@ def _envelope(message: Any) -> Envelope:
 
 
 def _digest(envelope: Envelope) -> bytes:
-    """What tells a message from others, and is the same when it is delivered again."""
+    """What distinguishes a message from others, and is the same when it is delivered again."""
     headers = envelope.headers if isinstance(envelope.headers, dict) else {}
     id = (
         headers.get("id")

@@ -1,11 +1,12 @@
-"""Reads what Celery clients put into the queue of updates.
+"""Reads the messages that Celery clients put into the queue of updates.
 
 A client is any program that can write to the broker, so a message may be anything. Whatever it is, `read` either returns
-the updates in it or raises `InvalidUpdate` with the reason; it never unpickles, and never unpacks more than `MOST_BYTES`.
+the updates in it or raises `InvalidUpdate` with the reason; it never unpickles, and never decompresses more than
+`MOST_BYTES`.
 
 Protocol 2 has the task's name in the headers and ``[args, kwargs, embed]`` in the body; protocol 1 has one object with
-everything in the body (Celery documents both on its page "Message Protocol"). Callbacks and chains are not run, because no
-task is.
+everything in the body (Celery documents both on its page "Message Protocol"). Callbacks and chains do not run, because no
+task does.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from worker.models import EARLIEST_MS, LATEST_MS
 
 UPDATE, UPDATE_MANY = "attributes.update", "attributes.update_many"
 
-#: Bytes of the longest message that is read, packed or unpacked: a good one has a few hundred, ten thousand updates in one
+#: Bytes of the longest message that is read, compressed or not: a good one has a few hundred, one with ten thousand updates
 #: about a million. Parsed, JSON can take fifty times its size.
 MOST_BYTES = 4_000_000
-#: Bytes of memory that unpacking LZMA may take, which its header asks for.
+#: Bytes of memory that decompressing LZMA may take; its header says how many it needs.
 _LZMA_MEMORY = 64_000_000
 
 #: The parameters of each task, and how many of them are required.
@@ -41,7 +42,7 @@ _PARAMETERS = {UPDATE: (("user_id", "attrs", "occurred_at"), 2), UPDATE_MANY: ((
 _UNSAFE_ENCODINGS = {"idna", "punycode", "unicode_escape", "raw_unicode_escape"}
 
 _UNPACKERS: dict[str, Callable[[], Any]] = {
-    # kombu calls zlib's format gzip; the real one is understood, too.
+    # kombu calls zlib's format gzip; real gzip is read, too.
     **dict.fromkeys(("application/x-gzip", "gzip", "zlib"), lambda: zlib.decompressobj(zlib.MAX_WBITS | 32)),
     **dict.fromkeys(("application/x-bz2", "bzip2", "bzip"), bz2.BZ2Decompressor),
     **dict.fromkeys(
@@ -65,7 +66,7 @@ class Envelope(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a message asks for: updates, each ``[user, attributes, event time]`` as the client sent it.
+    """The content of a message: updates, each ``[user, attributes, event time]`` as the client sent it.
 
     Times in ms since 1970, 0 if there is none: `eta_ms` before which they must not be accepted, `expires_ms` after which
     they are worthless, `event_ms` for updates without an event time of their own.
@@ -78,7 +79,7 @@ class Call(NamedTuple):
 
 
 def unpack(raw: bytes) -> Envelope:
-    """Take apart a message as kombu keeps it in Redis: a JSON object with the body in base64."""
+    """Take apart a message as kombu stores it in Redis: a JSON object with the body in base64."""
     if len(raw) > MOST_BYTES:
         raise _invalid(f"the message is longer than {MOST_BYTES:,} bytes")
     try:
@@ -120,7 +121,7 @@ def read(envelope: Envelope, taken_ms: int) -> Call:
         eta_ms, expires_ms = _moment_ms("eta", eta), _moment_ms("expires", expires)
         if eta_ms > LATEST_MS:
             raise _invalid("the header eta is after the year 2286")
-        # It counts as having happened when it was to be accepted, however late it was taken.
+        # It counts as of the time at which it was due, however late it was taken.
         occurred_ms = eta_ms if eta_ms >= EARLIEST_MS else taken_ms
         return Call(updates, occurred_ms, eta_ms, expires_ms)
     return Call(updates, taken_ms)
@@ -137,7 +138,7 @@ def legible(envelope: Envelope | bytes) -> str:
 
 
 def _parse(text: bytes | str) -> Any:
-    """JSON as Python's own parser reads it, three times as fast; raises `ValueError` or `RecursionError`."""
+    """Parse JSON as Python's own parser does, three times as fast; raises `ValueError` or `RecursionError`."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -168,7 +169,7 @@ def _body(envelope: Envelope, headers: Mapping[str, Any]) -> Any:
         raise _invalid(f"the content type must be application/json, got {shown!r}")
     text = _text(envelope, headers)
     try:
-        # Few messages have types beyond JSON's, such as datetime, and looking into each object takes time.
+        # Few messages have types beyond JSON's, such as datetime, and inspecting every object takes time.
         return load_with_types(text) if "__type__" in text else _parse(text)  # type: ignore[no-untyped-call]
     except Exception:
         raise _invalid("the body is not JSON") from None
@@ -195,7 +196,7 @@ def _safe(encoding: object) -> str:
 
 
 def decompressed(body: bytes, compression: object) -> bytes:
-    """Unpack a body, up to `MOST_BYTES` and one more; raises `InvalidUpdate`."""
+    """Decompress a body, up to `MOST_BYTES` and one more; raises `InvalidUpdate`."""
     kind = compression if type(compression) is str else ""
     if kind not in _UNPACKERS:
         known = "gzip, bzip2 or lzma"

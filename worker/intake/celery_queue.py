@@ -2,11 +2,11 @@
 
     app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
 
-No task runs for them: a Celery task per update costs fifty times as much, and what is in a message could end the worker
-that runs it. Every worker has a consumer in a process of its own (`worker/queue_process.py`); a short term in Redis elects
-which of them acts, so messages are taken in the order of the queue. A message is acknowledged once its updates are accepted,
-or kept among the refused ones. It may be taken twice, by a successor of a consumer that was killed; its event time is then
-the same, so it changes nothing.
+No task runs for them: a Celery task per update costs fifty times as much, and the content of a message could end the worker
+that runs it. Every worker has a consumer in a process of its own (`worker/queue_process.py`); the one that holds a short term
+in Redis acts, so messages are taken in queue order. A message is acknowledged once its updates are accepted, or kept among
+the refused ones. The successor of a killed consumer may take it again; its event time is then the same, so that changes
+nothing.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from worker.state.refused import Refused
 
 log = structlog.get_logger()
 
-#: Seconds a consumer stays elected without renewing; how long a killed one is missed.
+#: Seconds for which a consumer stays elected without renewing; how long a killed one is missed.
 TERM = 3.0
-#: Seconds to wait for the first new message: how late one of another priority is noticed, and a stop.
+#: Seconds to wait for the first new message: how late a message of another priority, or a stop, is noticed.
 BLOCK = 0.1
 #: Seconds to let messages gather after a taking of fewer than `FEW`: each turn costs a millisecond, however many it takes.
 GATHER, FEW = 0.02, 100
@@ -46,7 +46,7 @@ GATHER, FEW = 0.02, 100
 FULL_PAUSE = 1.0
 #: The share of the room that must be free before messages are taken again.
 FREE_SHARE = 0.1
-#: Messages that are read at once, while Redis adds what was read before.
+#: Messages that are read at a time, while Redis adds those read before.
 READ_AT_ONCE = MAX_UPDATES_PER_ADD
 #: Seconds between two reports.
 REPORT_EVERY = 0.5
@@ -106,7 +106,7 @@ class QueueConsumer(LeaderLoop):
         self._adder.shutdown()
 
     def follow(self) -> None:
-        """Let go of everything: what was taken and not finished is the next leader's."""
+        """Let go of everything: what was taken and not finished belongs to the next leader."""
         self._taken, self._unread, self._left, self._due = None, (), [], ()
         if self._queue:
             self._queue.close()
@@ -136,7 +136,7 @@ class QueueConsumer(LeaderLoop):
     # Reading: from messages to updates.
 
     def _read(self) -> list[Update]:
-        """Return the updates in the next messages; what else is in them is kept before they are acknowledged."""
+        """Return the updates in the next messages; everything else in them is kept before they are acknowledged."""
         messages, self._unread = self._unread[:READ_AT_ONCE], self._unread[READ_AT_ONCE:]
         names, batch = self._producer.names(), _Read()
         for message, taken_ms in messages:
@@ -147,7 +147,7 @@ class QueueConsumer(LeaderLoop):
             except InvalidUpdate as error:
                 batch.refused.append((error, legible(envelope)))
             except Exception as error:
-                # A defect of ours must not keep what is behind it waiting.
+                # A defect of ours must not hold up the messages behind it.
                 log.error("message_unreadable", error=type(error).__name__)
                 rule = f"it could not be read ({type(error).__name__})"
                 batch.refused.append((InvalidUpdate("?", rule), legible(envelope)))
@@ -156,7 +156,7 @@ class QueueConsumer(LeaderLoop):
         return batch.updates
 
     def _sort(self, call: Call, now_ms: int, names: frozenset[str], batch: _Read) -> None:
-        """Put the updates of a message where they belong."""
+        """Sort the updates of a message into where they belong."""
         if call.expires_ms and call.expires_ms <= max(now_ms, call.eta_ms):
             self._counts["expired"] += 1
         elif call.eta_ms > now_ms:
@@ -179,7 +179,7 @@ class QueueConsumer(LeaderLoop):
         return good
 
     def _keep(self, batch: _Read) -> None:
-        """Keep what is refused, and what must not be accepted yet, before the messages are acknowledged."""
+        """Keep updates that are refused, or must not be accepted yet, before the messages are acknowledged."""
         if not batch.refused and not batch.scheduled:
             return
         self._counts["refused"] += len(batch.refused)
@@ -188,7 +188,7 @@ class QueueConsumer(LeaderLoop):
             log.warning("update_refused", source="celery", rule=rule, updates=updates)
 
     def _take_due(self, now_ms: int) -> bool:
-        """Whether there are scheduled messages whose time has come: these go first."""
+        """Take the scheduled messages whose time has come, which go first; returns whether there are any."""
         self._due = self._redis.zrangebyscore(self._keys.scheduled, "-inf", now_ms, start=0, num=MOST_DUE)
         if not self._due:
             return False
@@ -204,7 +204,7 @@ class QueueConsumer(LeaderLoop):
     def _accept(self) -> float:
         """Accept what was taken, in order, then finish it; returns the seconds until the next turn."""
         while self._left or self._unread:
-            # After a machine slept in between, this is its successor's.
+            # If the machine slept in between, this belongs to its successor.
             if not self.leader.leads:
                 self.follow()
                 return 0.0

@@ -1,7 +1,8 @@
-"""The event time of an update that came as a Celery task, if it does not have its own.
+"""The event time of an update that came as a Celery task without one of its own.
 
-Messages that are taken in bulk count as of when they were taken, on Redis' clock, which is remembered. A broker that they
-are not taken from in bulk hands a message out again after a kill, and nobody knows that it was taken before. Celery puts no time of publishing into a message, so the best one available is used, which keeps the order of the queue:
+Messages that are taken in bulk count as of when they were taken, on Redis' clock, which is remembered. Any other broker hands
+a message out again after a kill, and nothing shows that it was taken before. Celery puts no time of publishing into a
+message, so the best time available is used, which keeps the order of the queue:
 
 1. the header that our own app adds when it publishes,
 2. the header `timestamp_in_ms` that RabbitMQ adds if it is configured to,
@@ -40,9 +41,9 @@ def event_ms(headers: Mapping[str, Any], properties: Mapping[str, Any], taken_ms
     """The event time of a message that was taken from the queue at `taken_ms`."""
     published = _ms(headers.get(PUBLISHED)) or _ms(headers.get("timestamp_in_ms"))
     if not published and (second := _ms(properties.get("timestamp"))):
-        # Somewhere within that second; its end keeps the order of messages that were taken later.
+        # The time lies within that second; using its end keeps the order with messages that were taken later.
         published = second + 999
-    # Nothing is published after it was taken: a clock that is ahead must not win forever.
+    # Nothing is published after it was taken: a clock that is ahead must not always win.
     return min(published or taken_ms, taken_ms)
 
 

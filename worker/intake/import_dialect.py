@@ -1,7 +1,7 @@
-"""What other programs do to a list of users when they save it: either it is understood, and said so, or refused.
+"""What other programs do to a list of users when they save it: it is either understood, and reported, or refused.
 
-Nothing is guessed without a word. A cell that a spreadsheet or a database has changed looks like a value, and would be
-delivered as one; so what has their marks is refused with what to do about it.
+Nothing is guessed silently. A cell that a spreadsheet or a database has changed looks like a value, and would be delivered as
+one; so cells with their marks are refused, with advice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from worker.errors import CannotImport
 
-#: What separates columns besides a comma, and how people call it.
+#: Separators of columns besides a comma, and what people call them.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 _NO_LISTS = (
@@ -27,7 +27,7 @@ _NO_LISTS = (
     (b"%PDF", "is a PDF: export the list as CSV"),
 )
 
-#: What databases and programs print where there is no value, and spreadsheets for a mistake in a formula.
+#: What databases and programs print where there is no value, and spreadsheets for an error in a formula.
 _NO_VALUES = {r"\n", "null", "(null)", "<null>", "nan", "undefined", "[object object]"}
 _FORMULA_ERROR = re.compile(r"#(N/A|REF!|VALUE!|DIV/0!|NAME\?|NUM!|NULL!|SPILL!|CALC!|ERROR!)", re.IGNORECASE)
 _ROUNDED = re.compile(r"[+-]?\d+([.,]\d+)?[eE][+-]?\d+")
@@ -35,7 +35,7 @@ _WITH_DECIMALS = re.compile(r"\d+[.,]0+")
 
 
 def check_beginning(head: bytes) -> None:
-    """Raise `CannotImport` if a file that begins like this is no list in text. `head` may be cut anywhere."""
+    """Raise `CannotImport` if a file that begins like this is not a list in text. `head` may be cut anywhere."""
     head = head.removeprefix(codecs.BOM_UTF8)
     for magic, what in _NO_LISTS:
         if head.startswith(magic):
@@ -59,7 +59,7 @@ def check_beginning(head: bytes) -> None:
 
 
 def separator_of(header: str, user_column: str) -> str:
-    """What separates the columns of a header: whatever makes one of them the users'; a comma if nothing does."""
+    """Return the separator of a header's columns: the one that yields a column of users; a comma if none does."""
     for separator in SEPARATORS:
         cells = [cell.strip().strip('"') for cell in header.rstrip("\r\n").split(separator)]
         if user_column in cells:
@@ -68,7 +68,7 @@ def separator_of(header: str, user_column: str) -> str:
 
 
 def no_user_column(header: Sequence[str], user_column: str) -> str:
-    """Why a header has no column of users; other cells may be data, which must not be shown."""
+    """Say why a header has no column of users; other cells may be data, which must not be shown."""
     rule = f"the first line is not a header with a column {user_column!r}, separated by commas"
     near = [
         cell.strip()

@@ -1,4 +1,4 @@
-"""What an import writes beside its file: how far it has come, for the next run, and the lines refused, for people.
+"""The files that an import writes beside its own: its progress, for the next run, and the refused lines, for people.
 
 Both are written after each chunk that Redis has accepted, so nothing is left out. A process that is killed between the
 two sends that one chunk again, which changes nothing: its updates have the same event times as before.
@@ -26,18 +26,18 @@ class ImportOptions:
     path: Path | None
     format: Format | None = None
     user_column: str = "user"
-    #: What stands in a cell of CSV for no value, besides nothing.
+    #: The text that means no value in a cell of CSV, besides an empty cell.
     null: str | None = None
     lane: Lane = "backfill"
     as_of_ms: int | None = None
     refused: Path | None = None
     restart: bool = False
-    #: Where the progress is kept, if not beside the file.
+    #: The directory for the progress, if not beside the file.
     progress: Path | None = None
 
     @property
     def resumable(self) -> bool:
-        """Whether a later run can resume in the middle, which a pipe does not allow."""
+        """Whether a later run can resume in the middle, which is impossible with a pipe."""
         return self.path is not None and self.path.is_file()
 
     @property
@@ -109,7 +109,7 @@ class ImportJournal:
             self._refused.close()
 
     def begin(self, as_of_ms: int) -> Progress:
-        """Return where to resume, or the beginning; raises `CannotImport` if something has changed since."""
+        """Return the place to resume at, or the beginning; raises `CannotImport` if something has changed since."""
         progress = self._read() or Progress(as_of_ms)
         self._forget_refusals_after(progress.refused_bytes)
         self._write(progress)

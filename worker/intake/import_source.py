@@ -48,7 +48,7 @@ from worker.models import check_names, check_user
 
 Format = Literal["jsonl", "csv"]
 
-#: Bytes of the longest line that is read; longer ones are skipped. A good one has a few hundred.
+#: Bytes of the longest line that is read; longer ones are skipped. A good line has a few hundred.
 MAX_LINE = 1_000_000
 #: Bytes after which a row of CSV must end; otherwise its opening quote was a mistake.
 MAX_ROW = 65_536
@@ -64,12 +64,12 @@ _TOO_LONG = f"the line is longer than {MAX_LINE:,} bytes"
 _NO_UTF8 = "the line is not UTF-8"
 _NO_JSON = "the line is not JSON"
 _NO_OBJECT = 'the line is not {"user": ..., "attrs": {...}}, with "occurred_at" if known and nothing else'
-_TWICE = "a name stands twice in one object"
+_TWICE = "a name appears twice in one object"
 _NO_CSV = "the line is not CSV: a quote is out of place or never closed, or a cell is too long"
 
 
 class RawUpdate(NamedTuple):
-    """An update as it is in the file, not validated yet. `occurred_at` is None if the file does not say."""
+    """An update as the file has it, not validated yet. `occurred_at` is None if the file does not say."""
 
     user: object
     attrs: object
@@ -126,10 +126,10 @@ class Source:
     ) -> None:
         """Raises `CannotImport` if the format is not clear, or the header of a CSV file is wrong.
 
-        `null` is what stands in a cell for no value, besides nothing.
+        `null` is the text that means no value, besides an empty cell.
         """
         self._separator, self._null = ",", null
-        #: Headers in the middle of a CSV file, which were left out.
+        #: Headers in the middle of a CSV file, which were skipped.
         self.repeated_headers = 0
         with _damage_explained():
             self._file = open(path or 0, "rb", buffering=0, closefd=path is not None)  # noqa: SIM115
@@ -155,7 +155,7 @@ class Source:
         read = list(islice(lines, 1))
         first = (read[0].text or b"").decode(errors="replace").strip() if read else ""
         if declared := re.fullmatch(r'"?sep=([,;\t|])"?', first, re.IGNORECASE):
-            # Excel writes, and wants, such a line.
+            # Excel writes and expects such a line.
             self._separator, read = declared[1], []
         else:
             self._separator = separator_of(first, user_column)
@@ -169,7 +169,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """How the file was understood, where that is not plain."""
+        """How the file was understood, where that is not obvious."""
         notes = [] if self._separator == "," else [f"separated by {SEPARATORS[self._separator]}"]
         if self.repeated_headers:
             many = (
@@ -197,7 +197,7 @@ class Source:
             return
 
     def fingerprint(self) -> dict[str, object]:
-        """What distinguishes this file from a changed one; nothing does for a pipe."""
+        """What distinguishes this file from a changed one; nothing does with a pipe."""
         if self.size is None:
             return {}
         about = os.fstat(self._file.fileno())
@@ -309,7 +309,7 @@ def _from_json(text: bytes | None) -> RawUpdate | Unreadable | None:
     if isinstance(decoded, Unreadable):
         return decoded
     try:
-        # Files that were put together have the mark of their beginning in the middle.
+        # Concatenated files have byte order marks in the middle.
         found = json.loads(decoded.removeprefix("\ufeff"), object_pairs_hook=_without_repeated_names)
     except _RepeatedName:
         return Unreadable("?", _TWICE)
@@ -325,7 +325,7 @@ def _from_json(text: bytes | None) -> RawUpdate | Unreadable | None:
 
 
 class _RepeatedName(Exception):
-    """Raised under reading an object in which a name stands twice: nobody knows which of the values is meant."""
+    """Raised for an object with a name that appears twice: nobody knows which of the values is meant."""
 
 
 def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class _Row(NamedTuple):
 
 
 class _Feed:
-    """Hands lines to a `csv.reader` as text; can hand those of the row that is being read out again."""
+    """Hands lines to a `csv.reader` as text; can hand out those of the current row again."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -364,20 +364,20 @@ class _Feed:
         self._size += len(line.text or b"")
         text = _decoded(line.text)
         if isinstance(text, Unreadable):
-            # A reader can be interrupted only by the end of its input.
+            # Only the end of its input can interrupt a reader.
             self.problem = text
             raise StopIteration
         return text
 
     def row(self, cells: list[str]) -> _Row:
-        """The lines taken were this row."""
+        """Return the row that the lines taken make up."""
         row = _Row(self._taken[0].number, self._taken[-1].number, self._taken[-1].end, cells)
         self._taken.clear()
         self._size = 0
         return row
 
     def spoilt(self) -> _Row:
-        """The first of the lines taken is not a row; the others are read again."""
+        """Give up the first of the lines taken, which is not a row; the others are read again."""
         problem, self.problem = self.problem or Unreadable("?", _NO_CSV), None
         first, *others = self._taken
         self._again.extendleft(reversed(others))
@@ -400,13 +400,13 @@ def _rows(lines: Iterator[Line], separator: str) -> Iterator[_Row]:
             yield feed.spoilt()
 
 
-#: In place of an update: the header once more.
+#: In place of an update: a repeated header.
 HEADER = Unreadable("", "header")
 
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Where in a row to find what."""
+    """Which column of a row holds what."""
 
     count: int
     user: int
@@ -420,7 +420,7 @@ class _Columns:
         """Read the header; raises `CannotImport`. `names` are the app's attributes, empty if not known."""
         header = [name.strip() for name in header]
         while header and not header[-1]:
-            # Spreadsheets keep columns that were once used.
+            # Spreadsheets save columns that were once used.
             header.pop()
         if user_column not in header:
             raise CannotImport(no_user_column(header, user_column))
@@ -439,7 +439,7 @@ class _Columns:
         return cls(len(header), user, occurred_at, attributes, header, null)
 
     def found(self, line: int, cells: list[str]) -> RawUpdate | Unreadable | None:
-        """The update in a row; `HEADER` for the header once more, as in files that were put together.
+        """Return the update in a row; `HEADER` for a repeated header, as in concatenated files.
 
         Raises `CannotImport` for a header with other columns: what follows it would be taken for something else.
         """
@@ -453,7 +453,7 @@ class _Columns:
         if at_its_place or (user_column in names and set(names) <= {*self.header, ""}):
             raise CannotImport(
                 f"line {line} looks like another header, with other columns: import the files one by one "
-                f"(for a user who is called {user_column!r}, name the column otherwise and say --user-column)"
+                f"(if a user is called {user_column!r}, rename the column and use --user-column)"
             )
         if len(cells) < self.count or any(cells[self.count :]):
             # Nobody knows which of them is the user.

@@ -1,8 +1,8 @@
 """Imports whole files: any number of updates in constant memory, resuming where an earlier run stopped.
 
 A file describes the world at one time, so what happens during the import must win: every update has an event time. Those
-without one of their own get `ImportOptions.as_of_ms`, by default the moment at which the import began, however often it
-was interrupted since.
+without one of their own get `ImportOptions.as_of_ms`, by default the moment at which the import first began, however often it
+is interrupted.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from worker.state.keys import Keys
 
 #: Seconds until updates without room are sent again; a chunk's worth is delivered meanwhile.
 WAIT = 0.05
-#: Seconds between two times that `imattr status` hears how far an import has come.
+#: Seconds between two reports of an import's progress to `imattr status`.
 TELL_EVERY = 1.0
-#: Seconds between two looks whether a person has paused the import.
+#: Seconds between two checks whether a person has paused the import.
 LOOK_EVERY = 1.0
 #: How many refusals a dry run shows, and how many of the last ones `imattr status` and the console can show.
 EXAMPLES, LAST_REFUSALS = 5, 10
@@ -55,9 +55,9 @@ class ImportStatus(NamedTuple):
     lines_per_second: float
     share: float | None
     eta: float | None
-    #: How the file was understood, where that is not plain.
+    #: How the file was understood, where that is not obvious.
     notes: list[str]
-    #: Who has paused it.
+    #: Who paused it.
     pause: Pause | None = None
 
 
@@ -72,9 +72,9 @@ class Estimate(NamedTuple):
     seconds: float
     #: The first refusals.
     refusals: list[Refusal]
-    #: The first updates as they were understood, with their lines.
+    #: The first updates as understood, with their lines.
     samples: list[tuple[int, Update]]
-    #: How the file was understood, where that is not plain.
+    #: How the file was understood, where that is not obvious.
     notes: list[str]
 
 
@@ -122,7 +122,7 @@ class Importer:
             with self._source() as source, ImportJournal(self._options, self._identity(source)) as journal:
                 source.lock()
                 name = self._options.name
-                # First of all, so that nothing that is delivered from now on is forgotten.
+                # First of all, so that nothing delivered from now on is forgotten.
                 self._producer.begin_import(name, self._producer.now_ms())
                 progress = journal.begin(self._as_of())
                 self._producer.begin_import(name, progress.as_of_ms)
@@ -142,7 +142,7 @@ class Importer:
     def _take(
         self, chunks: Iterator[_Chunk], progress: Progress, journal: ImportJournal, watch: _Watch
     ) -> bool:
-        """Have chunks accepted one by one; False if stopped before the last."""
+        """Have chunks accepted one by one; returns False if stopped before the last."""
         for chunk in chunks:
             self._wait_while_paused(watch)
             added = None if self._stopped() else self._offer(chunk, progress.as_of_ms, watch)
@@ -156,7 +156,7 @@ class Importer:
         return not self._stopped()
 
     def _wait_while_paused(self, watch: _Watch) -> None:
-        """Wait until nobody wants this import to wait, or it is stopped. A Redis that fails says so where it matters."""
+        """Wait until the import is no longer paused, or is stopped. A failing Redis raises where it matters."""
         if self._clock.monotonic() < self._look_at:
             return
         while True:
@@ -169,7 +169,7 @@ class Importer:
         self._look_at = self._clock.monotonic() + LOOK_EVERY
 
     def _tell(self, status: ImportStatus) -> None:
-        """Show how far this has come: here at once, and to `imattr status` every second."""
+        """Report the progress: here at once, and to `imattr status` every second."""
         self._show(status)
         now = self._clock.monotonic()
         if now < self._tell_at:
@@ -184,12 +184,12 @@ class Importer:
             "eta": status.eta,
             "refusals": list(self._refusals),
         }
-        # It is for people to look at: a Redis that fails will say so where it matters.
+        # Only people look at it: a failing Redis raises where it matters.
         with suppress(RedisError):
             self._producer.show_import(self._options.name, about)
 
     def abandon(self) -> bool:
-        """Give up an import that an earlier run has begun; returns whether there was one."""
+        """Abandon an import that an earlier run began; returns whether there was one."""
         self._producer.end_import(self._options.name)
         path = self._options.progress_path
         if not path.is_file():
@@ -238,7 +238,7 @@ class Importer:
         )
 
     def _identity(self, source: Source) -> dict[str, object]:
-        """What must be the same for a run that resumes another one."""
+        """What must be the same for a run to resume another one."""
         return {
             "file": source.fingerprint(),
             "app": self._settings.sdkappid,
@@ -255,7 +255,7 @@ class Importer:
         as_of = now if self._options.as_of_ms is None else self._options.as_of_ms
         if as_of > now + self._settings.max_ahead * 1000:
             raise CannotImport(f"--as-of: {RULES['ahead']}")
-        # Of two clocks that differ a little, Redis' is the one that counts.
+        # If two clocks differ a little, Redis' is the one that counts.
         return min(as_of, now)
 
     def _chunks(self, records: Iterator[Record], as_of_ms: int) -> Iterator[_Chunk]:
@@ -275,7 +275,7 @@ class Importer:
             yield chunk
 
     def _offer(self, chunk: _Chunk, as_of_ms: int, watch: _Watch) -> Added | None:
-        """Send a chunk's updates until each has found room, in their order; None if stopped before."""
+        """Send a chunk's updates, in order, until each has found room; None if stopped before."""
         total, left = NOTHING_ADDED, list(range(len(chunk.updates)))
         while True:
             added = self._add([chunk.updates[place] for place in left], as_of_ms)
@@ -322,7 +322,8 @@ def _ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk]:
 def check_record(
     found: RawUpdate | Unreadable | None, as_of_ms: int, names: frozenset[str]
 ) -> Update | Unreadable | None:
-    """The update in a record, as of `as_of_ms` if it has no time of its own; or why it is none. None for a blank line."""
+    """Return the update in a record, as of `as_of_ms` if it has no time of its own; or why it is none. None for a blank
+    line."""
     if not isinstance(found, RawUpdate):
         return found
     moment = as_of_ms if found.occurred_at is None else found.occurred_at

@@ -2,11 +2,10 @@
 
     XADD {imattr:1400000000}:updates * user u1 attrs '{"city":"Paris"}'
 
-Every worker runs a consumer in a thread of its own; a short term in Redis elects which of them acts, so
-entries are taken in the order of the stream. All of them share one name in the consumer group: what an
-acting one took and did not acknowledge, because it was killed or there was no room, is what its
-successor finds first, in order. An entry is acknowledged and deleted once its update is accepted, or kept
-among the refused ones; taking one twice is harmless, because its id is its event time.
+Every worker runs a consumer in a thread of its own; the one that holds a short term in Redis acts, so entries are taken in
+stream order. All consumers share one name in the consumer group: entries that one took and did not acknowledge, because it
+was killed or there was no room, are the first that its successor finds, in order. An entry is acknowledged and deleted once
+its update is accepted, or kept among the refused ones; taking one twice is harmless, because its id is its event time.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ GROUP = CONSUMER = "imattr"
 
 #: Most entries per turn. While a script adds many, deliveries wait for Redis and miss their slots.
 MOST = 100
-#: Seconds a consumer stays elected without renewing; how long a killed one is missed.
+#: Seconds for which a consumer stays elected without renewing; how long a killed one is missed.
 TERM = 3.0
 #: Seconds that a read waits for the first new entry, and so how late a stop is noticed.
 BLOCK = 0.25
 #: Seconds until entries without room are sent again.
 FULL_PAUSE = 1.0
 
-#: Where to read from: what was taken and not acknowledged, or what nobody has taken yet.
+#: Where to read from: entries taken and not acknowledged, or entries that nobody has taken yet.
 _UNSETTLED, _NEW = "0", ">"
 
 _decode = json.JSONDecoder().decode
 
 
 class Entry(NamedTuple):
-    """One entry of the stream. `fields` is empty if somebody has deleted it since it was taken."""
+    """One entry of the stream. `fields` is empty if it was deleted after it was taken."""
 
     id: bytes
     fields: dict[bytes, bytes]
@@ -62,7 +61,7 @@ class StreamConsumer(LeaderLoop):
     def __init__(
         self, redis: Redis, keys: Keys, producer: Producer, refused: Refused, clock: Clock, *, worker: str
     ) -> None:
-        """`redis` has a connection to itself: a read blocks it for `BLOCK` seconds."""
+        """`redis` needs a connection of its own: a read blocks it for `BLOCK` seconds."""
         super().__init__(Leader(redis, keys.consumer, worker, clock, term=TERM))
         self._redis, self._keys = redis, keys
         self._producer, self._refused, self._clock = producer, refused, clock
@@ -76,7 +75,7 @@ class StreamConsumer(LeaderLoop):
     def lead(self) -> float:
         """Take up to `MOST` entries."""
         entries = self._read()
-        # After a machine slept in between, these entries are its successor's.
+        # If the machine slept in between, these entries belong to its successor.
         if not self.leader.leads:
             self._from = _UNSETTLED
             return 0.0
@@ -122,11 +121,11 @@ class StreamConsumer(LeaderLoop):
         self._note(full=bool(waiting))
         if waiting:
             return FULL_PAUSE
-        # Deliveries get half of the time: they share processor and Redis, and their slots do not wait.
+        # Deliveries get half of the time: they share the CPU and Redis, and their slots do not wait.
         return self._clock.monotonic() - since if delivering else 0.0
 
     def _settle(self, done: list[bytes], bad: list[tuple[Entry, InvalidUpdate]]) -> bool:
-        """Keep the refused ones, then acknowledge and delete all that are done.
+        """Keep the refused entries, then acknowledge and delete all that are done.
 
         Returns whether the fleet is delivering.
         """
@@ -165,7 +164,7 @@ def _update(entry: Entry, names: frozenset[str]) -> Update:
 
 
 def _occurred_at(fields: dict[bytes, bytes], id: bytes) -> object:
-    """When it happened: what the sender says, else when it was added to the stream."""
+    """When it happened: as the sender says, else when it was added to the stream."""
     if b"occurred_at" not in fields:
         return int(id.partition(b"-")[0])
     text = fields[b"occurred_at"].decode(errors="replace")

@@ -80,7 +80,7 @@ class PlanStatus(NamedTuple):
     resumed_after: int
     share: float | None
     eta: float | None
-    #: How the file was understood, where that is not plain.
+    #: How the file was understood, where that is not obvious.
     notes: list[str]
 
 
