@@ -222,7 +222,7 @@ def test_what_the_platform_says_about_services_is_not_ours(variable: str, value:
 def test_a_service_whose_variable_collides_with_ours_is_named() -> None:
     (mistake,) = mistakes(changed(HEALTH_PORT="tcp://10.0.0.3:8080"))
 
-    assert mistake.startswith("IMATTR_HEALTH_PORT has the address of a Service")
+    assert mistake.startswith("IMATTR_HEALTH_PORT holds the address of a Service")
 
 
 @pytest.mark.parametrize("name", ["PORTT", "SERVICE", "HEALTH_PROT", "SDKAPPID_HOST"])

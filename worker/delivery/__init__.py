@@ -1,1 +1,1 @@
-"""Ways out: batches, permits, calls of the API and what follows from the answers."""
+"""The way out: batches, permits, API calls, and what follows from the answers."""

@@ -1,8 +1,8 @@
 """What the API answers, as values.
 
-Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/37169 (`im_get_attr`), 1047/60565 (`timpush/set_attr`) and 1047/34620 (rules
-for all calls). The API answers HTTP 200 even on failure; the truth is in `ErrorCode` and, under a successful
-`ErrorCode`, in `ErrorList`.
+Facts: Tencent Cloud Chat documents 1047/37170 (`im_set_attr`), 1047/37169 (`im_get_attr`), 1047/60565
+(`timpush/set_attr`) and 1047/34620 (rules for all calls). The API answers HTTP 200 even on failure; the truth is in
+`ErrorCode` and, under a successful `ErrorCode`, in `ErrorList`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from worker.models import UserId
 
-#: A code of ours for HTTP status 429, which gateways answer in place of the API's own 60007.
+#: Our own code for HTTP status 429, which gateways return in place of the API's own 60007.
 TOO_MANY_REQUESTS = 429
-#: Larger codes, and longer words, than any that the API has: they are cut.
+#: Anything beyond these, larger and longer than any code or text of the API, is cut.
 MAX_CODE, MAX_INFO = 2**31 - 1, 1000
 #: `ActionStatus` is FAIL, or missing, under `ErrorCode` 0: a failure that the API did not number.
 UNNUMBERED = -1
@@ -33,7 +33,7 @@ class UserError:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A readable answer. `code` 0 means success for every user that is not in `errors`.
+    """A readable answer. `code` 0 means success for every user not in `errors`.
 
     `info` and the entries' `info` are the API's own words. They may quote values, so they go into dead letters, never
     into logs.
@@ -43,7 +43,7 @@ class Reply:
     info: str = ""
     errors: Mapping[UserId, UserError] = field(default_factory=dict)
     request_id: str = ""
-    #: The app's attribute names, if the call asked for them.
+    #: The app's attribute names, if the call asked for those.
     names: frozenset[str] = frozenset()
     #: What the users have, name -> value, if the call asked for that. Users the API does not know are not in it.
     values: Mapping[UserId, Mapping[str, str]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Reply:
     signed_at: int = field(default=0, compare=False)
     #: Seconds that the other side asks to wait.
     retry_after: float = 0.0
-    #: The API's own time, as its `Date` header has it.
+    #: The API's own time, from its `Date` header.
     date: str = field(default="", compare=False)
 
 
@@ -108,9 +108,9 @@ def read_reply(body: bytes) -> Answer:
 
 
 def _values(entries: Any) -> dict[UserId, Mapping[str, str]] | None:
-    """What `im_get_attr` says of each user (1047/37169), in any order; None if any of it is not what it should be.
+    """What `im_get_attr` says about each user (1047/37169), in any order; None if any part of it is malformed.
 
-    Half an answer is worse than none: who is missing in it would seem to be unknown to the API.
+    Half an answer is worse than none: users missing from it would seem unknown to the API.
     """
     found: dict[UserId, Mapping[str, str]] = {}
     for entry in entries if isinstance(entries, list) else [None]:
@@ -140,6 +140,6 @@ def _code(code: Any) -> int:
 
 
 def _words(info: Any) -> str:
-    """The API's words as text that can be stored: cut, and without halves of characters."""
+    """The API's words as text that can be stored: cut, and without lone surrogates."""
     text = info if isinstance(info, str) else "" if info is None else str(info)
     return text[:MAX_INFO].encode(errors="replace").decode()

@@ -1,6 +1,6 @@
 """The user-attribute API: one call at a time, prepared first, then sent in its slot.
 
-    call = api.prepare_set(users)       # sign, encode, connect: what fails here was not sent
+    call = api.prepare_set(users)       # sign, encode, connect: if this fails, nothing was sent
     wait_for_the_slot()
     call.send()                         # one write
     answer = call.answer()              # one deadline
@@ -23,7 +23,7 @@ from worker.delivery.connection import Exchange, HttpTransport, Transport
 from worker.delivery.usersig import Signer, UserSig
 from worker.models import Attributes, UserId
 
-#: Path of each command, by the name of the API in the settings; the command's own name is added.
+#: Path of each command, by the name of the API in the settings; the command's name is appended.
 PATHS = {"chat": "v4/all_member_push/im_", "push": "v4/timpush/"}
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -39,11 +39,11 @@ class Call(Protocol):
         """Wait for the answer. Raises nothing that the network or the API could cause."""
 
     def abandon(self) -> None:
-        """Give the call up unsent."""
+        """Abandon the call unsent."""
 
 
 class ChatApi:
-    """Prepares calls of the API. Thread-safe."""
+    """Prepares API calls. Thread-safe."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ChatApi:
         self._url = f"{base_url.rstrip('/')}/{PATHS[api]}"
         self._query = {"sdkappid": sdkappid, "identifier": identifier, "contenttype": "json"}
         self._signer = signer
-        #: Seconds that one call takes at most, connecting included.
+        #: The longest that one call takes, in seconds, including connecting.
         self.longest_call = connect_timeout + read_timeout
         self._transport = transport or HttpTransport(
             connect_timeout=connect_timeout, read_timeout=read_timeout
@@ -75,11 +75,11 @@ class ChatApi:
         self._signer.renew()
 
     def adopt_signature(self, issued: int) -> None:
-        """Sign as of `issued` (seconds since 1970) if the current UserSig is older: the fleet found that one bad."""
+        """Sign as of `issued` (seconds since 1970) if the current UserSig is older: the fleet found that one to be bad."""
         self._signer.adopt(issued)
 
     def prepare_set(self, users: Iterable[tuple[UserId, Attributes]]) -> Call | NoReply:
-        """Prepare a call that sets attributes; returns `NoReply` if no connection can be had.
+        """Prepare a call that sets attributes; returns `NoReply` if it cannot connect.
 
         Raises what reading the secret key raises.
         """
@@ -90,7 +90,7 @@ class ChatApi:
         return self._prepare("remove_attr", {"UserAttrs": _entries(users)})
 
     def prepare_get(self, users: Sequence[UserId]) -> Call | NoReply:
-        """Prepare a call that asks what up to 100 users have."""
+        """Prepare a call that reads what up to 100 users have."""
         return self._prepare("get_attr", {"To_Account": list(users)})
 
     def prepare_get_names(self) -> Call | NoReply:

@@ -1,7 +1,7 @@
 """The app's attribute names at the API itself: read and added on an operator's request.
 
-Such a call waits for a slot of the shared clock like any other. Failures are explained in words that an operator
-understands, each with what to do about it.
+Such a call waits for a slot of the shared clock like any other. Failures are explained in an operator's words, each with what
+to do about it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from worker.models import MAX_ATTRIBUTES
 from worker.ratelimit import RateLimiter
 from worker.state.attribute_names import AttributeNames
 
-#: Slots to try for one call, and seconds between two tries while all slots are taken.
+#: Slots to try for one call, and seconds between two attempts while all slots are taken.
 TRIES, TRY_AGAIN_AFTER = 5, 0.5
 
 _BUSY = "try again later; imattr status shows what is happening"
 
 
 class NoPermit(CallFailed):
-    """Raised when no slot came free. Nothing is wrong with the API: it was not asked."""
+    """Raised when no slot was free. Nothing is wrong with the API: it was not asked."""
 
     def __init__(self) -> None:
         super().__init__("not asked: every slot is taken, or the rate is paused", _BUSY)
@@ -37,7 +37,7 @@ class AttributeCatalog:
         self._api, self._limiter, self._known, self._clock = api, limiter, known, clock
 
     def ask(self) -> Answer:
-        """Ask the API once; raises `NoPermit` when no slot came free."""
+        """Ask the API once; raises `NoPermit` when no slot was free."""
         return self._call(self._api.prepare_get_names)
 
     def learn(self, answer: Answer) -> frozenset[str]:

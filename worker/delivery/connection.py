@@ -1,11 +1,11 @@
 """One HTTP exchange in three steps: prepare, send, read. Everything slow happens before the slot; only the write is in it.
 
-requests has no such steps, so this module is the one place that opens it up: an adapter with connection pools of its own,
-whose connections collect a request instead of writing it piece by piece, and read the answer up to one deadline.
+requests has no such steps, so this module is the one place that opens it up, with an adapter whose connection pools are its
+own. Their connections collect a request instead of writing it piece by piece, and read the answer up to one deadline.
 `tests/delivery/test_connection.py` fails when a new version of requests, urllib3 or http.client breaks that.
 
-Nothing that these libraries raise leaves this module: the text of their exceptions, and of the ones behind them, holds
-the URL and with it the UserSig. What leaves is the kind of failure, in our words.
+No exception of these libraries leaves this module: their text, and that of their causes, contains the URL and with it the
+UserSig. What leaves is the kind of failure, in our words.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RawAnswer:
 
 
 class Exchange(Protocol):
-    """One prepared request. Each method is called at most once; nothing raises for what the network does."""
+    """One prepared request. Each method is called at most once; none raises because of the network."""
 
     def send(self) -> None:
         """Write the whole request. Returns when its last byte is on its way."""
@@ -52,18 +52,18 @@ class Exchange(Protocol):
         """Wait for the answer to what was sent."""
 
     def abandon(self) -> None:
-        """Give the request up unsent."""
+        """Abandon the request unsent."""
 
 
 class Transport(Protocol):
-    """What prepares requests; a test may have one without a network."""
+    """Prepares requests; tests may use one without a network."""
 
     def prepare(self, url: str, body: bytes) -> Exchange | NoReply:
-        """Connect and encode a POST request, unless no connection can be had: then nothing was sent."""
+        """Connect and encode a POST request; returns `NoReply` if it cannot connect: then nothing was sent."""
 
 
 class HttpTransport:
-    """Requests over HTTP/1.1. Thread-safe: each thread has a connection, which it keeps."""
+    """Sends requests over HTTP/1.1. Thread-safe: each thread has a connection of its own, which it keeps."""
 
     def __init__(self, *, connect_timeout: float, read_timeout: float) -> None:
         """`read_timeout` is for the write and the whole answer together; both in seconds."""
@@ -71,7 +71,7 @@ class HttpTransport:
         self._local = threading.local()
 
     def prepare(self, url: str, body: bytes) -> Exchange | NoReply:
-        # Whatever it is: these libraries raise what they like, also for what the other side says.
+        # Any exception: these libraries raise all kinds, even for what the other side says.
         try:
             pool = self._pool(url)
             connection = pool.checkout(self._connect_timeout)
@@ -82,7 +82,7 @@ class HttpTransport:
         return _HttpExchange(pool, connection, self._read_timeout)
 
     def _pool(self, url: str) -> Any:
-        """This thread's pool for the host. Looked up once: for the adapter it is 0.1 ms of work."""
+        """This thread's pool for the host. Looked up once: it costs the adapter 0.1 ms."""
         if not hasattr(self._local, "pool"):
             session = requests.Session()
             request = session.prepare_request(requests.Request("POST", url.partition("?")[0]))
@@ -91,7 +91,7 @@ class HttpTransport:
 
 
 class _HttpExchange:
-    """A request that waits in its connection."""
+    """A request waiting in its connection."""
 
     def __init__(self, pool: Any, connection: Any, read_timeout: float) -> None:
         self._pool, self._connection, self._read_timeout = pool, connection, read_timeout
@@ -102,14 +102,14 @@ class _HttpExchange:
             self._connection.write(self._read_timeout)
             self._sent = True
         except Exception:
-            # How much of it has left is not known: `read` says so.
+            # It is not known how much of it has left: `read` says so.
             self._connection.close()
 
     def read(self) -> RawAnswer | NoReply:
         answer = self._read() if self._sent else NoReply(Failure.BROKEN)
         if not isinstance(answer, RawAnswer):
             self._connection.close()
-        # A closed connection goes back, too: the pool opens it again when it is needed.
+        # A closed connection goes back, too: the pool reopens it when needed.
         self._pool.checkin(self._connection)
         return answer
 
@@ -122,15 +122,15 @@ class _HttpExchange:
         except _TIMEOUTS:
             return NoReply(Failure.TIMEOUT)
         except Exception:
-            # Not only what the network does: an answer may be one that the libraries stumble over.
+            # Not only for network errors: the libraries may stumble over an answer.
             return NoReply(Failure.BROKEN)
-        # A redirect is a status like any other: where it points to is not looked at.
+        # A redirect is a status like any other: its target is ignored.
         if response.status != 200:
             return NoReply(Failure.HTTP_STATUS, http_status=response.status, retry_after=wait)
         return RawAnswer(body, date)
 
     def abandon(self) -> None:
-        # http.client has no way back from a request that was begun.
+        # http.client cannot take back a request that was begun.
         self._connection.close()
         self._pool.checkin(self._connection)
 
@@ -198,7 +198,7 @@ class _Connection:
 
 
 class _TimedSocket:
-    """As much of a socket as `http.client.HTTPResponse` needs, with a deadline (monotonic, seconds)."""
+    """The part of a socket that `http.client.HTTPResponse` needs, with a deadline (monotonic, seconds)."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self._deadline = sock, deadline
@@ -240,7 +240,7 @@ class _Pool:
     """Mixed into urllib3's pools: lends connections that are open."""
 
     def checkout(self: Any, connect_timeout: float) -> Any:
-        """An open connection; one that the other side has closed since is opened again."""
+        """Return an open connection; one that the other side has closed is reopened."""
         connection = self._get_conn()
         if connection.is_closed:
             connection.timeout = connect_timeout

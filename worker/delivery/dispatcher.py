@@ -1,8 +1,8 @@
 """The dispatcher: turns "there is work" into tickets, one Celery message each.
 
 Every worker runs one in a thread of its own; the leader among them acts. All decisions are made in one script
-(`state/lua/dispatch.lua`), so a turn costs one call, and two dispatchers that both believe they lead cannot issue too
-much. A ticket that is lost costs nothing but time: the users stay in their lanes, and the next turn issues another.
+(`state/lua/dispatch.lua`), so a turn costs one call, and two dispatchers that both believe they lead cannot issue too many. A
+lost ticket costs nothing but time: the users stay in their lanes, and the next turn issues another.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = structlog.get_logger()
 
 #: Longest time between two turns, seconds: how late the first update after a quiet time is noticed.
 TURN = 0.02
-#: Seconds a dispatcher stays elected without renewing; how long a killed one is missed.
+#: Seconds for which a dispatcher stays elected without renewing; how long a killed one is missed.
 TERM = 2.0
-#: Age at which an unclaimed ticket counts as lost, seconds. Longer than it should ever wait.
+#: Age at which an unclaimed ticket counts as lost, seconds. Longer than any should ever wait.
 TICKET_TTL = 10.0
-#: Seconds of slots that tickets are issued for. That keeps enough threads waiting to fill every slot; more tickets would
-#: grow old in the queue, since a worker that goes on with the next batch needs none.
+#: Tickets are issued for this many seconds of slots. That keeps enough threads waiting to fill every slot; more tickets would
+#: grow old in the queue, since a worker that carries on with the next batch needs none.
 HORIZON = 0.5
-#: Seconds between two searches for expired leases, and between two times of forgetting what was delivered long ago.
+#: Seconds between two searches for expired leases, and between two rounds of forgetting old deliveries.
 RECLAIM_EVERY, FORGET_EVERY = 1.0, 0.1
 #: Seconds between two checks that ledger and lanes agree with the records: keys may have been deleted or evicted.
 REPAIR_EVERY = 10.0
@@ -37,7 +37,7 @@ REPAIR_EVERY = 10.0
 
 @dataclass(slots=True)
 class _Chore:
-    """What the leader does now and then, every so many seconds of its turns."""
+    """Something that the leader does regularly, every given number of seconds of its turns."""
 
     every: float
     do: Callable[[], object]
@@ -70,7 +70,7 @@ class Dispatcher(LeaderLoop):
         on_answer: Callable[[], None] = lambda: None,
         meter: Meter | None = None,
     ) -> None:
-        """`publish` sends one ticket on its way; `linger` in seconds, `quota` in calls a second.
+        """`publish` sends one ticket; `linger` in seconds, `quota` in calls a second.
 
         While Redis `is_short_of_memory`, what was delivered is forgotten early. `on_turn` is called before every turn, even
         while Redis is away, and `on_answer` after every turn in which it was not.
@@ -95,7 +95,7 @@ class Dispatcher(LeaderLoop):
         self._on_answer()
 
     def lead(self) -> float:
-        """Issue the tickets that are due, and do the chores now and then."""
+        """Issue the tickets that are due, and do the chores that are."""
         tick = self._buffer.tick(
             size=self._batch_size,
             linger=self._linger,

@@ -1,4 +1,4 @@
-"""Answers of the API in words that an operator understands, each with what to do about it."""
+"""The API's answers in an operator's words, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _CHECK_APP = "check IMATTR_SDKAPPID"
 _CHECK_KEY = "copy the app's whole secret key from the console again: IMATTR_SECRET_KEY"
 _CHECK_BOTH = "IMATTR_SDKAPPID and IMATTR_SECRET_KEY belong to different apps: copy both from the same page of the console"
 _CHECK_REGION = "check IMATTR_SDKAPPID, and set IMATTR_REGION to the region in which the app was created"
-_CHECK_ADMIN = "make IMATTR_ADMIN an administrator of the app in the console, or name one that is"
+_CHECK_ADMIN = "make IMATTR_ADMIN an administrator of the app in the console, or set it to one"
 _BUY = "buy or renew the plan in the console; it takes effect after about 5 minutes"
-_SHARE = "another program is using up the quota: stop it, or leave it a share by lowering IMATTR_QUOTA"
+_SHARE = "another program is using the quota: stop it, or leave it a share by lowering IMATTR_QUOTA"
 _ASK_WHY = "ask Tencent support why"
 _ASK_TENCENT = "ask Tencent support, quoting the code"
 
@@ -61,7 +61,7 @@ _FAILURES = {
 
 
 def good(answer: Answer, *, with_info: bool = False) -> Reply:
-    """Return a successful answer; raises `CallFailed`, `with_info` with the API's own words after ours."""
+    """Return a successful answer; raises `CallFailed`, with the API's own words after ours if `with_info`."""
     if isinstance(answer, NoReply):
         raise CallFailed(*_no_reply(answer))
     if answer.code:

@@ -7,18 +7,18 @@
 3. **Prepare, wait, send.** Sign, encode and connect, wait for the slot, and write, if the lease still covers the whole
    call. A worker that was frozen must not wake up and send an old batch.
 4. **Settle.** `plan.py` decides what the answer means; carry that out, until nothing is left of the plan.
-5. **Go on.** If there is another full batch that no ticket is out for, settling issues one, and the worker begins again
-   with it: most of what a batch costs is Celery's message, which is paid once.
+5. **Repeat.** If there is another full batch that no ticket is out for, settling issues one, and the worker starts again
+   with it: most of a batch's cost is Celery's message, which is paid once.
 
 Between claim and settle everything may fail or die at any point: the lease then runs out, and the users are reclaimed. A
 user is sent again rather than lost; setting a value twice is harmless, and what is sent is the newest.
 
-A worker frozen between its last look at the lease and the socket, for longer than the lease lasts, still lands an old value
-late. That window is microseconds wide. When the worker goes on, it finds its batch gone; once its call has landed, it has the
-newest values sent again (`reassert`). Reading first what the API has would cost a call to save one.
+A worker frozen between its last look at the lease and the socket, for longer than the lease lasts, still delivers an old
+value late. That window is microseconds wide. When the worker resumes, it finds its batch gone; once its call has landed, it
+has the newest values sent again (`reassert`). Reading first what the API has would cost a call to save one.
 
-Weakness: a worker that is frozen in that window, sends, and is then killed before it has looked at its batch; and values
-newer than the late ones of which nothing is remembered (`IMATTR_SHADOW_TTL`).
+Weakness: a worker that is frozen in that window, sends, and is then killed before it has looked at its batch; and newer
+values than the late ones, if they are no longer remembered (`IMATTR_SHADOW_TTL`).
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ from worker.state.line import Line
 
 log = structlog.get_logger()
 
-#: Batches, and seconds, after which a worker returns to Celery for its next ticket. Flower shows a task once it has ended, and
-#: a shutdown waits for it.
+#: Batches, and seconds, after which a worker returns to Celery for its next ticket: Flower shows a task only once it has
+#: ended, and a shutdown waits for it.
 MOST_BATCHES, LONGEST_CARRY = 20, 10.0
-#: Seconds a round trip to Redis above which both grow with it, and how many times at most: Celery takes half a dozen round
-#: trips for a task, one after the other, and each worker's main process does one task at a time.
+#: Seconds of a round trip to Redis above which both grow with it, and the largest factor: Celery needs half a dozen round
+#: trips for a task, one after the other, and each worker's main process handles one task at a time.
 NEAR, MOST_TIMES_LONGER = 0.02, 5.0
-#: Seconds before the slot by which the batch is claimed: preparing it takes about 3 ms, the rest is for a busy machine.
+#: Seconds before the slot at which the batch is claimed: preparing it takes about 3 ms, the rest allows for a busy machine.
 LEAD = 0.1
 #: Seconds between two attempts to settle while Redis is away.
 SETTLE_AGAIN = 0.2
@@ -77,7 +77,7 @@ MAX_MISSED = 20
 TRY_AGAIN = 0.1
 #: Seconds that suspects wait when there is no slot for them.
 SUSPECTS_WAIT = 3.0
-#: Seconds after the next probe until the users of an outage's probe are sent again: it may be they who make the service fail.
+#: Seconds after the next probe until the users of an outage's probe are sent again: they may be what makes the service fail.
 BEHIND_NEXT_PROBE = 1.0
 
 #: The batch is no longer ours: its lease ran out, and it was reclaimed.
@@ -102,7 +102,7 @@ class _Claim:
     #: Calls made since users were last settled, and the seconds until their answers.
     calls: int = 0
     call_seconds: float = 0.0
-    #: Whether something was written, and whether the last of it may still take effect.
+    #: Whether anything was written, and whether the last call may still take effect.
     wrote: bool = False
     landing: bool = False
 
@@ -130,8 +130,8 @@ class Delivery:
     ) -> None:
         """`lease` in seconds, the same as the buffer's; `quota` in calls a second, the same as the limiter's.
 
-        `rng` spreads retries out; `stopping` turns true when this worker shuts down; `meter` is told what happens; `reads` has
-        the slots of reads, if they are not those of the limiter.
+        `rng` spreads retries out; `stopping` turns true when this worker shuts down; `meter` counts what happens; `reads`
+        limits reads, if they have slots of their own.
         """
         self._reads = reads
         self._meter = meter or Meter()
@@ -140,7 +140,7 @@ class Delivery:
         self._batch_size, self._lease, self._quota, self._stopping = batch_size, lease, quota, stopping
 
     def carry(self, ticket: BatchId) -> list[Summary]:
-        """Deliver the ticket's batch, and others while full ones are waiting. Raises only what Redis raises."""
+        """Deliver the ticket's batch, and more while full ones are waiting. Raises only what Redis raises."""
         summaries: list[Summary] = []
         times = min(max(self._limiter.round_trip / NEAR, 1.0), MOST_TIMES_LONGER)
         ends_at = self._clock.monotonic() + times * LONGEST_CARRY
@@ -186,13 +186,13 @@ class Delivery:
             raise
         summary.took = round(self._clock.monotonic() - claimed_at, 3)
         self._meter.ended(summary)
-        # The canonical line: one a batch, with everything anyone asks about it.
+        # The canonical log line: one a batch, with everything that anyone asks about it.
         log.info("batch_settled", **{name: getattr(summary, name) for name in Summary.__slots__})
         return summary, claim.goes_on
 
     def _deliver(self, claim: _Claim) -> str:
-        """Carry out the plan of the batch to its end; returns the outcome in one word."""
-        # Another worker may have found the key changed, or be about to: a probe renews its signature.
+        """Carry out the batch's plan to its end; returns the outcome in one word."""
+        # Another worker may have found the key changed, or may be about to: a probe renews its signature.
         if claim.batch.probe:
             self._api.renew_signature()
         self._api.adopt_signature(claim.batch.signed_at)
@@ -220,7 +220,7 @@ class Delivery:
         return _outcome_of(claim.summary)
 
     def _send_newest_again(self, claim: _Claim) -> int:
-        """Have newer values than ours sent once more, if ours may have been applied after them."""
+        """Have values newer than ours sent again, if ours may have been applied after them."""
         if not claim.wrote:
             return 0
         if claim.landing:
@@ -250,7 +250,7 @@ class Delivery:
                 try:
                     self._names.set(answer.names)
                 except ValueError:
-                    # More of them, or others, than an app can have.
+                    # More names, or other ones, than an app can have.
                     return NoReply(Failure.UNREADABLE)
             return answer
         if isinstance(call, AskValues):
@@ -264,7 +264,7 @@ class Delivery:
         return self._send(claim, "set", lambda: self._api.prepare_set(call.entries()))
 
     def _read(self, claim: _Claim, users: list[UserId]) -> Answer | HandBack | Fenced:
-        """Ask what users have: in the slot that the batch has, or in one of the reads' own, without waiting long for it."""
+        """Ask what users have: in the batch's slot, or in one of the reads' own, without waiting long for it."""
         if self._reads is None:
             return self._send(claim, "get", lambda: self._api.prepare_get(users))
         call = self._api.prepare_get(users)
@@ -353,7 +353,7 @@ class Delivery:
         return held
 
     def _reserve_more(self, claim: _Claim) -> Permit | None:
-        """Reserve another slot, however many others wait: handed back, the users would start over with the first call.
+        """Reserve another slot, however many others wait: users handed back would start over with the first call.
 
         None if the lease leaves no time to wait, or this worker shuts down.
         """
@@ -396,15 +396,15 @@ class Delivery:
         """How many calls of the fleet have failed in a row; 0 if this one did not fail through the service's fault."""
         if not isinstance(plan.todo[0], Part) or not blames_service(answer):
             return 0
-        # Pieces of one batch fail for one reason: only its first call says something about the service.
+        # Pieces of one batch fail for the same reason: only its first call says something about the service.
         return self._line.failures() if plan.answers else self._line.record_failure()
 
     def _carry_out(self, claim: _Claim, step: Step) -> tuple[Plan, HandBack | Fenced | None]:
-        """Do what the step says, in its order; returns the plan to go on with, or why the batch ends."""
+        """Do what the step says, in its order; returns the plan to continue with, or why the batch ends."""
         if step.reopen is not None:
             self._reopen(claim, signed_at=step.reopen)
         if step.hold:
-            # Nothing is sent meanwhile, so a line that others stop does not matter.
+            # Nothing is sent meanwhile, so it does not matter if others stop the line.
             if self._extend(claim) == "lost":
                 return step.plan, "fenced"
             self._clock.sleep(step.hold)
@@ -430,7 +430,7 @@ class Delivery:
         all_acked = len(outcomes) == len(claim.batch.users) and set(outcomes.values()) == {ACKED}
         named, rest = ({}, ACKED) if all_acked else (outcomes, None)
         claimed_ms = 0 if by_reading else claim.batch.claimed_ms
-        # Only a batch that was delivered whole is proof that another one can be.
+        # Only a batch that was delivered whole proves that another one can be.
         settled = self._end_claim(
             claim,
             named,
@@ -452,7 +452,7 @@ class Delivery:
         return True
 
     def _end_claim(self, claim: _Claim, outcomes: Mapping[UserId, Outcome], **how: Any) -> Settled | None:
-        """Settle users, however often it takes: while Redis fails over, only this worker knows what became of them.
+        """Settle users, trying as often as needed: while Redis fails over, only this worker knows what became of them.
 
         None if the batch is no longer ours. Trying again is safe: what was settled the first time is no longer held.
         """
@@ -473,7 +473,7 @@ class Delivery:
                 asked_again = True
 
     def _end(self, claim: _Claim, end: End) -> HandBack | None:
-        """Do what ends the batch; None if it did not take, and the batch goes on."""
+        """Do what ends the batch; None if that had no effect, and the batch continues."""
         match end:
             case HandBack():
                 return end
@@ -514,7 +514,7 @@ class Delivery:
 
 
 def _outcome_of(summary: Summary) -> str:
-    """One word for a batch that nothing interrupted."""
+    """The outcome, in one word, of a batch that nothing interrupted."""
     if summary.acked:
         return "delivered" if summary.acked == summary.users else "partly_delivered"
     return "retried" if summary.retried else "dead_lettered" if summary.dead_lettered else "snoozed"

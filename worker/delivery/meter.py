@@ -1,4 +1,4 @@
-"""What a worker reports of its own work, to whoever counts it."""
+"""What a worker reports about its own work, for metrics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Fate = Literal["used", "late", "none", "empty"]
 
 @dataclass(slots=True)
 class Summary:
-    """What became of one ticket. Has no user data, so that Flower and the log may show it. Times in seconds."""
+    """What became of one ticket. Has no user data, so Flower and the log may show it. Times in seconds."""
 
     batch: BatchId
     outcome: str = ""
-    #: Counts the claims of the fleet; `imattr why` names it.
+    #: The number of the claim in the fleet, which `imattr why` shows.
     number: int = 0
     users: int = 0
     acked: int = 0
-    #: Those of them whom the API was found to have right, after a call whose outcome was unknown.
+    #: Those of them that the API was found to have right, after a call with an unknown outcome.
     found: int = 0
     retried: int = 0
     snoozed: int = 0
@@ -38,10 +38,10 @@ class Summary:
 
 
 class Meter:
-    """Counts nothing. Whoever counts overrides what it needs; nothing here may raise. Thread-safe."""
+    """Counts nothing. A subclass that counts overrides what it needs; nothing here may raise. Thread-safe."""
 
     def waited(self, seconds: float) -> None:
-        """A permit, and how long it is from asking for it to its slot."""
+        """A permit, and the seconds from asking for it to its slot."""
 
     def permit(self, fate: Fate) -> None:
         """What became of a permit, or of asking for one."""
@@ -56,7 +56,7 @@ class Meter:
         """A batch that ended."""
 
     def stopped(self, kind: Kind, code: int) -> None:
-        """The line, which this worker stopped; `code` 0 = none."""
+        """The line was stopped by this worker; `code` 0 = none."""
 
     def reclaimed(self) -> None:
         """An expired lease of another worker, whose users were taken back."""

@@ -1,4 +1,4 @@
-"""What becomes of a batch: a pure function from a plan and an answer to the next plan. Read this before `loop.py`.
+"""What becomes of a batch, as a pure function from a plan and an answer to the next plan. Read this before `loop.py`.
 
     plan = begin(batch, policy, seed)
     while plan.todo:
@@ -11,11 +11,11 @@ Everything here is a frozen value: no Redis, no HTTP, no clock, no randomness. `
 
 Who is to blame for a failure is decided by the answer, and by whether other calls fail at the same time:
 
-* *the settings or the account*: the line stops, and nobody pays for it;
-* *the service*, as long as call after call fails: the line stops, too, and opens by itself;
+* *the settings or the account*: the line stops, and no user pays for it;
+* *the service*, as long as call after call fails: the line stops, too, but opens by itself;
 * *the rate*: the whole fleet pauses, and then sends more slowly;
 * *a user*: the request is bisected until the poison user is alone. Nobody becomes a dead letter before some call of the
-  batch has succeeded: what is refused for everyone is not one user's fault, and stops the line.
+  batch has succeeded: an error that hits everyone is no single user's fault, and stops the line.
 
 Suspects are sent apart from the others. Attributes to be removed go out in a call of their own, after those to be set; a
 user who has both is delivered after the second call.
@@ -50,7 +50,7 @@ ACKED = Acked()
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What goes into one call: the values of some users, or the names of what is to be removed."""
+    """The content of one call: the values of some users, or the names of attributes to remove."""
 
     users: tuple[ClaimedUser, ...]
     removing: bool = False
@@ -61,7 +61,7 @@ class Part:
         return ((user.user, wanted(user)) for user in self.users)
 
     def finishes(self, user: ClaimedUser) -> bool:
-        """Whether nothing of the user is left to be sent after this call."""
+        """Whether nothing is left to send for the user after this call."""
         return self.removing or not _to_remove(user)
 
 
@@ -82,22 +82,22 @@ class AskValues:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is still to be done with a batch, and what is known about it."""
+    """What is left to do with a batch, and what is known about it."""
 
     batch: Batch
     policy: Policy
-    #: Makes the back-offs of two batches differ; any number.
+    #: Any number; it makes the back-offs of two batches differ.
     seed: int
     #: The calls to be made, the next one first. None of their users is settled or refused.
     todo: tuple[Part | AskNames | AskValues, ...]
     #: How many answers there have been.
     answers: int = 0
-    #: Whether the calls to be made are pieces of a request that was refused.
+    #: Whether these calls are pieces of a request that was refused.
     bisecting: bool = False
     #: Whether a call of this batch has succeeded.
     works: bool = False
     asked_names: bool = False
-    #: Users refused for good while no call had succeeded.
+    #: Users refused for good before any call had succeeded.
     refused: Mapping[UserId, DeadLettered] = field(default_factory=dict)
 
     def without(self, users: Mapping[UserId, object]) -> Plan:
@@ -116,12 +116,12 @@ class Plan:
         return crc32(user.user.encode(), self.seed) / 0xFFFFFFFF
 
 
-# How a batch can end before everyone is settled: those who are left go back.
+# How a batch can end before everyone is settled: the rest go back.
 
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Hand back who is left, to be sent again after `delay` seconds, at no cost."""
+    """Hand back the remaining users, to be sent again after `delay` seconds, at no cost."""
 
     outcome: str
     delay: float = 0.0
@@ -129,7 +129,7 @@ class HandBack:
 
 @dataclass(frozen=True, slots=True)
 class StopLine:
-    """Stop the line. Does not take when a person has allowed this reason (only with kind `data`).
+    """Stop the line. Has no effect if a person has allowed this reason (only with kind `data`).
 
     An empty `reason` keeps that of the stop before. `first_wait` and `hold` in seconds: until the first probe at the
     earliest, and until the users may be sent again.
@@ -152,7 +152,7 @@ class PauseRate:
 
 @dataclass(frozen=True, slots=True)
 class RenewForFleet:
-    """Have the fleet renew its signature; does not take when that was tried already."""
+    """Have the fleet renew its signature; has no effect if that was tried already."""
 
     refused_at: int
     code: int
@@ -166,36 +166,36 @@ class Step:
     """What follows from an answer, in the order in which it is carried out."""
 
     plan: Plan
-    #: Open the line, whose probe has passed: when that was signed, seconds since 1970.
+    #: Open the line, because its probe has passed: when the probe was signed, in seconds since 1970.
     reopen: int | None = None
-    #: Keep the batch for so many seconds first, in which the call may still be applied.
+    #: Keep the batch for this many seconds first, in which the call may still be applied.
     hold: float = 0.0
     #: How users are settled, each exactly once in the life of the plan.
     outcomes: Mapping[UserId, Outcome] = field(default_factory=dict)
-    #: Whether users are settled because they were read, which says nothing about writing.
+    #: Whether users are settled because of a read, which says nothing about writing.
     by_reading: bool = False
-    #: Stop the line, if the dead letters among the outcomes are too many for the fleet.
+    #: Stop the line, if the outcomes make too many dead letters in the fleet.
     if_too_many: StopLine | None = None
     #: End the batch here,
     end: End | None = None
-    #: or do this instead, when the end does not take.
+    #: or do this instead, if the end has no effect.
     otherwise: Step | None = None
 
 
 def begin(batch: Batch, policy: Policy, seed: int, *, reads_apart: bool = False) -> Plan:
-    """The plan of a batch that was just claimed. Suspects are kept apart, except in a probe.
+    """Return the plan of a batch that was just claimed. Suspects are kept apart, except in a probe.
 
-    Users whose last call may have been applied are read first, where that costs less than sending them again.
-    `reads_apart` if reads have a quota of their own.
+    Users whose last call may have been applied are read first, where that costs less than sending them again. `reads_apart`:
+    reads have a quota of their own.
     """
     suspects = () if batch.probe else tuple(user for user in batch.users if policy.suspects(user))
     others = tuple(user for user in batch.users if user not in suspects) if suspects else batch.users
     parts = (*_parts(others), *_parts(suspects))
-    # What was held back is claimed when its old call can no longer land, so what is read stays as it is.
+    # Held-back users are claimed once their old call can no longer land, so what is read stays as it is.
     unknown = tuple(user for user in batch.users if user.unknown)
     if not unknown or batch.probe:
         return Plan(batch, policy, seed, parts)
-    # Reading takes one call, sending as many as there are parts, and more for suspects who must be isolated.
+    # Reading takes one call; sending takes one for each part, and more for suspects that must be isolated.
     spared = {user.user for user in unknown}
     calls = sum(spared.issuperset(user.user for user in part.users) for part in parts)
     pays = (
@@ -247,12 +247,12 @@ def _answered(plan: Plan, part: Part, answer: Answer, failures: int) -> Step:
             step = _refused(plan, part, action, letter)
         case _:
             assert_never(action)
-    # A code about the rate or about users shows that the API has let us in.
+    # A code about the rate or about users shows that the API accepts our signature.
     return replace(step, reopen=signed_at) if plan.batch.probe in ("error", "outage") else step
 
 
 def _values_known(plan: Plan, call: AskValues, answer: Answer) -> Step:
-    """Settle who has already what was to be sent. Whatever else the answer says, the calls that follow will find out."""
+    """Settle users that have what was to be sent already. Anything else the answer says, the next calls will find out."""
     if not isinstance(answer, Reply) or answer.code:
         return Step(plan)
     outcomes = {user.user: ACKED for user in call.users if _has_all(answer.values.get(user.user), user)}
@@ -264,7 +264,7 @@ def _has_all(values: Mapping[str, str] | None, user: ClaimedUser) -> bool:
 
 
 def letter_of(answer: Answer) -> DeadLettered:
-    """The dead letter of a user who is given up because of this answer."""
+    """The dead letter of a user that is given up because of this answer."""
     if isinstance(answer, NoReply):
         return DeadLettered(0, f"{answer.failure.value} {answer.http_status or ''}".strip())
     return dead_letter(answer.code, answer.info)
@@ -311,7 +311,7 @@ def _service_failed(
 
 
 def _retried(plan: Plan, part: Part, most: int, letter: DeadLettered) -> Step:
-    """Retry users with attempts left; isolate the others, and give up on one that is alone."""
+    """Retry users with attempts left; isolate the others, and give up a user that is alone."""
     policy = plan.policy
     spent = tuple(user for user in part.users if policy.exhausted(user.attempts, most))
     outcomes = {
@@ -332,7 +332,7 @@ def _retried(plan: Plan, part: Part, most: int, letter: DeadLettered) -> Step:
 def _signature_refused(plan: Plan, signed_at: int, code: int) -> Step:
     stop = Step(plan, end=_stop("error", code))
     if plan.batch.probe:
-        # It was signed for this very call.
+        # It was made for this very call.
         return stop
     return Step(plan, end=RenewForFleet(signed_at, code), otherwise=stop)
 
@@ -347,7 +347,7 @@ def _refused(plan: Plan, part: Part, action: Bisect, letter: DeadLettered) -> St
 
 
 def _names_known(plan: Plan, call: AskNames, answer: Answer) -> Step:
-    """Stop the line if the app has not all names; if a person has allowed that, give up who uses the others."""
+    """Stop the line if the app lacks some of the names; if a person has allowed that, give up the users with those."""
     part = call.part
     if not isinstance(answer, Reply) or answer.code:
         return _poisoned(plan, part, call.letter)
@@ -404,7 +404,7 @@ def _give_up(step: Step, letters: Mapping[UserId, DeadLettered]) -> Step:
 
 
 def _dead_lettered(step: Step, letters: Mapping[UserId, DeadLettered]) -> Step:
-    """Make dead letters, unless that would be one more of those the line was stopped for."""
+    """Make dead letters, unless they are of the kind that the line was stopped for."""
     code = next(iter(letters.values())).code
     reason = f"too many dead letters, maybe a bad deployment: {rule_for(code).meaning}"
     too_many = StopLine("data", code, reason)
@@ -417,7 +417,7 @@ def _dead_lettered(step: Step, letters: Mapping[UserId, DeadLettered]) -> Step:
 
 
 def _finished(step: Step) -> Step:
-    """With nothing left to be sent, whoever was refused is given up."""
+    """Give up the refused users if nothing is left to send."""
     if step.otherwise:
         return replace(step, otherwise=_finished(step.otherwise))
     if step.end is None and not step.plan.todo and step.plan.refused:
@@ -430,7 +430,7 @@ def _stop(kind: Kind, code: int, *, first_wait: float = 0.0) -> StopLine:
 
 
 def _parts(users: Sequence[ClaimedUser]) -> Iterator[Part]:
-    """The calls that deliver the users: what is to be removed goes after what is to be set."""
+    """The calls that deliver the users: removals go after values to set."""
     removing = tuple(user for user in users if _to_remove(user))
     setting = tuple(u for u in users if len(_to_remove(u)) < len(u.attrs)) if removing else tuple(users)
     return (part for part in (Part(setting), Part(removing, removing=True)) if part.users)

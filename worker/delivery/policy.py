@@ -1,8 +1,8 @@
-"""What every answer of the API means, and what is done about it. Pure: no Redis, no HTTP, no clock.
+"""What every answer of the API means, and what to do about it. Pure: no Redis, no HTTP, no clock.
 
 `TABLE` has a verdict for every documented code: those of the error code pages 1047/34348 and 269/1671, of the call's own
 page 1047/37170, and of older tables for codes that some pages still show. Where the documents contradict each other, the
-milder reading comes first. A code in no table is `UNKNOWN`: retried within a small bound, then isolated, never dropped.
+milder reading comes first. A code in no table is `UNKNOWN`: retried a few times, then isolated, never dropped.
 
 `decide` turns the answer to a whole request into an action; `Policy.decide_user` turns an entry of `ErrorList`, or the
 attempts a user has left, into that user's outcome.
@@ -24,14 +24,14 @@ class Verdict(StrEnum):
     TRANSIENT = "transient"  # the service's fault, may pass: retry the same users later
     RATE = "rate"  # too many calls: everyone pauses, no attempt is used
     CREDENTIAL = "credential"  # the UserSig is bad or expired: renew it
-    STOP = "stop"  # configuration, permission or account: nothing will pass until a person acts
+    STOP = "stop"  # configuration, permission or account: no call passes until a person acts
     SHAPE = "shape"  # this request is wrong as built: split it
     USER = "user"  # one user or value is wrong: find it and deliver the others
     UNKNOWN = "unknown"  # in no table, or belongs to other calls
 
 
 class Rule(NamedTuple):
-    """One row: the verdict, and the meaning in words an operator understands."""
+    """One row: the verdict, and the meaning in an operator's words."""
 
     verdict: Verdict
     meaning: str
@@ -158,15 +158,15 @@ _ROWS: dict[Verdict, dict[int, str]] = {
 TABLE = {code: Rule(verdict, text) for verdict, codes in _ROWS.items() for code, text in codes.items()}
 _UNLISTED = Rule(Verdict.UNKNOWN, "an undocumented code")
 
-#: Attempts after which users with an unlisted code are isolated. The usual, higher bound is for errors that will pass.
+#: Attempts after which users with an unlisted code are isolated. The usual, higher bound is for errors that pass.
 UNKNOWN_ATTEMPTS = 3
 #: Seconds the fleet pauses after a rate code: one full window of the API, so that its count starts over.
 RATE_PAUSE = 1.0
-#: Seconds: a longer `Retry-After` is not believed.
+#: The longest `Retry-After` that is believed, in seconds.
 LONGEST_PAUSE = 60.0
-#: Counted failures after which a user is suspected of spoiling whatever call it is in.
+#: Counted failures after which a user is suspected of spoiling any call it is in.
 SUSPECT_AFTER = 2
-#: Seconds until a user is sent again that the API refused by name, but with a code that is not about a user.
+#: Seconds until a user that the API refused by name, but with a code that is not about a user, is sent again.
 STOP_WAIT = 30.0
 #: Seconds to wait after 70050: retrying too soon is what causes it.
 BLOCKED_WAIT = 60.0
@@ -196,7 +196,7 @@ class RetryUncounted:
 
 @dataclass(frozen=True, slots=True)
 class RetryCounted:
-    """Nobody knows who is to blame: retry the same users later, at the cost of an attempt, `most` attempts in all."""
+    """It is unknown who is to blame: retry the same users later, at the cost of an attempt, `most` attempts in all."""
 
     most: int
 
@@ -215,14 +215,14 @@ class RenewSignature:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing will pass: stop the line, and probe it after `seconds` at the earliest. Costs no attempt."""
+    """No call will pass: stop the line, and probe it after `seconds` at the earliest. Costs no attempt."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Bisect:
-    """Something in this request is refused for good: halve it to find out what.
+    """The API refuses something in this request for good: halve it to find out what.
 
     `names` if attribute names that the app does not have may be the reason.
     """
@@ -275,7 +275,7 @@ class Policy:
         return attempts + 1 >= min(self.max_attempts, most or self.max_attempts)
 
     def spent(self, attempts: int) -> bool:
-        """Whether so many failures that were not the service's have used up a user's attempts."""
+        """Whether this many failures that were not the service's have used up a user's attempts."""
         return attempts >= self.max_attempts
 
     def suspects(self, user: ClaimedUser) -> bool:
@@ -297,7 +297,7 @@ class Policy:
         return Retried(self.backoff(attempts, jitter) + hold, proven=False, unknown=action.hold)
 
     def decide_user(self, code: int, info: str, attempts: int, jitter: float) -> Outcome:
-        """The outcome of a user that the API refused by name, in `ErrorList`."""
+        """Return the outcome of a user that the API refused by name, in `ErrorList`."""
         verdict = rule_for(code).verdict
         match verdict:
             case Verdict.USER | Verdict.SHAPE:

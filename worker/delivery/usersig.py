@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: Seconds a signature is valid: the shortest time the documents recommend, so that a leaked one soon expires.
+#: Seconds for which a signature is valid: the shortest time that the documents recommend, so that a leaked one soon expires.
 VALIDITY = 86_400
 #: The share of its validity after which a signature is replaced.
 RENEW_AFTER = 0.8
@@ -37,7 +37,7 @@ def signature(key: str, identifier: str, sdkappid: int, issued: int, expire: int
 
 
 def sign(key: str, identifier: str, sdkappid: int, issued: int, expire: int = VALIDITY) -> str:
-    """Return a complete UserSig. All numbers must be integers: `1.0` would be signed as a different text."""
+    """Return a complete UserSig. All numbers must be integers: `1.0` would be signed as different text."""
     document = {
         "TLS.ver": "2.0",
         "TLS.identifier": identifier,
@@ -50,7 +50,7 @@ def sign(key: str, identifier: str, sdkappid: int, issued: int, expire: int = VA
 
 
 def decode(usersig: str) -> dict[str, Any]:
-    """Return the document inside a UserSig; raises `ValueError` if there is none.
+    """Return the JSON document inside a UserSig; raises `ValueError` if there is none.
 
     Never compare encoded UserSigs: key order, spacing and compression differ between correct implementations.
     """
@@ -93,7 +93,7 @@ class Signer:
         """Return a UserSig that stays valid for at least a fifth of `VALIDITY`."""
         now = int(self._now())
         with self._lock:
-            # After the clock was set back, the signature is from the future: replace that one, too.
+            # After the clock was set back, the signature is from the future: replace it then, too.
             age = now - self._made
             if not self._current.text or not -CLOCK_SKEW <= age < VALIDITY * RENEW_AFTER:
                 self._sign(now, now)
@@ -106,7 +106,7 @@ class Signer:
             self._sign(now, now)
 
     def adopt(self, issued: int) -> None:
-        """Sign as of `issued` (seconds since 1970), unless the current UserSig is as new."""
+        """Sign as of `issued` (seconds since 1970), unless the current UserSig is at least as new."""
         with self._lock:
             if self._current.issued < issued:
                 self._sign(issued, int(self._now()))

@@ -4,8 +4,8 @@ JSON lines, one update each, as `imattr dead export` prints them; null removes t
 
     {"user": "u1", "attrs": {"city": "Paris"}, "occurred_at": "2026-11-01T12:00:00Z"}
 
-CSV, UTF-8, separated by commas, semicolons, tabs or vertical bars: a column `user`, optionally a column `occurred_at`, and every other column is an attribute. An empty cell
-changes nothing::
+CSV, UTF-8, separated by commas, semicolons, tabs or vertical bars: a column `user`, optionally a column `occurred_at`, and
+every other column is an attribute. An empty cell changes nothing::
 
     user,city,level
     u1,Paris,

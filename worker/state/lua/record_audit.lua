@@ -14,7 +14,7 @@ local audit = KEYS[1]
 local now = now_ms(ARGV[1])
 local counts = { as_delivered = ARGV[2], lost = ARGV[3], changed = ARGV[4], gone = ARGV[5], skipped = ARGV[6] }
 
--- A count that is not a number starts over.
+-- One that is not a number starts over.
 for verdict, users in pairs(counts) do
   if type(redis.pcall('HINCRBY', audit, verdict, users)) == 'table' then
     redis.call('HSET', audit, verdict, users)
