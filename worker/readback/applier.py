@@ -1,15 +1,15 @@
-"""Applies a plan: queues what it says, user by user, and nothing that has become wrong since.
+"""Applies a plan: queues its changes, user by user, except those that no longer hold.
 
 For each hundred users, in this order:
 
-1. what is remembered is looked at, the API is asked again, and what is remembered is looked at again (`Crew.observe`);
-2. who is in motion, or whose values are no longer the old ones of the plan, is left alone;
-3. what is remembered as delivered is corrected by what was found, or `add` would drop the repair as already delivered;
-4. the rest is added to the lane `backfill`, as of the time of the file.
+1. read what is remembered, ask the API again, and read what is remembered once more (`Crew.observe`);
+2. skip users that are in motion, or no longer have the plan's old values;
+3. correct what is remembered as delivered by what was found, or `add` would drop the repair as already delivered;
+4. add the rest to the lane `backfill`, as of the time of the file.
 
-That time is before the plan was begun. So of everything that is accepted after that, at whatever moment in between, the
-newer value wins: in `add` if it is pending, in flight or remembered, and before that at the second step. While a plan is
-being applied, nothing that is delivered is forgotten, as during an import.
+That time is before the plan was begun. So any value accepted since then, at whatever moment, is newer and wins: in `add` if
+it is pending, in flight or remembered, and otherwise at the second step. While a plan is being applied, nothing that is
+delivered is forgotten, as during an import.
 
 Applying again is harmless: users are in motion or have their new values by then.
 """
@@ -43,13 +43,13 @@ from worker.state.history import History
 from worker.state.import_pauses import ImportPauses, Pause
 from worker.state.shadow import Shadow
 
-#: Seconds until users who found no room are read again.
+#: Seconds until users for whom there was no room are read again.
 FULL_WAIT = 1.0
 #: How many refusals are shown.
 EXAMPLES = 5
 
 State = Literal["applying", "stopped", "complete"]
-#: What it waits for; nothing if it does not.
+#: What it is waiting for; empty if for nothing.
 Waiting = Literal["", "waiting for room", "paused"]
 
 
@@ -62,10 +62,10 @@ class Refused(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """What became of users, in all runs together.
+    """What became of the users, in all runs together.
 
-    `queued` will be delivered; `done` had the new values already; `changed` since the plan, or something newer is known;
-    `unknown` to the API by now.
+    `queued` will be delivered; `done` had the new values already; `changed` have changed since the plan, or something newer
+    is known; `unknown` are no longer known to the API.
     """
 
     queued: int = 0
@@ -86,7 +86,8 @@ class Applied:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a plan is applied: the next line begins at `offset`, after `line` lines. `as_of` is when that was begun, in ms."""
+    """How far a plan is applied: the next line begins at `offset`, after `line` lines. `as_of` is when it was begun, in
+    ms."""
 
     as_of: int
     offset: int = 0
@@ -95,11 +96,11 @@ class Progress:
 
 
 class ApplyStatus(NamedTuple):
-    """How far applying is, for people; seconds and calls are those of this run."""
+    """How far a plan is applied, for people; seconds and calls are those of this run."""
 
     state: State
     applied: Applied
-    #: Users of the plan that are to be changed, and those of them that an earlier run has been through.
+    #: Users to be changed by the plan, and those of them that an earlier run has handled.
     users: int
     resumed_after: int
     calls: int
@@ -114,9 +115,9 @@ class OpenPlan:
     """A plan that nobody else writes or applies while it is open."""
 
     def __init__(self, path: Path, settings: Settings, *, partial: bool = False, samples: int = 0) -> None:
-        """Read and check the whole of it; raises `UnusablePlan`, also if it is of another app or API.
+        """Read and check all of it; raises `UnusablePlan`, also if it is for another app or API.
 
-        `samples` is how many of its first differences are to be kept, to be shown.
+        `samples` is how many of its first differences to keep, to be shown.
         """
         self.path = path
         try:
@@ -150,12 +151,12 @@ class OpenPlan:
         if not self.found.complete and not partial:
             raise UnusablePlan(
                 f"{self.path} is not complete: {mark.users:,} of {header.users:,} users were compared. imattr plan "
-                "goes on with it; --partial applies what is there"
+                "continues it; --partial applies what is there"
             )
 
     @property
     def progress_path(self) -> Path:
-        """The file that says how far applying is."""
+        """The file that records how far the plan is applied."""
         return self.path.with_name(f"{self.path.name}.apply-progress")
 
     def _read_progress(self) -> Progress | None:
@@ -177,7 +178,7 @@ class OpenPlan:
         return progress if progress.offset <= self.found.end else None
 
     def keep(self, progress: Progress) -> None:
-        """Write how far applying is. A kill before that repeats a little, which changes nothing."""
+        """Record how far the plan is applied. After a kill before that, a little is repeated, which changes nothing."""
         new = self.progress_path.with_name(f"{self.progress_path.name}.new")
         kept = {"plan": self.found.header.id, **asdict(progress)}
         try:
@@ -188,13 +189,13 @@ class OpenPlan:
             raise UnusablePlan(f"{self.progress_path} cannot be written: {error.strerror}") from None
 
     def forget_progress(self) -> None:
-        """Nothing is left to be applied, or nobody is going to."""
+        """Delete the progress: nothing is left to apply, or the plan is abandoned."""
         with suppress(OSError):
             self.progress_path.unlink()
 
     @property
     def name(self) -> str:
-        """What distinguishes applying this plan from imports, in all its runs."""
+        """The name that distinguishes applying this plan, in all its runs, from imports."""
         return f"{socket.gethostname()}:{self.path.absolute()}"
 
 
@@ -227,7 +228,7 @@ class Applier:
         show: Callable[[ApplyStatus], None] = lambda _: None,
         clock: Clock | None = None,
     ) -> None:
-        """The crew's `stopped` ends the run; the next one goes on where it was."""
+        """The crew's `stopped` ends the run; the next one continues where it ended."""
         self._plan, self._shadow, self._history, self._pauses = plan, shadow, history, pauses
         self._crew = crew
         self._by, self._show, self._clock = by, show, clock or SystemClock()
@@ -246,7 +247,7 @@ class Applier:
         """
         plan = self._plan
         progress = plan.progress or Progress(self._producer.now_ms())
-        # First of all, so that nothing that is delivered from now on is forgotten.
+        # First of all, so that nothing delivered from now on is forgotten.
         self._producer.begin_import(plan.name, progress.as_of)
         plan.keep(progress)
         resumed_after, began = progress.applied.users, self._clock.monotonic()
@@ -281,13 +282,13 @@ class Applier:
         return status(state)
 
     def abandon(self) -> bool:
-        """Give up what an earlier run has begun; returns whether there was anything."""
+        """Abandon what an earlier run began; returns whether there was anything."""
         self._producer.end_import(self._plan.name)
         self._plan.forget_progress()
         return self._plan.progress is not None
 
     def _tell(self) -> None:
-        """Show how far this is: here at once, and to `imattr status` every second."""
+        """Report the progress: here at once, and to `imattr status` every second."""
         with self._telling:
             status = self._status("applying")
             self._show(status)
@@ -303,12 +304,12 @@ class Applier:
                 "share": status.applied.users / max(1, status.users),
                 "eta": status.eta,
             }
-            # It is for people to look at: a Redis that fails will say so where it matters.
+            # Only people look at it: a failing Redis raises where it matters.
             with suppress(RedisError):
                 self._producer.show_import(self._plan.name, about)
 
     def _chunks(self, progress: Progress) -> Iterator[_Chunk]:
-        """The differences that no earlier run has been through; each user of a chunk is another one."""
+        """The differences that no earlier run has handled; no chunk has a user twice."""
         changes: dict[UserId, Mapping[str, Change]] = {}
         offset, line = progress.offset, progress.line
         for found, end in read_lines(self._plan.file, self._plan.path, offset, line):
@@ -333,12 +334,12 @@ class Applier:
             seen = self._crew.observe(list(left))
             left = self._queue(left, seen, done)
             if left:
-                # There was no room after all. They are read once more, since it may be long until there is some.
+                # There was no room after all. They are read again, since it may be a while until there is.
                 self._clock.sleep(FULL_WAIT)
         return done
 
     def _wait_until_welcome(self) -> None:
-        """Wait while somebody has paused this, as one pauses an import, or there is no room."""
+        """Wait while this is paused, as an import may be, or there is no room."""
         while True:
             if self._crew.is_over():
                 raise ReadingStopped
@@ -357,7 +358,7 @@ class Applier:
         now = self._clock.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_EVERY
-            # A Redis that fails will say so where it matters.
+            # A failing Redis raises where it matters.
             with suppress(RedisError):
                 self._pause = self._pauses.find(self._plan.name)
 
@@ -400,7 +401,7 @@ class Applier:
                 continue
             full |= {page[place].user for place in added.full}
             refused |= {page[place].user: rule for place, rule in added.refused}
-            # Something newer was accepted since the look.
+            # Something newer has been accepted since they were observed.
             stale += added.stale + added.unchanged
         users = {update.user for update in updates} - full
         done.applied.refused += len(users & refused.keys())
@@ -412,7 +413,7 @@ class Applier:
 
 
 def _updates(user: UserId, changes: Mapping[str, Change], names: frozenset[str]) -> list[Update]:
-    """What is to be queued for one user: usually one update, since most lines of a file have one time.
+    """Return what to queue for one user: usually one update, since most lines of a file have one time.
 
     Raises `InvalidUpdate`.
     """
@@ -427,6 +428,6 @@ def _updates(user: UserId, changes: Mapping[str, Change], names: frozenset[str])
 def _memory(
     user: UserId, changes: Mapping[str, Change], seen: Observation
 ) -> tuple[str, dict[str, str | None]]:
-    """What is to be remembered of a user: what was found."""
+    """Return what to remember about a user: what was found."""
     known, have = seen.known[user], seen.found[user] or {}
     return known.mark, {name: have.get(name) for name in {*known.values, *changes}}

@@ -1,10 +1,11 @@
-"""The audit: reads random users back who were delivered lately, and counts how many are as delivered.
+"""The audit: reads back random users that were delivered lately, and counts how many are as delivered.
 
-A user is looked at before its attributes are read and after, and judged only if nothing was in motion either time and nothing of
-what is remembered has changed in between: then whatever was read can be compared with what was delivered. All others are skipped.
+What is remembered about a user is looked up before and after its attributes are read, and the user is judged only if it was
+not in motion either time and nothing has changed in between: then what was read can be compared with what was delivered. All
+others are skipped.
 
-Who seems wrong is looked at once more some seconds later, together with the next ones, since an answer may come from a copy
-of the API's that is behind. Only what is wrong twice is reported.
+A user that seems wrong is checked again some seconds later, together with the next ones, since an answer may come from one of
+the API's copies that lags. Only a user that is wrong twice is reported.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from worker.readback.reader import ReadingStopped
 from worker.state.audit import AuditLog
 from worker.state.shadow import UNKNOWN, Known, Shadow
 
-#: Seconds until whoever seems wrong is looked at once more.
+#: Seconds until a user that seems wrong is checked again.
 AGAIN_AFTER = 5.0
-#: Draws in a row that bring nobody new, after which there is nobody left.
+#: Draws in a row without a new user, after which none is left.
 IN_VAIN = 50
 
 Became = Literal[Verdict, "skipped"]
@@ -35,7 +36,8 @@ Became = Literal[Verdict, "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became of one user. `claim` is the number of the batch that last delivered it, `mark` that of what is remembered."""
+    """What became of one user. `claim` is the number of the batch that last delivered it, `mark` the mark of what is
+    remembered."""
 
     user: UserId
     became: Became
@@ -49,23 +51,23 @@ class Finding:
 
 
 def counted(findings: Iterable[Finding]) -> Counter[str]:
-    """How many there are of each kind."""
+    """How many findings there are of each kind."""
     return Counter(finding.became for finding in findings)
 
 
 class Examiner:
-    """Looks at users, a page at a time, and once more at those who seem wrong."""
+    """Checks users, a page at a time, and those that seem wrong a second time."""
 
     def __init__(
         self, shadow: Shadow, reader: Reads, clock: Clock, *, again_after: float = AGAIN_AFTER
     ) -> None:
         """`again_after` in seconds."""
         self._shadow, self._reader, self._clock, self._again_after = shadow, reader, clock, again_after
-        #: Who seems wrong, and when to look again.
+        #: Users that seem wrong, and when to check them again.
         self._suspects: deque[tuple[float, Finding]] = deque()
 
     def look_at(self, users: Sequence[UserId]) -> list[Finding]:
-        """Up to `USERS_PER_CALL` users as they are now, after one call at most."""
+        """Check up to `USERS_PER_CALL` users as they are now, with at most one call."""
         _, before = self._shadow.look([user for user in users if _is_id(user)])
         still = [user for user, known in before.items() if _can_be_judged(known)]
         found = self._reader.read(still) if still else {}
@@ -73,15 +75,15 @@ class Examiner:
         return [_finding(user, before.get(user), after.get(user), found) for user in users]
 
     def examine(self, others: Sequence[UserId]) -> list[Finding]:
-        """Look at others, and at as many of the suspects who are due as a call has room for.
+        """Check these users, and as many of the due suspects as the call has room for.
 
-        Those who seem wrong for the first time are not among the findings.
+        Users that seem wrong for the first time are not among the findings.
         """
         # More may be due by now than when the others were chosen.
         due = min(self.due, USERS_PER_CALL - len(others))
         marks = {finding.user: finding.mark for _, finding in islice(self._suspects, due)}
         looked_at = self.look_at([*marks, *(user for user in others if user not in marks)])
-        # Not before: the call may have failed.
+        # Not earlier: the call may have failed.
         for _ in range(due):
             self._suspects.popleft()
         findings = []
@@ -89,7 +91,7 @@ class Examiner:
             if not finding.is_wrong or marks.get(finding.user) == finding.mark:
                 findings.append(finding)
             elif finding.user in marks:
-                # What is remembered is another than before, so this is the first time that it is wrong.
+                # What is remembered has changed, so this is the first time that it is wrong.
                 findings.append(Finding(finding.user, "skipped"))
             else:
                 self._suspects.append((self._clock.monotonic() + self._again_after, finding))
@@ -97,18 +99,18 @@ class Examiner:
 
     @property
     def suspects(self) -> int:
-        """How many wait to be looked at again."""
+        """How many are waiting to be checked again."""
         return len(self._suspects)
 
     @property
     def due(self) -> int:
-        """How many of them may be looked at now, up to `USERS_PER_CALL`."""
+        """How many of them may be checked now, up to `USERS_PER_CALL`."""
         now = self._clock.monotonic()
         return sum(at <= now for at, _ in islice(self._suspects, USERS_PER_CALL))
 
     @property
     def due_in(self) -> float:
-        """Seconds until all of them, or as many as a call takes, may be."""
+        """Seconds until all of them, or as many as a call takes, may be checked."""
         if not self._suspects:
             return 0.0
         last, _ = self._suspects[min(USERS_PER_CALL, len(self._suspects)) - 1]
@@ -138,19 +140,19 @@ def _finding(
 
 
 class Sample:
-    """Different users among those who are remembered, at random; all of them if there are no more."""
+    """Distinct random users with something remembered; all of them if there are no more."""
 
     def __init__(self, shadow: Shadow, users: int) -> None:
         self._shadow, self._left = shadow, users
-        #: How many were remembered at the begin.
+        #: How many users were remembered at the start.
         self.remembered = shadow.size()
-        #: Whether everybody who was remembered has been drawn.
+        #: Whether every remembered user has been drawn.
         self.is_everybody = False
-        # An id takes about 100 bytes.
+        # A user id takes about 100 bytes.
         self._seen: set[UserId] = set()
 
     def __iter__(self) -> Iterator[UserId]:
-        # Drawing the last ones of all would take longer and longer.
+        # Drawing the very last ones would take longer and longer.
         return self._drawn() if 2 * self._left < self.remembered else self._everybody()
 
     def _new(self, users: Iterable[UserId]) -> Iterator[UserId]:
@@ -168,7 +170,7 @@ class Sample:
             in_vain = 0 if self._left < left else in_vain + 1
 
     def _everybody(self) -> Iterator[UserId]:
-        # Redis has many users in the order of a hash, which is as good as chance, and a few in that of time.
+        # Redis keeps many users in hash order, which is as good as random, and few users in order of time.
         for page in self._shadow.everybody():
             yield from self._new(random.sample(page, len(page)))
             if not self._left:
@@ -178,7 +180,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Report:
-    """How far an audit is, and what it has found. `shown` are a few of the wrong users, `wrong_users` all, if they are kept."""
+    """How far an audit is, and what it has found. `shown` are some of the wrong users, `wrong_users` all, if kept."""
 
     wanted: int
     remembered: int
@@ -215,7 +217,7 @@ class Report:
 
 
 class Audit:
-    """One audit: draws, examines, and counts, into the totals too."""
+    """One audit: draws, examines and counts users, also in the totals."""
 
     def __init__(
         self,
@@ -241,7 +243,7 @@ class Audit:
         self.report = Report(users, self._sample.remembered)
 
     def run(self) -> Report:
-        """Audit until the sample is done, or until stopped: then those who only seemed wrong are not counted."""
+        """Audit until the sample is done, or until stopped: then users that only seemed wrong are not counted."""
         try:
             self.report.state = "done" if self._is_done() else "stopped"
         except ReadingStopped:
@@ -250,7 +252,7 @@ class Audit:
         return self.report
 
     def _is_done(self) -> bool:
-        """Whether the sample was done before it was stopped."""
+        """Whether the sample was finished before the audit was stopped."""
         users, examiner = iter(self._sample), self._examiner
         while not self._stopped():
             page = list(islice(users, USERS_PER_CALL - examiner.due))

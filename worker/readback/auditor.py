@@ -1,7 +1,7 @@
-"""The auditor: reads random users back all the time, a few calls a minute.
+"""The auditor: continuously reads back random users, with a few calls a minute.
 
-Every worker runs one in a thread of its own; the leader among them acts. It stands still while the line is not open. What it finds
-goes into the totals, from where metrics and `imattr status` have it.
+Every worker runs one in a thread of its own; the leader among them acts. It rests while the line is not open. Its findings go
+into the totals, which metrics and `imattr status` show.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from worker.state.shadow import Shadow
 
 log = structlog.get_logger()
 
-#: Seconds an auditor stays elected without renewing, and longest time between two turns.
+#: Seconds for which an auditor stays elected without renewing, and the longest time between two turns.
 TERM, TURN = 30.0, 5.0
-#: Seconds until the next attempt when nothing passes until a person acts.
+#: Seconds until the next attempt after an error that a person must fix.
 HOPELESS = 60.0
-#: Seconds between two events: somebody else who changes attributes all the time would fill the history.
+#: Seconds between two events: another program that keeps changing attributes would fill the history.
 TELL_EVERY = 3600.0
 
 
@@ -52,7 +52,7 @@ class Auditor(LeaderLoop):
         *,
         calls_a_minute: float,
     ) -> None:
-        """`make_reader` is given what says whether to stop reading."""
+        """`make_reader` is given a function that says whether to stop reading."""
         super().__init__(leader)
         self._shadow, self._line, self._totals, self._history = shadow, line, totals, history
         self._clock, self._every = clock, 60 / calls_a_minute
@@ -61,17 +61,17 @@ class Auditor(LeaderLoop):
         self._untold, self._told_at = Counter[str](), -math.inf
 
     def follow(self) -> None:
-        # Whoever led has just read.
+        # The previous leader has just made a call.
         self._next_at = self._clock.monotonic() + self._every
 
     def lead(self) -> float:
-        """Make a call, if it is time for one; returns the seconds until the next turn."""
+        """Make a call, if one is due; returns the seconds until the next turn."""
         left = self._next_at - self._clock.monotonic()
         if left > 0 or not self._is_open():
             return min(TURN, max(left, 1.0))
         self._next_at = self._clock.monotonic() + self._every
         try:
-            # Suspects take the places of others, so that nobody costs a call more.
+            # Suspects take the places of other users, so that they cost no extra call.
             findings = self._examiner.examine(self._shadow.draw(USERS_PER_CALL - self._examiner.due))
         except ReadingStopped:
             return 0.0
@@ -95,7 +95,7 @@ class Auditor(LeaderLoop):
             return True
 
     def _tell(self, counts: Counter[str]) -> None:
-        """Note in the history what was found wrong, at once or together with what follows in an hour."""
+        """Record in the history what was found wrong, at once or together with what follows within an hour."""
         self._untold += counts
         now = self._clock.monotonic()
         if any(self._untold[verdict] for verdict in WRONG) and now - self._told_at >= TELL_EVERY:

@@ -1,7 +1,7 @@
-"""How certain a sample makes us: exact bounds for the share of a whole of which only a sample was looked at.
+"""How certain a sample makes us: exact bounds for a share of a whole of which only a sample was checked.
 
-The bounds are Clopper's and Pearson's: whatever the true share is, at most one sample in twenty leads to a bound that is on
-the wrong side of it. They hold for samples with repetition, and are a little too wide for samples without.
+These are the Clopper-Pearson bounds: whatever the true share is, at most one sample in twenty leads to a bound on its wrong
+side. They hold for samples with replacement, and are a little too wide for samples without.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import math
 
 CONFIDENCE = 0.95
 
-#: Halvings of the interval in which a bound is looked for: a bound is as exact as a float.
+#: Halvings of the interval that contains a bound: enough for a float's precision.
 _HALVINGS = 200
 
 
 def at_most(wrong: int, judged: int, confidence: float = CONFIDENCE) -> float:
-    """The largest share that is still believable after `wrong` of `judged`; 1.0 if nobody was judged."""
+    """The largest share that is still plausible after `wrong` of `judged`; 1.0 if nobody was judged."""
     if wrong >= judged:
         return 1.0
     return _share(wrong, judged, 1 - confidence, wrong / judged, 1.0)
 
 
 def between(wrong: int, judged: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The shares between which the true one is, with half of the doubt on either side."""
+    """The shares between which the true one lies, with half of the doubt on either side."""
     doubt = (1 - confidence) / 2
     least = _share(wrong - 1, judged, 1 - doubt, 0.0, wrong / judged) if wrong > 0 else 0.0
     return least, at_most(wrong, judged, 1 - doubt)
 
 
 def in_words(wrong: int, judged: int, *, everybody: bool = False) -> str:
-    """The result in a sentence without a subject; `everybody`: the sample is the whole, and nothing is left to chance."""
+    """The result in a sentence without a subject; `everybody`: the sample is the whole, so nothing is left to chance."""
     counted = f"{wrong:,} of {judged:,} wrong"
     if not judged:
         return "nobody could be judged"
@@ -43,7 +43,7 @@ def in_words(wrong: int, judged: int, *, everybody: bool = False) -> str:
 
 
 def _share(most: int, judged: int, chance: float, low: float, high: float) -> float:
-    """The share with which at most `most` of `judged` are wrong by this chance. The larger the share, the less likely."""
+    """The share at which this is the chance that at most `most` of `judged` are wrong. It falls as the share grows."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if middle in (low, high):
@@ -56,13 +56,13 @@ def _share(most: int, judged: int, chance: float, low: float, high: float) -> fl
 
 
 def _chance_of_at_most(most: int, judged: int, share: float) -> float:
-    """The chance of at most so many wrong ones: a binomial's lower tail."""
+    """The chance of at most that many wrong ones: a binomial's lower tail."""
     if share <= 0.0:
         return 1.0
     if share >= 1.0:
         return float(most >= judged)
-    # Terms fall on either side of the mean. They are added up from the end that is nearer to it outwards, away from the mean,
-    # until they no longer count; the other tail is what is missing to 1.
+    # Terms fall on either side of the mean. Add them up from the end that is nearer to it, away from the mean, until they no
+    # longer count; the other tail is 1 minus the sum.
     odds = share / (1 - share)
     if most < share * judged:
         total, term = 0.0, _chance(most, judged, share)
@@ -82,7 +82,7 @@ def _chance_of_at_most(most: int, judged: int, share: float) -> float:
 
 
 def _chance(wrong: int, judged: int, share: float) -> float:
-    """The chance of exactly so many wrong ones."""
+    """The chance of exactly that many wrong ones."""
     if wrong > judged:
         return 0.0
     ways = math.lgamma(judged + 1) - math.lgamma(wrong + 1) - math.lgamma(judged - wrong + 1)
@@ -90,12 +90,12 @@ def _chance(wrong: int, judged: int, share: float) -> float:
 
 
 def _percent(share: float, *, up: bool = False) -> str:
-    """A share in percent, with two digits that count, or three from 1 % on; `up`: with two, and never rounded down."""
+    """A share in percent, with two significant digits, or three from 1 % on; `up`: with two, and never rounded down."""
     percent = 100 * share
     if percent <= 0:
         return "0"
     digits = max(0, (2 if percent >= 0.995 and not up else 1) - math.floor(math.log10(percent)))
-    # A hair beyond the last digit, which is the float's, is not the next one.
+    # A float's tiny excess over the last digit must not round it up to the next.
     shown = math.ceil(percent * 10**digits - 1e-9) / 10**digits if up else percent
     text = f"{min(100.0, shown):.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,8 +1,7 @@
-"""Several readers side by side, since one that waits for its answer leaves the next slots unused.
+"""Several readers in parallel, since one that waits for its answer leaves the next slots unused.
 
-A user can be compared with what was read only if nothing was on its way to the API meanwhile. So what is known of it is
-looked at before and after the reading: whoever is in motion at either time, or of whom something was delivered in between,
-is told apart.
+A user can be compared with what was read only if nothing was on its way to the API meanwhile. So what is known about it is
+looked up before and after reading: users in motion at either time, or delivered in between, are marked.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Reads(Protocol):
 
 
 class Observation(NamedTuple):
-    """What users have at the API. `at_ms` is Redis' clock before the reading; of users in `moving`, nothing can be said."""
+    """What users have at the API. `at_ms` is Redis' clock before reading; nothing can be said about users in `moving`."""
 
     at_ms: int
     found: Mapping[UserId, Mapping[str, str] | None]
@@ -42,7 +41,7 @@ class Observation(NamedTuple):
     moving: frozenset[UserId]
 
     def newest(self, user: UserId) -> dict[str, int]:
-        """The version of each value that is remembered, in ms."""
+        """The version of each remembered value, in ms."""
         return {name: version for name, (_, version) in self.known[user].values.items()}
 
 
@@ -57,7 +56,7 @@ class Crew:
         *,
         readers: int = READERS,
     ) -> None:
-        """`build` makes a reader, which is given a function that says when it must give up."""
+        """`build` makes a reader from a function that says when it must give up."""
         self._shadow, self._stopped, self._failed = shadow, stopped, False
         self._readers = [build(self.is_over) for _ in range(readers)]
         self._free = SimpleQueue[Reads]()
@@ -70,7 +69,7 @@ class Crew:
         return sum(reader.calls for reader in self._readers)
 
     def is_over(self) -> bool:
-        """Whether somebody wants this run to end, or one of its readers has failed."""
+        """Whether the run was asked to end, or one of its readers has failed."""
         return self._failed or self._stopped()
 
     def observe(self, users: Sequence[UserId]) -> Observation:
@@ -92,19 +91,19 @@ class Crew:
     def each(
         self, work: Callable[[Chunk], Result], chunks: Iterable[Chunk]
     ) -> Generator[tuple[Chunk, Result]]:
-        """Do the work for several chunks at a time, and return what came of it in their order; raises what `work` raises."""
+        """Run `work` on several chunks at a time, and yield the results in order. Its exceptions pass through."""
         waiting = deque[tuple[Chunk, Future[Result]]]()
         with ThreadPoolExecutor(len(self._readers)) as pool:
             try:
                 for chunk in chunks:
                     waiting.append((chunk, pool.submit(work, chunk)))
-                    # Twice as many as readers: the next ones go on while the first has a slow answer.
+                    # Twice as many as readers, so that others proceed while the first waits for a slow answer.
                     if len(waiting) >= 2 * len(self._readers):
                         yield waiting[0][0], waiting.popleft()[1].result()
                 while waiting:
                     yield waiting[0][0], waiting.popleft()[1].result()
             except BaseException:
-                # Those at work give up soon, and nobody begins.
+                # Running readers give up soon, and no more start.
                 self._failed = True
                 for _, future in waiting:
                     future.cancel()

@@ -3,12 +3,12 @@
 ::
 
     + set      the API has no value, the file has one
-    ~ change   it has another one
+    ~ change   it has a different one
     - remove   it has one, and the file says null: nothing else ever removes a value
     = same     nothing to do
-      newer    it has another one, and what is known of that is newer than the file, so it stays
+      newer    it has a different one, which is known to be newer than the file, so it stays
 
-A user is not judged at all while an update is on its way: the API's answer is then about to be outdated.
+A user is not judged while an update is on its way: the API's answer would soon be outdated.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-#: What becomes of one value.
+#: What may become of one value.
 Kind = Literal["set", "change", "remove", "same", "newer"]
 KINDS: tuple[Kind, ...] = ("set", "change", "remove", "same", "newer")
 
 #: What becomes of one user. `differs`: at least one value is set, changed or removed. `newer`: what differs is newer than
 #: the file. `unknown`: the API does not know the user. `in_motion`: an update is pending, in flight, or was just delivered.
-#: `forgotten`: the API's values may be newer than the file, and nobody remembers.
+#: `forgotten`: the API's values may be newer than the file, but that is no longer remembered.
 Fate = Literal["differs", "same", "newer", "unknown", "in_motion", "forgotten"]
 FATES: tuple[Fate, ...] = ("differs", "same", "newer", "unknown", "in_motion", "forgotten")
 
-#: An app has 10 attributes. Where its names are not known, a file can name any number: the others are counted together.
+#: An app has 10 attributes. If its names are not known, a file can name any number: further ones are counted together.
 MOST_NAMES, OTHER_NAMES = 50, "(others)"
 
 
 class Want(NamedTuple):
-    """What a file says of one attribute: its value, None to remove it, and when that was true (ms since 1970)."""
+    """What a file says about one attribute: its value, None to remove it, and when that was true (ms since 1970)."""
 
     value: str | None
     version: int
 
 
 class Change(NamedTuple):
-    """One value that is to become another one; None = there is none. `version` is when the new one was true, in ms."""
+    """A change of one value, None = there is none. `version` is when the new value was true, in ms."""
 
     old: str | None
     new: str | None
@@ -54,7 +54,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What follows for one user. `kinds` has every attribute that the file names, `changes` those to be written."""
+    """What follows for one user. `kinds` has every attribute that the file names, `changes` those to write."""
 
     fate: Fate
     changes: Mapping[str, Change] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def judge(
         elif newest > version and delivered != value:
             kinds[name] = "newer"
         else:
-            # A value that was delivered as the file has it, and is not there, was lost: it counts as of its delivery.
+            # A value that was delivered as in the file, and is not there, was lost: it counts as of its delivery.
             changes[name] = change = Change(old, value, max(version, newest))
             kinds[name] = change.kind
     if changes:
@@ -88,7 +88,7 @@ def judge(
 
 @dataclass(slots=True)
 class Tally:
-    """How many users, and how many values of each attribute, there are of each kind."""
+    """How many users, and how many values of each attribute, are of each kind."""
 
     users: dict[Fate, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
     values: dict[str, dict[Kind, int]] = field(default_factory=dict)
@@ -107,11 +107,11 @@ class Tally:
 
     @property
     def judged(self) -> int:
-        """Users looked at, whatever was found."""
+        """Users compared, whatever was found."""
         return sum(self.users.values())
 
 
-# What is found when a plan is applied, with the API read once more.
+# What is found when a plan is applied, after reading the API again.
 
 #: `ready`: as planned. `done`: the API has the new values already. `changed`: neither is the case.
 Standing = Literal["ready", "done", "changed", "unknown"]
@@ -120,7 +120,7 @@ Standing = Literal["ready", "done", "changed", "unknown"]
 def recheck(
     changes: Mapping[str, Change], have: Mapping[str, str] | None, newest: Mapping[str, int]
 ) -> tuple[Standing, Mapping[str, Change]]:
-    """Whether a planned change still holds, and what of it is left to do."""
+    """Whether a planned change still holds, and what is left of it to do."""
     if have is None:
         return "unknown", {}
     left = {}
@@ -128,7 +128,7 @@ def recheck(
         found = have.get(name)
         if found == change.new:
             continue
-        # Also a value that was set again to what it was: somebody has decided on it since.
+        # Also a value that was set to the same again: somebody has decided on it since.
         if found != change.old or newest.get(name, 0) > change.version:
             return "changed", {}
         left[name] = change

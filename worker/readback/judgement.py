@@ -1,12 +1,12 @@
-"""The verdict on one user: is what the API has what was delivered?
+"""The verdict on one user: does the API have what was delivered?
 
-What a verdict can know is little, since the API keeps no times and no names of who wrote. Attributes that were set together have
-the same version, and travel in one call that lands as a whole. So if some of them are there and others are not, the call
-did land, and somebody else changed those: *changed*. If nothing of what was set together is there, it looks as if the call never
-landed: *lost*. Removals travel in a call of their own, and are judged by themselves.
+A verdict can know little, since the API records neither when nor by whom a value was written. Attributes that were set
+together have the same version, and travel in one call that lands as a whole. So if some of them are there and others are not,
+the call did land, and somebody else changed the others: *changed*. If none of the attributes that were set together is there,
+it looks as if the call never landed: *lost*. Removals travel in a call of their own, and are judged by themselves.
 
-It errs towards *lost*: of a single attribute that somebody else changed, it cannot know. It errs towards *changed* if a call was
-lost, and one of its values happened to be there before.
+It errs towards *lost* for a single attribute that somebody else changed, and towards *changed* if a call was lost and one of
+its values happened to be there before.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from worker.state.shadow import UNKNOWN, Known
 
 Verdict = Literal["as_delivered", "lost", "changed", "gone"]
 
-#: The verdicts that are bad news, the worst first; and all of them.
+#: The bad verdicts, the worst first; and all verdicts.
 WRONG: tuple[Verdict, ...] = ("lost", "changed", "gone")
 VERDICTS: tuple[Verdict, ...] = ("as_delivered", *WRONG)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An attribute that is not as delivered. A value of None stands for none."""
+    """An attribute that is not as delivered. None means no value."""
 
     delivered: str | None
     found: str | None
@@ -36,14 +36,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The verdict on a user, with the attributes that it rests on."""
+    """The verdict on a user, with the attributes that it is based on."""
 
     verdict: Verdict
     differences: Mapping[str, Difference]
 
 
 def judge(known: Known, found: Mapping[str, str] | None) -> Judgement | None:
-    """Compare what is remembered of a user with what the API has, None = it does not know the user.
+    """Compare what is remembered about a user with what the API has, None = it does not know the user.
 
     Returns None if nothing is known that could be compared.
     """

@@ -1,4 +1,4 @@
-"""The file of a plan: what differs between a file and the API, one line a user, as JSON.
+"""The plan file: the differences between a file and the API, one line of JSON a user.
 
 ::
 
@@ -6,14 +6,14 @@
     {"line": 7, "user": "u9", "rule": "..."}                                      a line of the source that was refused
     {"user": "u1", "changes": {"city": [null, "Paris", ms], "level": ["3", "4", ms]}}      old value, new value, as of
     {"user": "u3", "unknown": true}                                               the API does not know this user
-    {"checkpoint": 4200, "tally": {...}, "calls": 42, "seconds": 1.3}             so many users are done
+    {"checkpoint": 4200, "tally": {...}, "calls": 42, "seconds": 1.3}             this many users are done
     {"summary": 9999, "tally": {...}, "calls": 100, "seconds": 2.1}               always the last line, if it is complete
 
-A plan that was interrupted goes on after its last checkpoint; what stands behind that is written again. Checkpoints are on
-disk before anything follows them.
+An interrupted plan continues after its last checkpoint; anything after that is written again. Checkpoints are on disk before
+anything follows them.
 
-The file has users and values, so only its owner may read it. It comes from outside when it is applied: every field is
-checked, and nothing but JSON is read.
+The file contains users and values, so only its owner may read it. When applied, it is untrusted input: every field is
+checked, and only JSON is read.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from worker.readback.difference import FATES, KINDS, MOST_NAMES, Change, Tally
 VERSION = 1
 _BEGINNING = b'{"imattr_plan": '
 
-#: Bytes of the longest line. One user with 10 attributes has some 2,000.
+#: Bytes of the longest line. One user with 10 attributes takes some 2,000.
 MAX_LINE = 1_000_000
-#: Bytes that are written at once.
+#: Bytes that are written at a time.
 _BLOCK = 1 << 20
 
 _encode = json.JSONEncoder(ensure_ascii=True).encode
@@ -47,9 +47,9 @@ _encode = json.JSONEncoder(ensure_ascii=True).encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a plan is about. Two runs with equal `identity` write the same plan.
+    """What a plan is for. Two runs with equal `identity` write the same plan.
 
-    `digest` is that of the source's content, `users` and `refused` say what is in it, `as_of` in ms when it was true;
+    `digest` is that of the source's content, `users` and `refused` count what is in it, `as_of` is when it was true, in ms;
     `explicit` says whether a person named that time. `made` is seconds since 1970.
     """
 
@@ -71,7 +71,7 @@ class Header:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What must be the same for a run that goes on with this plan, by its name for people."""
+        """What must be the same for a run to continue this plan, by names for people."""
         return {
             "app": self.app,
             "API": self.api,
@@ -84,7 +84,7 @@ class Header:
 
 
 class Difference(NamedTuple):
-    """A user whose values are to be changed."""
+    """A user with values to be changed."""
 
     user: UserId
     changes: Mapping[str, Change]
@@ -98,7 +98,7 @@ class UnknownUser(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far a plan is: `users` done, in `calls` that took `seconds`. The last one, if it is `final`, is the summary."""
+    """How far a plan is: `users` done, in `calls` that took `seconds`. The last mark, if `final`, is the summary."""
 
     users: int = 0
     tally: Tally = field(default_factory=Tally)
@@ -108,7 +108,7 @@ class Mark:
 
 
 class Line(NamedTuple):
-    """What stands on one line of a plan, and the offset after it."""
+    """The content of one line of a plan, and the offset after it."""
 
     found: Header | Refusal | Difference | UnknownUser | Mark
     end: int
@@ -118,7 +118,7 @@ class Line(NamedTuple):
 
 
 def packed(found: Header | Refusal | Difference | UnknownUser | Mark) -> bytes:
-    """The line for it."""
+    """Return its line."""
     match found:
         case Header():
             fields: dict[str, Any] = {"imattr_plan": VERSION, **asdict(found)}
@@ -135,22 +135,22 @@ def packed(found: Header | Refusal | Difference | UnknownUser | Mark) -> bytes:
 
 
 class PlanWriter:
-    """A plan that is being made. Whoever has opened it keeps everybody else out."""
+    """A plan that is being made. It is locked while open."""
 
     def __init__(self, path: Path, *, restart: bool = False, samples: int = 0) -> None:
-        """Open a plan that may be there already; raises `UnusablePlan` for a file that is not one.
+        """Open a plan that may exist already; raises `UnusablePlan` for a file that is not one.
 
-        `samples` is how many of its first differences are to be kept.
+        `samples` is how many of its first differences to keep.
         """
         self._path, self._waiting = path, bytearray()
         with _explained(path):
-            # Not buffered: what cannot be written must not be tried again when the file is closed.
+            # Not buffered: a failed write must not be tried again when the file is closed.
             self._file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
         try:
             lock(self._file, path)
             with _explained(path):
                 os.fchmod(self._file.fileno(), 0o600)
-            #: The plan to go on with; None if this is a new one.
+            #: The plan to continue; None if this is a new one.
             self.begun: Survey | None = None
             with _explained(path), open(path, "rb") as before:
                 if _holds_a_plan(before, path) and not restart:
@@ -170,20 +170,20 @@ class PlanWriter:
                 self._path.unlink(missing_ok=True)
 
     def begin(self, header: Header, refusals: Iterable[Refusal]) -> Mark:
-        """Write the beginning, or find out where to go on: returns how far the plan is.
+        """Write the header, or find where to continue; returns how far the plan is.
 
-        Raises `UnusablePlan` if the plan that was begun is another one.
+        Raises `UnusablePlan` if a different plan was begun there.
         """
         if self.begun:
             changed = [
                 name for name, value in self.begun.header.identity.items() if header.identity[name] != value
             ]
             if "as-of time" in changed:
-                # Lines without a time of their own have that one.
+                # Lines without a time of their own use that one.
                 changed = ["as-of time"]
             if changed:
                 raise UnusablePlan(
-                    f"{self._path} was begun and not finished; to go on with it, the {', the '.join(changed)} must be "
+                    f"{self._path} was begun and not finished; to continue it, the {', the '.join(changed)} must be "
                     "the same as then. To replace it, use --restart"
                 )
         end = self.begun.end if self.begun else 0
@@ -203,7 +203,7 @@ class PlanWriter:
         self._put(packed(found))
 
     def checkpoint(self, mark: Mark) -> None:
-        """Everything written so far is on disk after this. With a `final` mark, the plan is complete."""
+        """Make sure that everything so far is on disk. With a `final` mark, the plan is complete."""
         self._put(packed(mark))
         self._flush()
         with _explained(self._path):
@@ -221,7 +221,7 @@ class PlanWriter:
 
 
 def lock(file: IO[bytes] | io.FileIO, path: Path) -> None:
-    """Lock a plan; raises `UnusablePlan` if somebody else has, or if it is no regular file."""
+    """Lock a plan; raises `UnusablePlan` if it is locked, or is not a regular file."""
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise UnusablePlan(f"{path} is not a regular file")
     try:
@@ -234,15 +234,15 @@ def lock(file: IO[bytes] | io.FileIO, path: Path) -> None:
 
 
 def _holds_a_plan(file: IO[bytes], path: Path) -> bool:
-    """Whether a plan was begun in a file; raises `UnusablePlan` for a file of somebody else's."""
+    """Whether a plan was begun in a file; raises `UnusablePlan` for any other file."""
     file.seek(0)
     head = file.read(MAX_LINE)
     if head.startswith(_BEGINNING) and b"\n" in head:
         return True
     if head.startswith(_BEGINNING) or _BEGINNING.startswith(head):
-        # Empty, or the first line is torn.
+        # Empty, or with a torn first line.
         return False
-    raise UnusablePlan(f"{path} is there and is not a plan of imattr; it stays as it is")
+    raise UnusablePlan(f"{path} exists and is not a plan of imattr; it is left as it is")
 
 
 # Reading.
@@ -250,7 +250,7 @@ def _holds_a_plan(file: IO[bytes], path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a plan holds up to its last mark, which ends at `end`, 0 if there is none. `differences` are users to be changed."""
+    """What a plan has up to its last mark, which ends at `end`, 0 if there is none. `differences` are users to be changed."""
 
     header: Header
     mark: Mark
@@ -267,8 +267,8 @@ class Survey:
 def survey(file: IO[bytes], path: Path, samples: int = 0) -> Survey:
     """Read and check a whole plan, one line at a time.
 
-    Raises `UnusablePlan` for what is not a plan of ours, or damaged. What follows the last mark of an incomplete plan may be
-    torn, and does not count.
+    Raises `UnusablePlan` for a file that is not one of our plans, or is damaged. Anything after the last mark of an
+    incomplete plan may be torn, and does not count.
     """
     lines = read_lines(file, path)
     first = next(lines, None)
@@ -293,25 +293,25 @@ def survey(file: IO[bytes], path: Path, samples: int = 0) -> Survey:
                 mark, end, counted = line.found, line.end, (refused, unknown, differences)
                 shown = list(early)
             case Header():
-                raise UnusablePlan(f"{path} is damaged: it has two beginnings")
+                raise UnusablePlan(f"{path} is damaged: it has two headers")
         if mark.final:
             break
     if mark.final and file.read(1):
         raise UnusablePlan(f"{path} is damaged: something follows its summary")
     users = mark.tally.users
     if counted != (header.refused if end else 0, users["unknown"], users["differs"]):
-        raise UnusablePlan(f"{path} is damaged: its lines are not those that it has counted")
+        raise UnusablePlan(f"{path} is damaged: its lines do not match its own count")
     if (
         mark.users != mark.tally.judged
         or mark.users > header.users
         or (mark.final and mark.users != header.users)
     ):
-        raise UnusablePlan(f"{path} is damaged: its users are not those that it has counted")
+        raise UnusablePlan(f"{path} is damaged: its users do not match its own count")
     return Survey(header, mark, end, counted[2], shown)
 
 
 def read_lines(file: IO[bytes], path: Path, start: int = 0, number: int = 0) -> Iterator[Line]:
-    """Every line from an offset on, which is after so many lines; a last one that is torn is left out."""
+    """Yield every line from an offset on, which is after `number` lines; skip a torn last line."""
     end = start
     with _explained(path):
         file.seek(start)
@@ -337,7 +337,7 @@ def read_lines(file: IO[bytes], path: Path, start: int = 0, number: int = 0) -> 
 
 
 class _OtherVersion(Exception):
-    """Raised for a plan of another version, with what to say about it after its name."""
+    """Raised for a plan of another version, with what to say after its name."""
 
 
 def _foreign(path: Path) -> UnusablePlan:
@@ -352,7 +352,7 @@ def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read(fields: Any) -> Header | Refusal | Difference | UnknownUser | Mark:
-    """What a line says; raises `ValueError`, `TypeError` or `KeyError` for what no plan of ours has."""
+    """Read a line; raises `ValueError`, `TypeError` or `KeyError` for anything that our plans never have."""
     match fields:
         case {"imattr_plan": version, **others}:
             if type(version) is int and version != VERSION:

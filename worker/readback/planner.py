@@ -1,8 +1,8 @@
-"""Makes a plan: reads a file, asks the API what its users have, and writes down what differs.
+"""Makes a plan: reads a file, asks the API what its users have, and writes the differences to a file.
 
 Changes nothing, neither at the API nor in Redis. The file is read as an import would read it, with the same refusals, and a
-value counts as true as of the same time: its own event time, or that of the whole file. Without one, that is the moment at
-which the plan was begun, so nothing that is accepted from then on is ever planned to be overwritten.
+value counts as of the same time: its own event time, or that of the whole file. Without either, it is the moment at which the
+plan was begun, so a plan never overwrites anything accepted from then on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from worker.state.buffer import RULES
 from worker.state.connection import ANSWER_TIMEOUT
 from worker.state.shadow import Shadow
 
-#: Records of the file that are taken at a time.
+#: Records of the file that are read at a time.
 PAGE = 1000
 #: Seconds between two checkpoints, each of which waits for the disk.
 CHECKPOINT_EVERY = 1.0
@@ -52,7 +52,7 @@ class PlanOptions:
     out: Path | None = None
     format: Format | None = None
     user_column: str = "user"
-    #: What stands in a cell of CSV for no value, besides nothing.
+    #: The text that means no value in a cell of CSV, besides an empty cell.
     null: str | None = None
     as_of_ms: int | None = None
     restart: bool = False
@@ -66,10 +66,10 @@ class PlanOptions:
 
 
 class PlanStatus(NamedTuple):
-    """How far a plan is, for people. `share` is the part of the file, or of its users, that is done, 0 to 1, if known.
+    """How far a plan is, for people. `share` is how much of the file, or of its users, is done, 0 to 1, if known.
 
-    `lines`, `refused` and `users` are what is in the file, as far as it has been read; `resumed_after` users were compared
-    by an earlier run. `eta` is the seconds until the plan is complete, if known.
+    `lines`, `refused` and `users` count what has been read of the file; `resumed_after` users were compared by an earlier
+    run. `eta` is the seconds until the plan is complete, if known.
     """
 
     state: State
@@ -85,7 +85,7 @@ class PlanStatus(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run has come to."""
+    """The result of a run."""
 
     state: State
     header: Header
@@ -97,23 +97,23 @@ class Plan(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What work at the API takes at least."""
+    """The least that work at the API takes."""
 
     calls: int
     seconds: float
 
 
 def cost_of_reading(users: int, settings: Settings) -> Cost:
-    """What reading so many users takes if nobody else wants the slots."""
+    """What reading that many users takes if nothing else uses the slots."""
     calls = math.ceil(users / USERS_PER_CALL)
     return Cost(calls, calls * SPACING / (settings.read_quota or settings.quota))
 
 
 def cost_of_applying(mark: Mark, settings: Settings) -> tuple[Cost, Cost]:
-    """What reading the users again takes at the pace of the plan, and delivering at full pace."""
+    """What reading the users again takes at the plan's pace, and delivering them at full pace."""
     differ = mark.tally.users["differs"]
     again = cost_of_reading(differ, settings)
-    # Reads may have to wait for deliveries, as they had to for the plan.
+    # Reads may have to wait for deliveries, as they did for the plan.
     if mark.calls and mark.seconds:
         again = Cost(again.calls, max(again.seconds, again.calls * mark.seconds / mark.calls))
     removed = min(differ, mark.tally.total("remove"))
@@ -136,20 +136,20 @@ class Planner:
         show: Callable[[PlanStatus], None] = lambda _: None,
         clock: Clock | None = None,
     ) -> None:
-        """`by` is whose plan it is. The crew's `stopped` ends the run; it then goes on where it was."""
+        """`by` is whose plan it is. The crew's `stopped` ends the run; the next one continues where it ended."""
         self._settings, self._options, self._shadow, self._crew = settings, options, shadow, crew
         self._by, self._show, self._clock = by, show, clock or SystemClock()
         self._producer = Producer.of(settings, timeout=ANSWER_TIMEOUT, way="import")
         self._lines = self._refused = 0
         self._notes, self._format = list[str](), ""
         self._samples = list[Difference]()
-        #: When the file was true, in ms, if a person has said so, else 0.
+        #: When the file was true, in ms, if a person named that time, else 0.
         self._named_time = 0
 
     def run(self) -> Plan:
-        """Make the plan, or go on with it; the final state is `complete` or `stopped`.
+        """Make the plan, or continue it; the final state is `complete` or `stopped`.
 
-        Raises `CannotImport`, `UnusablePlan`, `CallFailed`, and what `redis` raises: what was compared until then is kept.
+        Raises `CannotImport`, `UnusablePlan`, `CallFailed`, and what `redis` raises: comparisons made until then are kept.
         """
         options = self._options
         with (
@@ -179,14 +179,14 @@ class Planner:
         return Plan(state, header, mark, self._notes, self._samples, refusals)
 
     def _header(self, begun: Survey | None) -> Header:
-        """What is known before the file is read. A plan that is gone on with keeps its time."""
+        """What is known before the file is read. A continued plan keeps its time."""
         now = self._producer.now_ms()
         as_of, explicit = self._options.as_of_ms, self._options.as_of_ms is not None
         if as_of is None and begun:
             as_of, explicit = begun.header.as_of, begun.header.explicit
         if as_of is not None and as_of > now + self._settings.max_ahead * 1000:
             raise CannotImport(f"--as-of: {RULES['ahead']}")
-        # Older than whatever is accepted from now on. Of two clocks that differ a little, Redis' is the one that counts.
+        # Older than anything accepted from now on. If two clocks differ a little, Redis' is the one that counts.
         as_of = min(now - 1, now if as_of is None else as_of)
         return Header(
             id=secrets.token_hex(8),
@@ -237,7 +237,7 @@ class Planner:
         return not self._crew.is_over()
 
     def _compare(self, plan: PlanWriter, header: Header, wanted: WantedUsers) -> Mark:
-        """Compare all users that no earlier run has; the mark that is returned is final unless stopped."""
+        """Compare all users that no earlier run has; the mark returned is final unless stopped."""
         mark = start = plan.begin(header, wanted.refusals())
         began = checkpoint_at = self._clock.monotonic()
         tally = mark.tally
@@ -263,7 +263,7 @@ class Planner:
                     self._tell(header, mark, start)
             mark = replace(mark, final=True)
         except UnusablePlan:
-            # Half a chunk may be written. What follows the last checkpoint does not count.
+            # Half a chunk may be written. Anything after the last checkpoint does not count.
             raise
         except ReadingStopped:
             pass
@@ -277,7 +277,7 @@ class Planner:
         if self._crew.is_over():
             raise ReadingStopped
         seen = self._crew.observe(list(chunk))
-        # Read after the look at what is remembered: what was forgotten in between counts.
+        # Read after looking up what is remembered: values forgotten in between count.
         forgotten_at = self._shadow.forgotten_ms() if self._named_time else 0
         verdicts = {}
         for user, wants in chunk.items():

@@ -1,8 +1,8 @@
-"""Reads what users have at the API: one call for up to 100 of them, each in a slot of its own.
+"""Reads what users have at the API: up to 100 of them with one call, in a slot of its own.
 
 `im_get_attr` (1047/37169) answers in any order, and with fewer users than it was asked for. It never changes anything, so
-whatever fails in passing is simply asked again. The slots are those that deliveries leave free, or of a quota for reads
-alone: the limiter that is given here decides.
+after a passing failure it is simply called again. The slots are those that deliveries leave free, or those of a quota for
+reads alone: the limiter given here decides.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from worker.ratelimit import Permit, RateLimiter
 MOST_FAILURES, LONGEST_WAIT = 8, 30.0
 #: Seconds between two attempts to get a slot.
 TRY_AGAIN = 0.1
-#: Seconds after which a call that waits for its slot is made ready again: its connection may have been closed.
+#: Seconds after which a call that waits for its slot is prepared again: its connection may have been closed.
 FRESH = 5.0
 
 Values = Mapping[str, str]
 
 
 class ReadingStopped(Exception):
-    """Raised by a read when its caller wants to stop."""
+    """Raised by a read if its caller wants to stop."""
 
 
 class Reader:
@@ -64,8 +64,8 @@ class Reader:
     def read(self, users: Sequence[UserId]) -> dict[UserId, Values | None]:
         """Return what up to 100 users have, None for one that the API does not know or refuses by name.
 
-        Takes as long as it must: for a slot, and for an API that is away for some minutes. Raises `CallFailed` when nothing
-        will pass until a person acts, and `ReadingStopped`.
+        Takes as long as it must, to get a slot, or while the API is away for some minutes. Raises `CallFailed` for errors
+        that a person must fix, and `ReadingStopped`.
         """
         found: dict[UserId, Values | None] = {}
         left = [tuple(dict.fromkeys(users))] if users else []
@@ -132,7 +132,7 @@ class Reader:
         self._failures += 1
         if self._failures >= MOST_FAILURES:
             good(answer)
-            raise CallFailed("the API goes on refusing users for reasons that should pass", "try again later")
+            raise CallFailed("the API keeps refusing users for reasons that should pass", "try again later")
         ends_at = self._clock.monotonic() + min(LONGEST_WAIT, 0.5 * 2.0**self._failures)
         while (left := ends_at - self._clock.monotonic()) > 0:
             if self._stopping():
@@ -148,6 +148,6 @@ def _passes(answer: Answer, user: UserId) -> bool:
 
 def _found(answer: Answer, users: Sequence[UserId]) -> dict[UserId, Values | None]:
     values_of = answer.values if isinstance(answer, Reply) else {}
-    # An API that takes ids in any case may answer with the case in which it stores them.
+    # An API that ignores the case of ids may answer with the case in which it stores them.
     folded = {user.lower(): values for user, values in values_of.items()}
     return {user: values_of.get(user, folded.get(user.lower())) for user in users}

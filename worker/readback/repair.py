@@ -1,7 +1,7 @@
-"""The repair: queues once more what was delivered and is not there, with the versions that it had.
+"""The repair: queues again what was delivered and is not there, with its old versions.
 
-Nothing that is newer is ever replaced: values go through the same door as all updates. Each user is read once more right before,
-so only what is wrong still is sent again, and users in motion are left alone.
+Newer values are never replaced: repairs enter like all updates. Each user is read again right before, so only what is still
+wrong is sent again, and users in motion are left alone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from worker.readback.reader import ReadingStopped
 from worker.state.buffer import MAX_UPDATES_PER_ADD
 from worker.state.scripts import pages
 
-#: Seconds between two looks whether there is room.
+#: Seconds between two checks for room.
 LOOK_EVERY = 1.0
 
 
 @dataclass(slots=True)
 class Repaired:
-    """How many users were queued; were no longer wrong, or in motion, and spared; were refused, for want of room or by a rule."""
+    """How many users were queued; spared, because they were no longer wrong, or in motion; refused, for lack of room or by a
+    rule."""
 
     queued: int = 0
     spared: int = 0
@@ -35,7 +36,8 @@ class Repaired:
 
 
 class Repair:
-    """Repairs users, a page at a time. Whatever ends it, those who were not queued are as wrong as before: an audit finds them."""
+    """Repairs users, a page at a time. Whatever ends it, users that were not queued are as wrong as before: an audit finds
+    them."""
 
     def __init__(
         self,
@@ -47,12 +49,12 @@ class Repair:
         stopped: Callable[[], bool] = lambda: False,
         show: Callable[[Repaired], None] = lambda _: None,
     ) -> None:
-        """`verdicts` are those of the attributes that are to be sent again."""
+        """`verdicts` are those of the attributes to send again."""
         self._examiner, self._producer, self._clock = examiner, producer, clock
         self._verdicts, self._stopped, self._show = verdicts, stopped, show
 
     def run(self, users: Iterable[UserId]) -> Repaired:
-        """Repair users who were found to be wrong, until stopped."""
+        """Repair users that were found to be wrong, until stopped."""
         total = Repaired()
         for page in pages(users, USERS_PER_CALL):
             while not self._producer.has_room() and not self._stopped():
@@ -73,7 +75,7 @@ class Repair:
         return total
 
     def _queue(self, findings: Iterable[Finding], as_of_ms: int) -> tuple[set[UserId], set[UserId]]:
-        """Who was to be sent again, and who of them was refused."""
+        """Queue them again; returns the users that this was for, and those that were refused."""
         updates = [update for finding in findings for update in self._updates(finding)]
         refused: set[UserId] = set()
         for some in pages(updates, MAX_UPDATES_PER_ADD):
@@ -87,5 +89,5 @@ class Repair:
             if one.verdict in self._verdicts:
                 by_version[one.version] = {**by_version.get(one.version, {}), name: one.delivered}
         for version, attrs in by_version.items():
-            # 0 would stand for now.
+            # 0 would mean now.
             yield Update(finding.user, attrs, max(1, version))

@@ -1,8 +1,8 @@
-"""What a whole file wants, one entry a user, on disk: in memory, any number of users takes the same few megabytes.
+"""What a whole file wants, one entry a user, on disk, so that any number of users takes the same few megabytes of memory.
 
-A user may stand anywhere in a file, and often. Each attribute then has the value with the newest event time, and of two as
-new as each other the later one, just as if the file were imported. Comparing lines one by one with the API could not see
-that: the line that is overruled further down would be reported as a difference, and repaired, again and again.
+A user may appear anywhere in a file, and often. Each attribute then has the value with the newest event time, and of two
+equally new ones the later, just as if the file were imported. Comparing the lines one by one with the API would miss that: a
+line that is overruled further down would be reported as a difference, and repaired, again and again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from worker.readback.difference import Want
 
 _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
-#: Nothing needs to survive this process. The cache, 32 MB, keeps an index of a million users from being read again and again.
+#: Nothing needs to survive this process. The cache of 32 MB keeps the index of a million users from being read again and
+#: again.
 _PRAGMAS = ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", "PRAGMA cache_size = -32768")
 _TABLES = (
     "CREATE TABLE users (place INTEGER PRIMARY KEY, user TEXT NOT NULL UNIQUE, wanted TEXT NOT NULL)",
@@ -69,7 +70,7 @@ class WantedUsers:
         return int(self._database.execute("SELECT count(*) FROM users").fetchone()[0])
 
     def chunks(self, size: int, after: int = 0) -> Iterator[dict[UserId, Mapping[str, Want]]]:
-        """All but the first `after` users, so many at a time."""
+        """Yield all but the first `after` users, up to `size` at a time."""
         with _room_explained():
             # Places have no gaps: nothing is ever deleted, and an upsert takes none.
             rows = self._database.execute(
