@@ -160,7 +160,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(imattr: Terminal, sim: Simula
         ),
         (("users.csv", "--as-of", "noon"), {}, cli.USAGE, "--as-of is not an ISO 8601 time"),
         (("users.csv", "--as-of", "9000000000"), {}, cli.FAILED, "--as-of"),
-        (("users.csv", "--out", "users.csv"), {}, cli.FAILED, "is not a plan of imattr; it stays as it is"),
+        (("users.csv", "--out", "users.csv"), {}, cli.FAILED, "is not a plan of imattr; it is left as it is"),
         (("users.csv", "--out", "/dev/null"), {}, cli.FAILED, "/dev/null is not a regular file"),
         (("users.csv", "--user-column", "id"), {}, cli.FAILED, "not a header with a column 'id'"),
         (("missing.csv",), {}, cli.USAGE, "does not exist"),

@@ -53,7 +53,7 @@ def sentence(user: UserState, state: dict[str, Any] = OPEN, *refused: RefusedUpd
         ),
         (
             replace(ANN, pending=PENDING, lane="live", place=1200),
-            "1,200 users are before it in the lane live, about 12 s",
+            "1,200 users are ahead of it in the lane live, about 12 s",
         ),
         (
             replace(ANN, pending=PENDING, lane="live", delivered=DELIVERED),

@@ -263,7 +263,7 @@ def test_a_file_of_somebody_else_is_never_overwritten(tmp_path: Path, content: b
         PlanWriter(plan).__exit__()
         return
     for restart in (False, True):
-        with pytest.raises(UnusablePlan, match="is not a plan of imattr; it stays as it is"):
+        with pytest.raises(UnusablePlan, match="is not a plan of imattr; it is left as it is"):
             PlanWriter(plan, restart=restart)
         assert plan.read_bytes() == content
 

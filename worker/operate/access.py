@@ -1,8 +1,8 @@
-"""The rules (ACL) of the Redis user with which this fleet runs: its keys, its channels, its commands, and nothing else.
+"""The ACL rules of the Redis user that this fleet runs as: its keys, its channels, its commands, and nothing else.
 
-Needs no Redis. What scripts run is read from the scripts; a server checks it as if the user had sent it. What Python sends,
-and what kombu and Celery send, is listed here: a test runs everything as that user, and finds out what is missing or
-too much.
+Needs no Redis. Commands in scripts are read from the scripts; a server checks them as if the user had sent them. Those that
+Python, kombu and Celery send are listed here: a test runs everything as that user, and finds those that are missing or
+superfluous.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from worker.redis_url import RedisUrl
 from worker.state import scripts
 from worker.state.keys import Keys
 
-#: The user if the URL names none, or the one that every server has.
+#: The user to name if the URL names none, or only the one that every server has.
 USER, EVERYBODY = "imattr", "default"
 
-#: Commands for every server: to look whether it is there, and to run scripts.
+#: Commands for every server: to see whether it is up, and to run scripts.
 _EVERYWHERE = {"ping", "evalsha", "script|load"}
 
 #: Commands for the state's keys, beside those in its scripts.
@@ -30,11 +30,11 @@ _STATE = _EVERYWHERE | {
     *("xack", "xadd", "xdel", "xlen", "xrange", "xreadgroup", "xrevrange", "xtrim"),
     *("zadd", "zcard", "zrange", "zrangebyscore", "zrem", "zscan"),
 }  # fmt: skip
-#: When the state remembers what RabbitMQ has delivered.
+#: For remembering in the state what RabbitMQ has delivered.
 _TAKEN = {"zmscore", "zremrangebyscore"}
 
-#: Commands for the broker's keys: those of kombu, and of its scripts; `blmove` is how the intake waits, `eval` is how
-#: a ticket is sent to a server without room.
+#: Commands for the broker's keys: those of kombu, and of its scripts; the intake waits with `blmove`, and tickets reach a
+#: full server with `eval`.
 _BROKER = _EVERYWHERE | {
     *("del", "exists", "get", "set", "time", "info"),
     *("brpop", "lpush", "llen", "rpop", "rpush", "blmove"),
@@ -48,21 +48,21 @@ _BROKER = _EVERYWHERE | {
 #: The scripts whose keys are the broker's.
 _BROKER_SCRIPTS = ("take", "finish")
 
-#: Celery's keys, as patterns. Queues have a list for each priority; `*.celery.pidbox` are commands and answers of
-#: `celery inspect`, `celeryev` the events for Flower, `celery` the default queue, in which the doctor finds stray messages.
+#: Celery's keys, as patterns. Queues have a list for each priority; `*.celery.pidbox` holds commands and answers of `celery
+#: inspect`, `celeryev` events for Flower, and `celery` is the default queue, in which the doctor looks for stray messages.
 _BROKER_KEYS = (
     *("updates", "updates??[369]", "updates.taken", "updates.taken_at"),
     *("deliveries", "deliveries??[369]"),
     *("unacked", "unacked_index", "unacked_mutex"),
     *("_kombu.binding*", "*.celery.pidbox*", "celeryev.*", "celery"),
 )
-#: Celery's channels. What subscribes names a pattern, which must be here letter by letter.
+#: Celery's channels. Subscribers name a pattern, which must appear here literally.
 _BROKER_CHANNELS = ("/{db}.celery.pidbox", "/{db}.celeryev/*")
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """A user of one server. `server` says in words which."""
+    """A user of one server. `server` names it in words."""
 
     server: str
     user: str
@@ -70,12 +70,12 @@ class Access:
 
     @property
     def line(self) -> str:
-        """The command that makes the user; with `user` in place of `ACL SETUSER`, the line of an ACL file."""
+        """The command that creates the user; with `user` in place of `ACL SETUSER`, the line of an ACL file."""
         return f"ACL SETUSER {self.user} {self.rules}"
 
 
 def accesses(settings: Settings) -> list[Access]:
-    """The user of each server: of one, if the broker is with the state; nothing for a broker that is no Redis."""
+    """The user of each server: only one if the broker shares the state's; none for a broker that is not Redis."""
     state, broker = settings.redis, settings.broker
     keys = _state_keys(settings)
     commands = _state_commands(settings) | _way_to(state)
@@ -133,7 +133,7 @@ def _broker_commands() -> set[str]:
 
 
 def _way_to(place: RedisUrl) -> set[str]:
-    """What finding the server, and its database, takes."""
+    """The commands for finding the server, and its database."""
     return ({"cluster|slots"} if place.kind == "cluster" else set()) | (
         {"select"} if place.database else set()
     )
@@ -151,7 +151,7 @@ def _access(
     server: str, place: RedisUrl, keys: Iterable[str], channels: Iterable[str], commands: Iterable[str]
 ) -> Access:
     user = place.username if place.username not in ("", EVERYBODY) else USER
-    # Redis 6.2 lets a new user publish to all channels, unless that is taken back.
+    # Redis 6.2 lets a new user publish to all channels, unless that is revoked.
     rules = ["reset on >PASSWORD resetchannels -@all"]
     rules += [f"~{key}" for key in keys]
     rules += [f"&{channel}" for channel in channels]

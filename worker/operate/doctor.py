@@ -1,7 +1,7 @@
 """Checks everything that a worker needs, and says in plain words what is wrong and how to fix it.
 
-Each function makes one check. None changes anything, except that validation learns the app's attribute names, and that
-one call of the API takes a slot of the shared clock.
+Each function makes one check. None changes anything, except that validation learns the app's attribute names, and that one
+API call takes a slot of the shared clock.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ Level = Literal["ok", "warning", "error"]
 
 #: The oldest Redis with every command used here.
 OLDEST_REDIS = (6, 2)
-#: The part of maxmemory that may be in use.
+#: The share of maxmemory that may be in use.
 FULL = 0.8
-#: A round trip to Redis, in seconds, that is fast enough.
+#: How long a round trip to Redis may take, in seconds.
 SLOW = 0.005
 #: Pings for one measurement.
 PINGS = 5
 #: Seconds by which this machine's clock may differ from Redis', and from the API's: warning, then error.
 REDIS_SKEW, API_SKEW = (1.0, 60.0), (30.0, 600.0)
-#: Seconds after which an unfinished import is one that somebody has forgotten.
+#: Seconds after which an unfinished import counts as forgotten.
 OLD_IMPORT = 86_400.0
-#: Where a message goes whose sender names no queue.
+#: Where messages go if their sender names no queue.
 DEFAULT_QUEUE = "celery"
-#: Seconds that a broker may take to answer.
+#: Seconds in which a broker must answer.
 ANSWERS_IN = 3.0
 
-_MAY_LOOK = "check it yourself, or allow the user of this URL the commands INFO and CONFIG GET"
+_MAY_LOOK = "check it yourself, or allow this URL's user the commands INFO and CONFIG GET"
 
-#: A server without any sign.
+#: A server that nothing identifies.
 _UNKNOWN = Service("Redis")
 
-#: What opens a line again, by the kind of its stop.
+#: What reopens a line, by the kind of its stop.
 _OPENED_BY: dict[Kind, str] = {
     "error": "fix the cause: the next probe opens the line, or imattr resume at once",
     "outage": "wait: the service is probed regularly, and the first success opens the line",
@@ -70,7 +70,7 @@ _OPENED_BY: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check has found; `fix` says what to do, and is empty if all is well."""
+    """What one check found; `fix` says what to do, and is empty if all is well."""
 
     check: str
     level: Level
@@ -124,7 +124,7 @@ def _unreachable(check: str, place: RedisUrl, error: RedisError, variable: str) 
 
 
 def known_service(redis: Redis, place: RedisUrl) -> Service | None:
-    """Which service this is, if that is certain."""
+    """Which service this is, if certain."""
     try:
         info: Mapping[str, Any] = redis.info()
     except RedisError:
@@ -133,7 +133,7 @@ def known_service(redis: Redis, place: RedisUrl) -> Service | None:
 
 
 def service_notes(service: Service) -> Iterator[Finding]:
-    """Which service this is, and what is different there."""
+    """Which service this is, and what is different about it."""
     for words in (service.name, *service.notes):
         yield Finding("redis service", "ok", words)
 
@@ -151,7 +151,7 @@ def server(redis: Redis, service: Service | None = None) -> Iterator[Finding]:
 
 
 def _looked(check: str, look: Callable[[], Finding]) -> Finding:
-    """What a check finds, also if the server does not let us see it: managed services hide some things."""
+    """Make a check, even if the server hides what it needs, as managed services may."""
     try:
         return look()
     except RedisError as error:
@@ -180,7 +180,7 @@ def eviction(check: str, info: Mapping[str, Any], service: Service | None = None
 
 
 def memory(info: Mapping[str, Any]) -> Finding:
-    """Whether there is room."""
+    """Whether there is enough memory."""
     used, most = info["used_memory"], info["maxmemory"]
     if not most:
         return Finding("redis memory", "ok", f"{_mb(used)} used, no maxmemory is set")
@@ -209,7 +209,7 @@ def persistence(redis: Redis) -> Finding:
 
 
 def failover(redis: Redis, settings: Settings) -> Iterator[Finding]:
-    """What a failover would cost, and what those so far have cost."""
+    """What a failover would lose, and what those so far have lost."""
     if settings.replicas:
         refusal = refuses_to_wait(redis, fsync=settings.replicas_fsync)
         yield refusal or _looked(
@@ -223,14 +223,16 @@ def failover(redis: Redis, settings: Settings) -> Iterator[Finding]:
         )
     if lost := seen.ledger["lost"]:
         found = f"the ledger was repaired by {lost:,} updates: keys were deleted or evicted"
-        yield Finding("redis keys", "warning", found, "find out by whom; maxmemory-policy must be noeviction")
+        yield Finding(
+            "redis keys", "warning", found, "find out what deleted them; maxmemory-policy must be noeviction"
+        )
 
 
 def refuses_to_wait(redis: Redis, *, fsync: bool) -> Finding | None:
-    """What is wrong if the server cannot say how many replicas have an update."""
+    """Whether the server refuses to say how many replicas have an update."""
     command, variable = ("WAITAOF", "IMATTR_REPLICAS_FSYNC") if fsync else ("WAIT", "IMATTR_REPLICAS")
     try:
-        # For none, so nobody waits.
+        # For no replicas, so that nothing waits.
         redis.execute_command(command, *([0, 0, 1] if fsync else [0, 1]))  # type: ignore[no-untyped-call]
     except ResponseError as error:
         found = _words(f"refuses {command}, so nothing is accepted with {variable}", error)
@@ -239,7 +241,7 @@ def refuses_to_wait(redis: Redis, *, fsync: bool) -> Finding | None:
 
 
 def replicas(info: Mapping[str, Any], wanted: int) -> Finding:
-    """Whether enough replicas are there for what counts as accepted."""
+    """Whether there are enough replicas for updates to count as accepted."""
     have = info["connected_slaves"]
     if have >= wanted:
         return Finding("redis replicas", "ok", f"{have} connected, IMATTR_REPLICAS is {wanted}")
@@ -248,7 +250,7 @@ def replicas(info: Mapping[str, Any], wanted: int) -> Finding:
 
 
 def latency(redis: Redis, clock: Clock) -> Finding:
-    """How far away the server is."""
+    """How far away the server is, in time."""
     median = statistics.median(_seconds_of(redis.ping, clock) for _ in range(PINGS))
     found = f"{median * 1000:.1f} ms a round trip"
     if median <= SLOW:
@@ -273,7 +275,7 @@ def redis_clock(redis: Redis, wall: Callable[[], float]) -> Finding:
 
 
 def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so: str) -> Finding:
-    """`ahead` is by how many seconds this machine's clock is ahead of the other."""
+    """`ahead` is how many seconds this machine's clock is ahead of the other."""
     if abs(ahead) <= bounds[0]:
         return Finding(check, "ok", f"within {abs(ahead):.1f} s of this machine's clock")
     level: Level = "warning" if abs(ahead) <= bounds[1] else "error"
@@ -283,7 +285,7 @@ def _skew(check: str, whose: str, ahead: float, bounds: tuple[float, float], so:
 
 
 def broker(settings: Settings) -> list[Finding]:
-    """Whether Celery's broker answers and, when it is another Redis than the state's, keeps its messages."""
+    """Whether Celery's broker answers and, if it is a Redis other than the state's, keeps its messages."""
     return _redis_broker(settings, settings.broker) if settings.broker else _other_broker(settings)
 
 
@@ -305,12 +307,14 @@ def _redis_broker(settings: Settings, place: RedisUrl) -> list[Finding]:
 
 
 def _in_slots(redis: Redis, prefix: str) -> Iterator[Finding]:
-    """Whether Celery's keys, several of which it gives in one command, may be used together."""
+    """Whether Celery's keys may be used together, as its commands with several keys need."""
     try:
         redis.sinter([f"{prefix}_kombu.binding.updates", f"{prefix}_kombu.binding.deliveries"])
     except ResponseError as error:
         if "slot" in str(error).lower():
-            found = "this is a cluster, and Celery's keys are in different slots: no worker can take from its queues"
+            found = (
+                "this is a cluster, and Celery's keys are in different slots: no worker can read its queues"
+            )
             fix = "set IMATTR_BROKER_PREFIX={imattr}, and the same global_keyprefix in Celery's clients"
             yield Finding("broker slots", "error", found, fix)
 
@@ -325,7 +329,7 @@ def _other_broker(settings: Settings) -> list[Finding]:
         words, fix = _words("does not answer", error), "start it, or check IMATTR_BROKER_URL"
     except Exception as error:
         # kombu quotes a URL that it cannot read, password and all.
-        words = f"IMATTR_BROKER_URL is not understood ({type(error).__name__})"
+        words = f"IMATTR_BROKER_URL cannot be read ({type(error).__name__})"
         fix = "write it like amqp://user:password@host:5672// or redis://host:6379/1"
     return [Finding("broker", "error", words, fix)]
 
@@ -341,7 +345,7 @@ def _waiting(connection: Any, queue: str) -> int:
 def _stray(messages: int) -> Iterator[Finding]:
     if messages:
         many = "1 message waits" if messages == 1 else f"{messages:,} messages wait"
-        found = f"{many} in Celery's default queue, {DEFAULT_QUEUE}, where no worker looks"
+        found = f"{many} in Celery's default queue, {DEFAULT_QUEUE}, which no worker reads"
         fix = 'if they are updates, send them with queue="updates", or set task_routes in the client that sends them'
         yield Finding("broker queue", "warning", found, fix)
 
@@ -365,7 +369,7 @@ def app(redis: Redis, settings: Settings, service: Service | None = None) -> Ite
 
 
 def fleet(redis: Redis, settings: Settings) -> Iterator[Finding]:
-    """What Redis alone tells of the workers and what they work on."""
+    """What Redis alone tells about the workers and their work."""
     keys = Keys(settings.sdkappid)
     yield workers(redis, keys)
     yield line(Line(redis, keys).read())
@@ -395,16 +399,16 @@ def line(now: LineState) -> Finding:
 
 
 def quotas(rate: RateState, quota: int) -> Finding:
-    """Whether all processes that share the rate believe in the same quota."""
+    """Whether all processes that share the rate use the same quota."""
     named = sorted({*rate.quotas, quota})
     if len(named) == 1:
         return Finding("quota", "ok", f"{quota} calls/s")
-    found = f"processes name different quotas: {', '.join(map(str, named))} calls/s; the lowest rules"
+    found = f"processes name different quotas: {', '.join(map(str, named))} calls/s; the lowest applies"
     return Finding("quota", "warning", found, "give every process the same IMATTR_QUOTA")
 
 
 def leftovers(quarantined: int, refused: int) -> Iterator[Finding]:
-    """What waits for a person."""
+    """What is waiting for a person."""
     if quarantined:
         found = "1 record" if quarantined == 1 else f"{quarantined:,} records"
         fix = "imattr quarantine list; send what matters again, then imattr quarantine drop"
@@ -416,13 +420,15 @@ def leftovers(quarantined: int, refused: int) -> Iterator[Finding]:
 
 
 def unfinished_imports(redis: Redis, keys: Keys) -> Iterator[Finding]:
-    """Imports that keep what was delivered since from being forgotten."""
+    """Imports that keep everything delivered since from being forgotten."""
     found: Any = redis.zrange(keys.imports, 0, -1, withscores=True)
     for name, as_of_ms in found:
         seconds, _ = redis.time()
         if seconds - as_of_ms / 1000 > OLD_IMPORT:
             days = (seconds - as_of_ms / 1000) / 86_400
-            words = f"{text(name)} was begun {days:.1f} days ago and is not finished: memory grows meanwhile"
+            words = (
+                f"{text(name)} was begun {days:.1f} days ago and is not finished: memory grows until it is"
+            )
             fix = "run the same imattr import again, or give it up with --abandon"
             yield Finding("import", "warning", words, fix)
 
@@ -430,9 +436,9 @@ def unfinished_imports(redis: Redis, keys: Keys) -> Iterator[Finding]:
 def api(
     names: AttributeCatalog, host: str, wall: Callable[[], float], *, delivered: bool = False
 ) -> Iterator[Finding]:
-    """Whether the API accepts this app, by one call; its clock; and the app's attribute names.
+    """Check with one call whether the API accepts this app; its clock; and the app's attribute names.
 
-    `delivered` says whether anything ever was.
+    `delivered` says whether anything ever was delivered.
     """
     try:
         answer = names.ask()
@@ -452,13 +458,13 @@ def api(
 
 
 def _level(answer: Reply | NoReply) -> Level:
-    """A call refused for its frequency can be sent later; any other failure stops deliveries."""
+    """A call refused for its frequency may be sent later; any other failure stops deliveries."""
     rate = isinstance(answer, Reply) and rule_for(answer.code).verdict is Verdict.RATE
     return "warning" if rate else "error"
 
 
 def api_clock(answer: Reply | NoReply, wall: Callable[[], float]) -> Iterator[Finding]:
-    """Whether this machine and the API agree on the time, if the answer has the API's."""
+    """Whether this machine and the API agree on the time, if the answer contains the API's."""
     try:
         theirs = parsedate_to_datetime(answer.date).timestamp() if isinstance(answer, Reply) else None
     except (ValueError, TypeError, OverflowError):
@@ -474,7 +480,7 @@ def app_names(names: frozenset[str], *, delivered: bool = False) -> Finding:
     if names:
         return Finding("names", "ok", f"the app has {', '.join(sorted(names))}")
     if delivered:
-        return Finding("names", "ok", "the app lists no attribute names, and takes updates all the same")
+        return Finding("names", "ok", "the app lists no attribute names, but accepts updates")
     found = "the app has no attribute names: every update will be refused"
     return Finding("names", "warning", found, "imattr names set NAME ...")
 

@@ -1,6 +1,6 @@
-"""The exporter: what the fleet shares, for Prometheus, read from Redis at each scrape.
+"""The exporter: the fleet's shared state, for Prometheus, read from Redis at each scrape.
 
-One for an app, however many workers there are: if each worker told the backlog, their sum would be many times too high.
+One for an app, however many workers there are: if each worker reported the backlog, the sum would be many times too high.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Values = dict[Metric, dict[tuple[str, ...], float]]
 
 
 class FleetCollector(Collector):
-    """Reads everything when it is asked. While Redis is away, only that is told: no old value looks like a new one."""
+    """Reads everything when asked. While Redis is away, it reports only that, so no old value looks like a new one."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis, self._settings, self._last_success = redis, settings, 0.0
@@ -112,13 +112,13 @@ def _seconds(moment: str | None) -> float:
 
 
 def _one_of(metric: Metric, value: str | None) -> dict[tuple[str, ...], float]:
-    """1 for this value of the metric's label, 0 for all others."""
+    """Return 1 for this value of the metric's label, 0 for all others."""
     ((_, values),) = metric.labels
     return {(one,): float(one == value) for one in values}
 
 
 def _redis(redis: Redis) -> Values:
-    """What Redis says about itself; nothing where a service lets nobody see it."""
+    """What Redis says about itself; nothing where a service hides it."""
     try:
         memory, replication = redis.info("memory"), redis.info("replication")
     except ResponseError:

@@ -1,8 +1,8 @@
-"""A worker's health page, for a machine to look at: is it alive, is it ready, and its metrics.
+"""A worker's health page, for machines: whether it is alive, whether it is ready, and its metrics.
 
-Alive means that the dispatcher's thread takes turns. It stops being so only after longer than an outage of Redis that a
-worker would sit out: a worker whose Redis is down is waiting, not ill, and restarting it would not help. Ready means that it
-takes work: it is registered at the broker, and Redis has answered it lately.
+Alive means that the dispatcher's thread takes turns. A worker counts as dead only after longer than any outage of Redis that
+it would sit out: while Redis is down it waits, and restarting it would not help. Ready means that it takes work: it is
+registered at the broker, and Redis has answered it lately.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import NamedTuple
 STALLED_AFTER = 120.0
 #: Seconds without an answer of Redis after which the worker is not ready.
 UNREADY_AFTER = 10.0
-#: Where a worker answers for being alive; the last is what most probes are set to.
+#: The paths that say whether a worker is alive; most probes use the last.
 LIVE_PATHS = ("/livez", "/healthz", "/")
 
 
 class Answer(NamedTuple):
-    """What a page answers."""
+    """A page's answer."""
 
     status: int
     content_type: str
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 class _Server(ThreadingHTTPServer):
-    """Listens on IPv6, too, if the machine has it: some clusters have nothing else."""
+    """Listens on IPv6, too, if the machine has it: some clusters have only that."""
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         if ":" in host or (not host and socket.has_dualstack_ipv6()):
@@ -42,7 +42,7 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Not that of `HTTPServer`, which asks the name service who we are, and waits for it.
+        # Not that of `HTTPServer`, which looks up our own name, and waits for that.
         socketserver.TCPServer.server_bind(self)
 
 
@@ -53,11 +53,11 @@ Pages = Mapping[str, Callable[[str], Answer]]
 def serve(port: int, pages: Pages, *, host: str = "") -> ThreadingHTTPServer:
     """Serve the pages in threads of their own until `shutdown`; on all interfaces without a `host`.
 
-    Raises `OSError` if the port cannot be had.
+    Raises `OSError` if the port cannot be used.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        #: Seconds that a client may take to ask: a connection that says nothing must not keep a thread.
+        #: Seconds in which a client must send its request: a silent connection must not occupy a thread.
         timeout = 10
 
         def do_GET(self) -> None:
@@ -81,7 +81,7 @@ def serve(port: int, pages: Pages, *, host: str = "") -> ThreadingHTTPServer:
 
 
 def live(stalled_for: Callable[[], float]) -> Callable[[str], Answer]:
-    """The page that tells whether the worker is alive; `stalled_for` returns seconds."""
+    """The page that says whether the worker is alive; `stalled_for` returns seconds."""
 
     def answer(_accept: str) -> Answer:
         age = stalled_for()
@@ -91,7 +91,7 @@ def live(stalled_for: Callable[[], float]) -> Callable[[str], Answer]:
 
 
 def ready(unanswered_for: Callable[[], float], is_registered: Callable[[], bool]) -> Callable[[str], Answer]:
-    """The page that tells whether the worker takes work.
+    """The page that says whether the worker takes work.
 
     `unanswered_for` returns the seconds since Redis last answered, `is_registered` whether the broker sends it messages.
     """

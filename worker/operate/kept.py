@@ -1,4 +1,4 @@
-"""What is said of dead letters and refused updates wherever they are listed: never their values."""
+"""What lists of dead letters and refused updates show: never their values."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Every metric: the one catalogue of names, types, labels and meanings. `docs/operate/metrics.md` is made from it.
+"""Every metric: the only catalogue of names, types, labels and meanings. `docs/operate/metrics.md` is made from it.
 
-Names follow the conventions of Prometheus: the prefix, base units, `_total` for counters. Sums make sense: the samples of one
-metric can be added up over any of its labels. No label has a user, a value, a batch, a worker or an attribute's name, so the
-number of series depends on none of them. Each sample also has the label `sdkappid`.
+Names follow the conventions of Prometheus: the prefix, base units, `_total` for counters. The samples of one metric can be
+summed over any of its labels. No label contains a user, a value, a batch, a worker or an attribute's name, so the number of
+series depends on none of them. Each sample also has the label `sdkappid`.
 
 There are two sources. What the whole fleet shares is in Redis, survives every deployment, and comes from one exporter. What a
-worker sees itself comes from its health port, and starts over with it.
+worker sees itself comes from its health port, and starts over when the worker does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CODES = (*sorted(str(code) for code in TABLE), OTHER, NO_ANSWER)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `labels` has every label with what it may be; `bounds` the upper bounds of a histogram's buckets."""
+    """One metric. `labels` has every label with its possible values; `bounds` the upper bounds of a histogram's buckets."""
 
     name: str
     kind: Kind
@@ -58,7 +58,7 @@ def _histogram(name: str, meaning: str, bounds: tuple[float, ...], **labels: tup
 
 # The fleet's, from `imattr exporter`.
 
-UPDATES_ACCEPTED = _counter("updates_accepted", "Updates accepted, by the way they came.", way=WAYS)
+UPDATES_ACCEPTED = _counter("updates_accepted", "Updates accepted, by the way they arrived.", way=WAYS)
 UPDATES_REDRIVEN = _counter("updates_redriven", "Dead letters put back by a person.")
 UPDATES_ENDED = _counter(
     "updates_ended",
@@ -67,19 +67,19 @@ UPDATES_ENDED = _counter(
 )
 UPDATES_REFUSED = _counter(
     "updates_refused",
-    "Updates that broke a rule after they had left their sender, and are kept.",
+    "Updates that were refused after leaving their sender, and are kept.",
     way=("celery", "stream"),
 )
 UPDATES_EXPIRED = _counter(
-    "updates_expired", "Messages of Celery's that had expired before they were taken, and were dropped."
+    "updates_expired", "Celery messages that had expired before they were taken, and were dropped."
 )
 UPDATES_LOST = _gauge(
     "updates_lost",
-    "Accepted updates that are gone from Redis, by how: its keys were deleted or evicted, or a server failed over.",
+    "Accepted updates lost from Redis, by cause: its keys were deleted or evicted, or a server failed over.",
     how=("deleted", "failover"),
 )
 LEDGER_IMBALANCE = _gauge(
-    "ledger_imbalance", "Updates that the ledger cannot account for. 0, unless something is badly wrong."
+    "ledger_imbalance", "Updates that the ledger cannot account for. 0 unless something is badly wrong."
 )
 USERS = _gauge(
     "users",
@@ -100,7 +100,7 @@ STREAM = _gauge("stream_entries", "Updates in the stream, not taken yet.")
 QUEUE = _gauge(
     "queue_messages", "Messages in Celery's queues, not taken yet.", queue=("updates", "deliveries")
 )
-SCHEDULED = _gauge("scheduled_messages", "Messages of Celery's that wait for their time.")
+SCHEDULED = _gauge("scheduled_messages", "Celery messages that wait for their time.")
 IMPORTS = _gauge("unfinished_imports", "Imports that have begun and not ended.")
 LINE = _gauge(
     "line_state",
@@ -116,7 +116,7 @@ QUOTA = _gauge(
     "quota_calls_per_second", "Calls a second that the API allows, as configured; the lowest of the fleet's."
 )
 LIMIT = _gauge(
-    "limit_calls_per_second", "Calls a second that are tried now; below the quota while the API grants less."
+    "limit_calls_per_second", "Calls a second being tried now; below the quota while the API grants less."
 )
 SLOTS = _gauge(
     "slots_per_second", "Slots that the shared clock gives out a second; 0 while the line is not open."
@@ -124,24 +124,24 @@ SLOTS = _gauge(
 CALLS_SETTLED = _counter("settled_calls", "Calls made for batches that were settled.")
 THREADS_WANTED = _gauge(
     "threads_wanted",
-    "Threads that the fleet needs now to use the whole rate: twice the rate times the time a batch takes; 0 while idle.",
+    "Threads that the fleet needs to use the whole rate now: twice the rate times the time a batch takes; 0 while idle.",
 )
 THREADS = _gauge("threads", "Threads or processes of live workers' pools.", state=("busy", "idle"))
 WORKERS = _gauge("workers", "Workers that were alive in the last 15 seconds.")
 LEADER = _gauge(
     "leader",
-    "1 if some worker leads in this, else 0.",
+    "1 if some worker leads in this role, else 0.",
     role=("dispatcher", "stream_consumer", "queue_consumer"),
 )
 AUDIT_USERS = _counter(
     "audit_users",
-    "Users read back, by the verdict on what the API has: `skipped` were in motion, or nothing certain is remembered of them.",
+    "Users read back, by the verdict on what the API has: `skipped` were in motion, or nothing certain is remembered about them.",
     verdict=("as_delivered", "lost", "changed", "gone", "skipped"),
 )
 AUDIT_AT = _gauge("audit_last_timestamp_seconds", "When users were last read back; 0 = never.")
-REDIS_UP = _gauge("redis_up", "1 if the exporter reached Redis just now, else 0.")
+REDIS_UP = _gauge("redis_up", "1 if the exporter could reach Redis, else 0.")
 REDIS_USED = _gauge("redis_memory_used_bytes", "Memory that Redis uses.")
-REDIS_MAX = _gauge("redis_memory_max_bytes", "Memory that Redis may use; 0 = no limit.")
+REDIS_MAX = _gauge("redis_memory_max_bytes", "Memory that Redis may use, 0 = no limit.")
 REDIS_REPLICAS = _gauge("redis_connected_replicas", "Replicas connected to the primary.")
 REDIS_FAILOVERS = _counter("redis_failovers", "Times that Redis failed over, was restarted, or was emptied.")
 LAST_SUCCESS = _gauge(
@@ -198,7 +198,7 @@ FLEET = (
 
 CALLS = _counter(
     "calls",
-    "Calls of the API, by what was asked and how it ended: the verdict on the code, or no answer.",
+    "API calls, by operation and outcome: the verdict on the code, or no answer.",
     operation=("set", "remove", "names", "get"),
     outcome=(
         "ok",
@@ -215,7 +215,7 @@ CALLS = _counter(
 )
 CALL_ERRORS = _counter(
     "call_errors",
-    "Calls of the API that failed, by error code; `none` = no answer, `other` = undocumented.",
+    "API calls that failed, by error code; `none` = no answer, `other` = undocumented.",
     code=CODES,
 )
 CALL_DURATION = _histogram(
@@ -226,7 +226,7 @@ CALL_DURATION = _histogram(
 )
 BATCHES = _counter(
     "batches",
-    "Batches that ended, by how.",
+    "Batches that ended, by outcome.",
     outcome=(
         "delivered",
         "partly_delivered",
@@ -244,7 +244,7 @@ BATCHES = _counter(
 BATCH_USERS = _histogram("batch_users", "Users in a batch.", (1, 10, 25, 50, 75, 90, 99, 100))
 DELIVERY_DELAY = _histogram(
     "delivery_delay_seconds",
-    "Seconds from a user's first undelivered update to its delivery: what the service level is about.",
+    "Seconds from a user's first undelivered update to its delivery: the basis of the service level.",
     (0.1, 0.25, 0.5, 1, 2, 5, 15, 60, 300, 1800, 7200),
     lane=LANES,
 )
@@ -254,18 +254,18 @@ PERMIT_WAIT = _histogram(
 PERMITS = _counter(
     "permits",
     "Permits, by what became of them: `late` = the slot was missed, `none` = no slot was free within patience, "
-    "`empty` = nothing was left to be sent.",
+    "`empty` = nothing was left to send.",
     result=("used", "late", "none", "empty"),
 )
-DEAD_LETTERED = _counter("dead_lettered", "Users given up, by the error code.", code=CODES)
+DEAD_LETTERED = _counter("dead_lettered", "Users given up, by error code.", code=CODES)
 LINE_STOPS = _counter(
-    "line_stops", "Times that this worker stopped the line, by why.", kind=KINDS, code=CODES
+    "line_stops", "Times that this worker stopped the line, by reason.", kind=KINDS, code=CODES
 )
 LEASES_LOST = _counter("leases_lost", "Batches whose lease ran out before this worker had settled them.")
 LEASES_RECLAIMED = _counter(
     "leases_reclaimed", "Expired leases of other workers whose users this worker took back."
 )
-LEADS = _gauge("leads", "1 if this worker leads in this, else 0.", role=("dispatcher",))
+LEADS = _gauge("leads", "1 if this worker leads in this role, else 0.", role=("dispatcher",))
 TURN = _gauge(
     "dispatcher_last_turn_timestamp_seconds",
     "When this worker's dispatcher last took a turn, leading or not.",

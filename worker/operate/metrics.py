@@ -1,7 +1,7 @@
 """A worker's own metrics, for `/metrics` of its health page.
 
-Worked out once a batch, and with one update for each bucket rather than for each user, since a worker at full rate settles
-10,000 users a second.
+Computed once a batch, with one update for each bucket rather than for each user, since a worker at full rate settles 10,000
+users a second.
 
 Processes of a prefork pool share theirs through files, which is `prometheus_client`'s way.
 """
@@ -29,15 +29,15 @@ from worker.operate.metric_catalog import CODES, NO_ANSWER, OTHER, Metric
 from worker.state.line import Kind
 from worker.version import VERSION
 
-# When a series began doubles the number of series, and Prometheus does not use it.
+# Creation times double the number of series, and Prometheus does not use them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-#: Series that exist from the start, so that their first increase is seen, are those of up to so many.
+#: Metrics with up to this many series have them all from the start, so that their first increase is seen.
 MOST_PREPARED = 50
 
 
 class _Histogram(Histogram):
-    """A histogram that takes many values at once."""
+    """A histogram that observes many values at once."""
 
     def observe_all(self, values: Iterable[float]) -> None:
         found = list(values)
@@ -151,7 +151,7 @@ class Gauges(Collector):
 
 
 class Labelled(Collector):
-    """What another collector has, with one more label on each sample."""
+    """Another collector's samples, each with one more label."""
 
     def __init__(self, inner: Collector, name: str, value: str) -> None:
         self._inner, self._label = inner, {name: value}
@@ -180,7 +180,8 @@ class WorkerPage:
         """`directory` is where the processes of a prefork pool share their metrics; None for a pool of threads."""
         self._sdkappid = sdkappid
         if directory:
-            # The library looks at the environment when it is first imported, and Celery's command has imported it, for Flower.
+            # The library reads the environment when it is first imported, and Celery's command has imported it already, for
+            # Flower.
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
         own = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""What needs a person now, in the doctor's words: from the state alone, without a call of the API."""
+"""What needs a person now, in the doctor's words: from the state alone, without an API call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.state.fleet import Worker
 
 
 def problems(redis: Redis, settings: Settings, state: Mapping[str, Any]) -> list[Finding]:
-    """Everything that is not as it should be, errors first. `state` is what `status.read` returns."""
+    """Everything that is wrong, errors first. `state` is what `status.read` returns."""
     found = [*_of_state(state), *doctor.fleet(redis, settings)]
     return sorted((one for one in found if one.level != "ok"), key=lambda one: one.level)
 
@@ -25,7 +25,7 @@ def _of_state(state: Mapping[str, Any]) -> Iterator[Finding]:
     if not ledger["balanced"]:
         found = f"the ledger does not balance, by {ledger['imbalance']:,}"
         yield Finding(
-            "ledger", "error", found, "this is a bug, or somebody has changed keys by hand: please report it"
+            "ledger", "error", found, "this is a bug, or somebody has changed keys directly: please report it"
         )
     if dead := state["dead"]:
         found = f"{counted(dead, 'user')} given up: dead letters"
@@ -33,13 +33,16 @@ def _of_state(state: Mapping[str, Any]) -> Iterator[Finding]:
     for one in state["imports"]:
         if pause := one["paused"]:
             found = f"the import {one['name']} is paused by {pause['by']}: {pause['reason']}"
-            yield Finding("import", "warning", found, "resume it when the reason has gone")
+            yield Finding("import", "warning", found, "resume it once the reason is gone")
     workers = [Worker(**worker) for worker in state["workers"]]
     different = [one.name.upper() for one in in_force(workers) if one.disagree]
     if different:
         found = f"workers have different settings: {', '.join(different)}"
         yield Finding(
-            "settings", "warning", found, "give all workers the same, and restart those that are behind"
+            "settings",
+            "warning",
+            found,
+            "give all workers the same settings, and restart those that are behind",
         )
     versions = sorted({worker.version for worker in workers})
     if len(versions) > 1:

@@ -1,7 +1,7 @@
-"""Redis services that say who they are, and what is different there: from their documents, none of them was tried.
+"""Redis services that can be recognised, and what is different about each: from their documents, none has been tried.
 
-A service is named only by a sign that is its own: the end of its host names, or a field of INFO that nobody else has. Many
-are reached by a bare address and say nothing; then nothing is claimed.
+A service is recognised only by something unique: the end of its host names, or a field of INFO that no other has. Many are
+reached by a bare address and show nothing; then nothing is claimed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ SERVICES = (
         "Amazon ElastiCache",
         r"\.cache\.amazonaws\.com(\.cn)?",
         noeviction="set maxmemory-policy noeviction in the parameter group",
-        notes=["CONFIG is refused: what cannot be checked here is in the parameter group"],
+        notes=["CONFIG is refused: check in the parameter group what cannot be checked here"],
     ),
     Service(
         "Amazon MemoryDB",
         r"\.memorydb\.[a-z0-9-]+\.amazonaws\.com(\.cn)?",
         noeviction="set maxmemory-policy noeviction in the parameter group",
-        notes=[_DATABASE_0, "what it has answered is in a log of several zones: a failover loses nothing"],
+        notes=[
+            _DATABASE_0,
+            "everything it has acknowledged is in a log across several zones: a failover loses nothing",
+        ],
     ),
     Service(
         "Azure Managed Redis",
@@ -69,7 +72,7 @@ SERVICES = (
         scripts="set the parameter script_check_enable to 0: all keys of an app are in one slot",
         notes=["the proxies of clusters may refuse WAIT, which IMATTR_REPLICAS needs"],
     ),
-    Service("Aiven", r"\.aivencloud\.com", notes=["CONFIG is refused: settings are the service's"]),
+    Service("Aiven", r"\.aivencloud\.com", notes=["CONFIG is refused: the service manages the settings"]),
     Service(
         "OCI Cache",
         r"\.redis\.[a-z0-9-]+\.oci\.oraclecloud\.com",
@@ -84,12 +87,12 @@ SERVICES = (
     Service(
         "Dragonfly",
         field="dragonfly_version",
-        notes=["with --cluster_mode=emulated --lock_on_hashtags, a script locks the keys of its app only"],
+        notes=["with --cluster_mode=emulated --lock_on_hashtags, a script locks only the keys of its app"],
     ),
     Service(
         "KeyDB",
         field="mvcc_depth",
-        notes=["active-replica must be off: two servers that take writes each grant the whole quota"],
+        notes=["active-replica must be off: two servers that accept writes each grant the whole quota"],
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Settings as text that may be shown to people, and where workers disagree."""
+"""Settings as text that people may see, and where workers disagree."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 from worker.config import Secret, Settings
 from worker.state.fleet import Worker
 
-#: What a process has for itself, so that nobody need agree on it.
+#: Settings that concern one process alone, so that workers need not agree on them.
 OWN = {"health_port", "log_level", "log_format"}
 HIDDEN = "set, and hidden"
 
 
 def shown(settings: Settings) -> dict[str, str]:
-    """Every setting by its name, as text. Of URLs only the place, of secrets only that there is one."""
+    """Every setting by its name, as text: for URLs only the place, for secrets only that there is one."""
     found = {
         field.name: _text(getattr(settings, field.name))
         for field in dataclasses.fields(settings)
@@ -52,7 +52,7 @@ def _broker(settings: Settings) -> str:
 
 
 def _place(url: str) -> str:
-    """A URL without a user, a password, or anything behind the host."""
+    """A URL without user, password, or anything after the host."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -62,7 +62,7 @@ def _place(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """A setting: value -> the workers that have it. The value is None for those who do not say."""
+    """A setting: value -> the workers that have it. The value is None for those that do not report it."""
 
     name: str
     doc: str
@@ -76,7 +76,7 @@ class InForce:
 
 
 def in_force(workers: Iterable[Worker]) -> list[InForce]:
-    """What each setting is among the workers that are alive. A default is that of this version."""
+    """The values of each setting among live workers. Defaults are those of this version."""
     alive = list(workers)
     defaults = shown(Settings())
     docs = {field.name: str(field.metadata["doc"]) for field in dataclasses.fields(Settings)}

@@ -1,6 +1,6 @@
 """The state of an app in one dictionary: what `imattr status` shows and `--json` prints, and the exporter serves.
 
-What is permitted and what is done are two things: `rate` is what the shared clock gives out, `measured` what was done.
+What is permitted is not what is done: `rate` is what the shared clock gives out, `measured` what was done.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _ADVICE = {
     "data": "Check imattr dead list and what producers send; imattr resume allows it.",
 }
 
-#: Over how many seconds the pace is measured.
+#: Seconds over which the pace is measured.
 WINDOWS = {"10s": 10.0, "1min": 60.0, "15min": 900.0}
 #: Points of the curves over the longest window.
 POINTS = 50
-#: How many of the last stops are shown, among how many events they are looked for.
+#: How many of the last stops are shown, and among how many events they are searched for.
 STOPS, EVENTS = 3, 100
-#: Celery's queue of updates, and the seconds that its broker may take to say how long it is.
+#: Celery's queue of updates, and the seconds in which its broker must say how long it is.
 QUEUE, BROKER_PATIENCE = "updates", 1.0
-#: Seconds a batch takes beside its call, and a call if none was made lately.
+#: Seconds that a batch takes besides its call, and that a call takes if none was made lately.
 BESIDE_A_CALL, USUAL_CALL = 0.02, 0.1
 
 
 def read(redis: Redis, settings: Settings) -> dict[str, Any]:
-    """Count everything. Times are ISO 8601 in UTC, durations and ages seconds.
+    """Read everything. Times are ISO 8601 in UTC; durations and ages are in seconds.
 
-    The lanes and the ledger are of one instant, the rest of the moments after it.
+    The lanes and the ledger are of one instant, the rest is of the moments after it.
     """
     keys = Keys(settings.sdkappid)
     snapshot = Buffer(redis, keys).snapshot()
@@ -58,7 +58,7 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
     now = seconds + micros / 1e6
     rate = read_rate(redis, keys)
     line = _line(Line(redis, keys).read(), rate, now)
-    # The lowest quota that any process has named rules.
+    # The lowest quota that any process has named applies.
     quota = min([settings.quota, *rate.quotas])
     limit = min(rate.limit or quota, quota)
     current = round(1 / max(rate.apart, SPACING / limit), 1) if line.state == "open" else 0.0
@@ -104,10 +104,10 @@ def read(redis: Redis, settings: Settings) -> dict[str, Any]:
 
 
 def _pace(fleet: Fleet, users: int, rate: float, now: float) -> dict[str, Any]:
-    """What the fleet does, and until when that takes for so many users, if anything may be sent at all."""
+    """The fleet's pace, and when it will have delivered that many users, if anything may be sent at all."""
     samples = _up_to_now(fleet.samples(round(max(WINDOWS.values()) / EVERY) + 2), now)
     lately = pace(samples, WINDOWS["1min"])
-    # While nothing may be sent, the pace of the last minute says nothing about the next.
+    # While nothing may be sent, the last minute's pace says nothing about the next.
     eta = users / lately.users if lately and lately.users and rate else None
     return {
         "measured": {name: _measured(pace(samples, seconds)) for name, seconds in WINDOWS.items()},
@@ -119,13 +119,13 @@ def _pace(fleet: Fleet, users: int, rate: float, now: float) -> dict[str, Any]:
 
 
 def _ways_in(redis: Redis, settings: Settings, accepted: int) -> dict[str, Any]:
-    """What came in by which way, and what waits to be taken."""
+    """What came in by which way, and what is waiting to be taken."""
     intake = read_intake(redis, Keys(settings.sdkappid))
     waiting = _queued(redis, settings)
-    # Producers of the version before do not say how their updates came.
+    # Producers of the previous version do not say how their updates came.
     ways: dict[str, int] = dict(intake.ways) | {"other": max(0, accepted - sum(intake.ways.values()))}
     return {
-        # Else as its consumer last counted, which is old when there is none.
+        # Otherwise its consumer's last count, which is old if there is no consumer.
         "intake": {**intake.queue, "waiting": intake.queue["waiting"] if waiting is None else waiting},
         "ways": {"accepted": ways, "refused": intake.refused},
         "stream": intake.stream,
@@ -133,7 +133,7 @@ def _ways_in(redis: Redis, settings: Settings, accepted: int) -> dict[str, Any]:
 
 
 def _queued(redis: Redis, settings: Settings) -> int | None:
-    """How many messages are in Celery's queue of updates; None if the broker is no Redis, or does not say."""
+    """How many messages are in Celery's queue of updates; None if the broker is not Redis, or does not say."""
     place, lists = settings.broker, [settings.celery_prefix + QUEUE + priority for priority in PRIORITIES]
     if place is None:
         return None
@@ -155,7 +155,7 @@ def _roles(keys: Keys) -> dict[str, str]:
 
 
 def _up_to_now(samples: list[Sample], now: float) -> list[Sample]:
-    """The samples, unless they are of long ago: nobody takes them while no worker runs, and nothing is delivered then."""
+    """The samples, unless they are old: while no worker runs, none are taken and nothing is delivered."""
     return samples if samples and now - samples[-1].at < 3 * EVERY else []
 
 
@@ -181,13 +181,13 @@ def _series(samples: Sequence[Sample]) -> dict[str, list[float | None]]:
 
 
 def _threads_wanted(rate: float, lately: Pace | None) -> int:
-    """Threads that use the whole rate, by Little's law, twice over: half of them wait for their slots."""
+    """Threads for the whole rate by Little's law, doubled because half of them wait for their slots."""
     call = USUAL_CALL if lately is None or lately.call is None else lately.call
     return math.ceil(2 * rate * (call + BESIDE_A_CALL))
 
 
 def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
-    """The unfinished imports, with how far they had come when last heard of."""
+    """The unfinished imports, with the progress that they last reported."""
     found: Any = redis.zrange(keys.imports, 0, -1, withscores=True)
     seen = redis.hgetall(keys.import_progress)
     pauses = ImportPauses(redis, keys).everyone() if found else {}
@@ -208,7 +208,7 @@ def _imports(redis: Redis, keys: Keys, now: float) -> list[dict[str, Any]]:
 
 
 def _audit(totals: AuditTotals) -> dict[str, Any]:
-    """What audits have found so far, over all of them."""
+    """What all audits have found so far."""
     return {
         "checked": totals.checked,
         **{name: getattr(totals, name) for name in COUNTED},

@@ -1,4 +1,4 @@
-"""Answers the question that users ask: why does the API have, or not have, this value?"""
+"""Answers a question that people ask: why does the API have, or not have, this value?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from worker.state.users import UserState, Values
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One sentence, and what it rests on, line by line."""
+    """One sentence, and its evidence, line by line."""
 
     sentence: str
     proof: tuple[str, ...]
 
 
-#: Refused updates that are searched for those of a user, the newest first.
+#: How many refused updates, the newest, are searched for those of a user.
 REFUSED = 1000
 
 
@@ -37,7 +37,7 @@ def explain(
     """Why the API has the newest value of an attribute, or has not.
 
     `state` is what `status.read` returns, `refused` the updates of this user that were refused lately, newest first;
-    `remembered` in seconds is for how long delivered values are.
+    `remembered` is how long delivered values are, in seconds.
     """
     proof = [*_proof(user, name), *(_refusal(one) for one in refused[:1])]
     return Answer(_sentence(user, name, state, refused, remembered), tuple(proof))
@@ -63,7 +63,7 @@ def _sentence(
     if user.delivered and name in user.delivered.values:
         done = user.delivered
         if name in done.unknown:
-            return f"Nobody knows what the API has for {what}: its dead letter was deleted, or a newer value took its place."
+            return f"It is unknown what the API has for {what}: its dead letter was deleted, or a newer value replaced it."
         value, version = done.values[name]
         verb = "has" if value else "has no longer"
         return (
@@ -91,14 +91,14 @@ def _reason(user: UserState, state: Mapping[str, Any]) -> str:
         return "no worker is alive"
     waiting = user.pending
     if user.in_flight:
-        return "an earlier value of this user is being sent, and must have ended first"
+        return "an earlier value of this user is being sent, and must end first"
     if user.delayed_until_ms and user.delayed_until_ms > user.now_ms:
         wait = span((user.delayed_until_ms - user.now_ms) / 1000)
         tried = f" after {waiting.attempts} failed attempts" if waiting and waiting.attempts else ""
         return f"it is held for another {wait}{tried}"
     users = state["measured"]["1min"]["users_per_s"]
     eta = f", about {span(user.place / users)} at the measured pace" if users else ""
-    return f"{user.place:,} users are before it in the lane {user.lane}{eta}"
+    return f"{user.place:,} users are ahead of it in the lane {user.lane}{eta}"
 
 
 def _proof(user: UserState, name: str) -> list[str]:
@@ -131,7 +131,7 @@ def _refusal(one: RefusedUpdate) -> str:
 
 
 def facts(user: UserState, *, values: bool) -> dict[str, Any]:
-    """What is known of a user, as a dictionary; with `values` their text, else only their versions."""
+    """What is known about a user, as a dictionary; with the text of values if `values`, else only their versions."""
 
     def shown(found: Values) -> dict[str, Any]:
         return {

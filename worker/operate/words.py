@@ -1,4 +1,4 @@
-"""Words for people, in a terminal and in a browser: what others wrote made harmless, counts, times, events."""
+"""Words for people, in a terminal and in a browser: foreign text made harmless, counts, times, events."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def plain(text: object) -> str:
-    """Return text that others wrote so that it can only be read: what a terminal would obey is shown as its code.
+    """Return foreign text so that it can only be read: characters that a terminal would obey are shown as codes.
 
-    Control characters, and those that reverse, hide or join what is around them.
+    These are control characters, and those that reverse, hide or join the text around them.
     """
     return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -28,7 +28,7 @@ def is_shown(character: str) -> bool:
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """A value as JSON in which every character can be shown."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # Only in texts is anything else than ASCII, or not printable, so an escape fits in its place.
+    # Only strings have characters that are not ASCII, or not printable, so an escape can replace them.
     return "".join(
         c if (c.isascii() or not ascii_only) and is_shown(c) else json.dumps(c)[1:-1] for c in text
     )
@@ -48,7 +48,7 @@ def age(given: str) -> int:
 
 
 def moment(given: str, now: float) -> float:
-    """The time that was given, in seconds since 1970: an age, or ISO 8601; raises `ValueError`."""
+    """Read a time, in seconds since 1970, given as an age or in ISO 8601; raises `ValueError`."""
     try:
         return now - age(given)
     except ValueError:
@@ -56,7 +56,7 @@ def moment(given: str, now: float) -> float:
 
 
 def details(one: Event) -> str:
-    """The details of an event in words: durations in a unit that fits, counts with their names."""
+    """The details of an event in words: durations in a suitable unit, counts with their names."""
     words = []
     for name, value in one.details.items():
         if name.endswith("_ms") and value.isdecimal():
