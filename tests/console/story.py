@@ -103,7 +103,7 @@ def _user(page: Page) -> None:
     page.emulate_media(color_scheme="light")
     page.goto("/user?user=guest-0007")
     page.get_by_role("button", name="Show the values").click()
-    page.get_by_text("What that rests on").first.click()
+    page.get_by_text("Evidence").first.click()
     _picture(page, "", "07-user")
 
 

@@ -1,12 +1,12 @@
-"""Accounts of the console: a file with one a line, read again when it changes.
+"""The console's accounts: a file with one on each line, read again when it changes.
 
 ::
 
     ann:operator:scrypt$16384$8$5$<salt>$<hash>      a person, by name and password
     robot:viewer:sha256$<hash>                       a program, by a token
 
-A name has one password at most, and any number of tokens. Passwords are slow to try (scrypt), tokens are long and random, so a fast hash is enough for
-them. Whoever reads the file can log in as nobody.
+A name has at most one password, and any number of tokens. Passwords are slow to try (scrypt); tokens are long and random, so
+a fast hash is enough for them. Reading the file does not let anyone log in.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Role = Literal["viewer", "operator"]
 VARIABLE = f"{PREFIX}CONSOLE_ACCOUNTS_FILE"
 #: scrypt's N, r and p: 16 MB and about a quarter of a second.
 COST = (2**14, 8, 5)
-#: What a line may ask for: N r p beyond this would let a typo stall the console.
+#: The most that a line may ask for: with a higher N r p, a typo could stall the console.
 MOST_MEMORY, MOST_WORK = 128 * 1024 * 1024, 2**24
-#: Characters of a password, bytes of the file, seconds between two looks at it.
+#: Characters of a password, bytes of the file, seconds between two checks of the file.
 SHORTEST, LONGEST, MOST_BYTES, LOOK_EVERY = 10, 1000, 1_000_000, 1.0
-#: Passwords that are tried at once, and that may wait for it.
+#: Passwords that are tried at once, and how many may wait for that.
 AT_ONCE, WAITING = 2, 8
-#: Seconds for which a password that was right need not be tried again, for programs that send it with each request.
+#: Seconds for which a correct password is not tried again, for programs that send it with each request.
 REMEMBERED, MOST_REMEMBERED = 60.0, 100
 
-#: What every token begins with, so that a leaked one can be searched for.
+#: The prefix of every token, so that leaked ones can be searched for.
 BEGINNING = "imattr-"
 
 _NAME = re.compile(r"[A-Za-z0-9._@+-]{1,64}")
@@ -71,7 +71,7 @@ class Account:
 
     @property
     def is_program(self) -> bool:
-        """Whether it is let in by a token."""
+        """Whether it logs in with a token."""
         return self.hash.startswith("sha256$")
 
     @property
@@ -81,7 +81,7 @@ class Account:
 
 
 def hash_password(password: str, cost: tuple[int, int, int] = COST) -> str:
-    """What the file has for a password; raises `ValueError` with the rule that it breaks."""
+    """Return a password's hash, as in the file; raises `ValueError` with the rule that the password breaks."""
     if not SHORTEST <= len(password) <= LONGEST:
         raise ValueError(f"must have {SHORTEST} to {LONGEST} characters, has {len(password)}")
     salt = secrets.token_bytes(16)
@@ -90,7 +90,7 @@ def hash_password(password: str, cost: tuple[int, int, int] = COST) -> str:
 
 
 def new_token() -> tuple[str, str]:
-    """A new token, and what the file has for it."""
+    """Return a new token and its hash, as in the file."""
     token = BEGINNING + _packed(secrets.token_bytes(32))
     return token, _hash_token(token)
 
@@ -103,7 +103,7 @@ def read_name(given: str) -> str:
 
 
 def read_accounts(text: str) -> tuple[list[Account], list[str]]:
-    """The accounts in a file, and what is wrong with its other lines: never what they say."""
+    """Return the accounts in a file, and what is wrong with its other lines, without their content."""
     found, mistakes = list[Account](), list[str]()
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip().removeprefix("\ufeff")
@@ -114,7 +114,7 @@ def read_accounts(text: str) -> tuple[list[Account], list[str]]:
             if not account.is_program and any(
                 one.name == account.name and not one.is_program for one in found
             ):
-                raise ValueError("has another password for a name that has one")
+                raise ValueError("has a second password for a name")
             found.append(account)
         except ValueError as mistake:
             mistakes.append(f"{VARIABLE}: line {number} {mistake}")
@@ -135,13 +135,13 @@ def _account(line: str) -> Account:
         if n < 2 or n & (n - 1) or not r or not p or 128 * n * r > MOST_MEMORY or n * r * p > MOST_WORK:
             raise ValueError("has a hash whose cost cannot be used")
     elif not _TOKEN.fullmatch(hash):
-        raise ValueError("has a hash that neither imattr console hash nor imattr console token has made")
+        raise ValueError("has a hash that neither imattr console hash nor imattr console token made")
     return Account(name, role, hash)  # type: ignore[arg-type]
 
 
 def _scrypt(password: str, salt: bytes, cost: tuple[int, int, int]) -> bytes:
     n, r, p = cost
-    # The same letters may be typed as different characters.
+    # The same letters may be typed as different code points.
     typed = unicodedata.normalize("NFKC", password).encode(errors="replace")
     return hashlib.scrypt(typed, salt=salt, n=n, r=r, p=p, maxmem=2 * MOST_MEMORY, dklen=32)
 
@@ -161,7 +161,7 @@ def _unpacked(text: str) -> bytes:
 class Accounts:
     """The accounts in a file. Thread-safe.
 
-    Whoever is taken out of it is out within a second. While it cannot be read, nobody is in it.
+    An account that is removed from it is locked out within a second. While it cannot be read, it has no accounts.
     """
 
     def __init__(self, path: str, clock: Clock | None = None) -> None:
@@ -175,12 +175,12 @@ class Accounts:
         self._look_at = 0.0
         mistakes = self._read()
         if not mistakes and not self._accounts:
-            mistakes = [f"{VARIABLE} has no account in it; imattr console hash makes one"]
+            mistakes = [f"{VARIABLE} contains no account; imattr console hash makes one"]
         if mistakes:
             raise ConfigError(mistakes)
 
     def with_password(self, name: str, password: str) -> Account | None:
-        """Who this is; takes as long for a name that nobody has. Raises `Busy`."""
+        """Whose name and password this is; takes as long for a name that nobody has. Raises `Busy`."""
         now = self._clock.monotonic()
         known = hmac.digest(self._secret, f"{len(name)}:{name}{password}".encode(errors="replace"), "sha256")
         accounts = self._current()
@@ -245,7 +245,7 @@ class Accounts:
         return [] if told else mistakes
 
 
-#: Whose password is tried when there is nobody of that name.
+#: The account whose password is tried if nobody has that name.
 _NOBODY = Account("", "viewer", f"scrypt${COST[0]}${COST[1]}${COST[2]}${'A' * 22}${'A' * 43}")
 
 
@@ -256,7 +256,7 @@ def _is_right(account: Account, password: str) -> bool:
 
 
 class _Trying:
-    """Bounds how many passwords are tried at once: each takes memory and a processor."""
+    """Bounds how many passwords are tried at once: each takes memory and a CPU."""
 
     def __init__(self) -> None:
         self._waiting, self._at_once = threading.Semaphore(WAITING), threading.Semaphore(AT_ONCE)

@@ -1,7 +1,7 @@
-"""The console as an ASGI application: every request passes here, in this order.
+"""The console as an ASGI application: every request passes through here.
 
-Its size, who sent it, who that is, whether they may, whether a form is one of ours; then the page. Whatever goes wrong has a
-page of its own. Pages are plain functions, run in threads: they ask Redis.
+Checked in this order: its size, where it comes from, who sent it, whether they may, whether a form is one of ours; then the
+page answers. Every failure has a page of its own. Pages are plain functions, which run in threads because they ask Redis.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from worker.state.connection import Redis, RedisError
 from worker.state.fleet import Fleet
 from worker.state.keys import Keys
 
-#: Bytes of a form, its fields, and seconds in which it must have arrived.
+#: Bytes of a form, its fields, and seconds in which it must arrive.
 MOST_BYTES, MOST_FIELDS, ARRIVES_IN = 65_536, 50, 10.0
 
 log = structlog.get_logger()
@@ -79,7 +79,7 @@ def build_app(settings: Settings, redis: Redis, clock: Clock | None = None) -> A
     routes = [Route(path, endpoint) for path, endpoint in reception.endpoints(pages).items()]
     routes = [Route("/healthz", _healthy), *(_static(name) for name in STATIC), *routes]
     app = Starlette(routes=routes, exception_handlers={404: reception.not_found, 405: reception.not_found})
-    # A path with one slash too many is not there, rather than a redirect to a host that the caller names.
+    # A path with one slash too many is not found, rather than redirected to a host that the caller names.
     app.router.redirect_slashes = False
     return SafeHeaders(_Prefix(app, settings.console_prefix))
 
@@ -100,7 +100,7 @@ def _static(name: str) -> Route:
 
 
 class _Prefix:
-    """Takes the prefix off the path, whether the proxy has done so already or not."""
+    """Removes the prefix from the path, unless the proxy has done so already."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app, self._prefix = app, prefix
@@ -173,7 +173,7 @@ class _Reception:
         return asked.back_to("/login" + ("" if wanted == "/" else f"?{urlencode({'next': wanted})}"))
 
     def _token(self, asked: Asked, identity: Identity | None) -> str:
-        """The token for this browser's forms. A visitor who has no cookie for it yet gets one."""
+        """The token for this browser's forms. A visitor without a cookie for it gets one."""
         if identity and identity.by in ("token", "password"):
             return ""
         if identity and identity.session:
@@ -184,10 +184,10 @@ class _Reception:
         return self._tokens.of_visitor(visitor, identity.name if identity else "")
 
     def _check_form(self, asked: Asked, identity: Identity | None) -> None:
-        """Refuse a form that another site has sent, or made this browser send."""
+        """Refuse a form that another site sent, or made this browser send."""
         if not is_from_our_page(asked.request, asked.caller):
             raise TurnedAway(403, "This form was sent by another site.")
-        # No browser sends a token by itself, and none a password that it was not asked for.
+        # No browser sends a token by itself, or a password that it was not asked for.
         if identity and identity.by in ("token", "password"):
             return
         given = asked.form.get("token", "")
@@ -214,14 +214,14 @@ class _Reception:
         return response
 
     async def not_found(self, request: Request, error: Exception) -> Response:
-        """There is no such page, or not for this method."""
+        """Answer that there is no such page, or not for this method."""
         caller = read_caller(request, self._shared.settings.console_proxies)
         asked = Asked(request, self._shared, caller, None, "", {})
         status = getattr(error, "status_code", 404)
         return self._problem(
             asked,
             status,
-            "There is no such page." if status == 404 else "This page cannot be asked that way.",
+            "There is no such page." if status == 404 else "This page does not support that method.",
         )
 
     def _with_cookies(self, asked: Asked, response: Response) -> Response:
@@ -255,13 +255,13 @@ class _Endpoint:
 
 
 async def _read_form(request: Request) -> dict[str, str]:
-    """The fields of a form; raises `TurnedAway` if it is too big, too slow, or no form."""
+    """Return a form's fields; raises `TurnedAway` if it is too big, too slow, or not a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/x-www-form-urlencoded", ""):
         raise TurnedAway(415, "Forms must be sent as application/x-www-form-urlencoded.")
     if "transfer-encoding" in request.headers and "content-length" in request.headers:
-        # A proxy in front may have read another form than we would.
-        raise TurnedAway(400, "A form has one length.")
+        # A proxy in front may read the form differently than we would.
+        raise TurnedAway(400, "A form must have exactly one length.")
     body = bytearray()
     try:
         async with asyncio.timeout(ARRIVES_IN):
@@ -280,7 +280,7 @@ async def _read_form(request: Request) -> dict[str, str]:
             errors="replace",
         )
     except ValueError:
-        raise TurnedAway(400, f"This is no form, or one with more than {MOST_FIELDS} fields.") from None
+        raise TurnedAway(400, f"This is not a form, or it has more than {MOST_FIELDS} fields.") from None
     return dict(pairs)
 
 

@@ -1,4 +1,4 @@
-"""What a page is given: who asks, for what, and what it needs to answer."""
+"""What a page is given: who asks, for what, and the means to answer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from worker.state.history import History
 from worker.state.keys import Keys
 from worker.state.scripts import pages
 
-#: What may follow a path of ours: no other host, no second line.
+#: A path of ours: it names no other host, and has no second line.
 _LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]*")
-#: The cookies: of a session, of a visitor without one, of the choice between dark and light, and of what was done on the page
-#: before, with its numbers.
+#: The cookies: for a session, for a visitor without one, for dark or light, and for what the previous page did, with its
+#: numbers.
 SESSION, VISITOR, THEME, FLASH = "session", "visitor", "theme", "flash"
 
 #: Lines of a download that are sent together.
@@ -50,18 +50,18 @@ class Shared:
 
 
 class BadRequest(Exception):
-    """Raised when what was sent breaks a rule; says which field, and which rule."""
+    """Raised when a request breaks a rule; says which field, and which rule."""
 
 
 @dataclass(slots=True)
 class Asked:
-    """One request, from somebody who may make it."""
+    """A request from somebody who may make it."""
 
     request: Request
     shared: Shared
     caller: Caller
     identity: Identity | None
-    #: The token that a form must bring back.
+    #: The token that a form must send back.
     token: str
     form: Mapping[str, str]
     #: Cookies to set with the answer: name -> value, or None to delete it.
@@ -72,7 +72,7 @@ class Asked:
         return self.shared.settings.console_prefix
 
     def cookie(self, what: str) -> str | None:
-        """What one of our cookies says."""
+        """The content of one of our cookies."""
         return self.caller.cookies.get(cookie_name(what, self.shared.settings.sdkappid, self.caller))
 
     @property
@@ -88,7 +88,7 @@ class Asked:
         return "application/json" in self.request.headers.get("accept", "")
 
     def given(self, name: str) -> str:
-        """What a field says, in a form or in the query; empty if it is not there."""
+        """The content of a field in the form or the query; empty if it is missing."""
         return (self.form or self.query).get(name, "").strip()
 
     def number(self, name: str, most: int = 10**15) -> int | None:
@@ -136,12 +136,12 @@ class Asked:
         return RedirectResponse(self.prefix + path, 303)
 
     def note(self, event: str, **details: object) -> None:
-        """Write into the history that somebody did what leaves no other trace there: looked at values, or took them along."""
+        """Record in the history what leaves no other trace there: that somebody saw values, or exported them."""
         History(self.shared.redis, self.shared.keys).note(event, self.actor, **details)
         log.info("acted", action=event, by=self.actor)
 
     def done(self, path: str, what: str, *numbers: int) -> Response:
-        """Show another page of ours, which says what was done; tell a program so in JSON."""
+        """Show another page of ours, which says what was done; tell a program in JSON."""
         self.shared.look.forget()
         log.info("acted", action=what, by=self.actor, numbers=list(numbers))
         if self.wants_json:
@@ -150,7 +150,7 @@ class Asked:
         return self.back_to(path)
 
     def flash(self) -> tuple[str, list[int]] | None:
-        """What was done on the page before, once."""
+        """What the previous page did, once."""
         found = self.cookie(FLASH)
         if found is None:
             return None
@@ -164,25 +164,25 @@ class Asked:
 
     def download(self, name: str, values: Iterable[object]) -> Response:
         """JSON lines, as a file."""
-        # Many lines at a time: each part costs a change of threads.
+        # Many lines at a time: each part costs a switch of threads.
         found = (
             "".join(f"{json_text(value)}\n" for value in page).encode(errors="replace")
             for page in pages(values, LINES)
         )
-        # What fails at once, fails before a file has begun.
+        # An immediate failure comes before the file has begun.
         lines = chain([next(found, b"")], found)
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
 
 def local(path: str, otherwise: str) -> str:
-    """A path of ours that somebody has sent, to go back to; `otherwise` if it could lead elsewhere."""
+    """Return a path to go back to, as a client sent it; `otherwise` if it could lead elsewhere."""
     return path if _LOCAL.fullmatch(path) else otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page: its path, who may see it (None = everybody), and what answers."""
+    """A page: its path, who may see it (None = everybody), and the function that answers."""
 
     path: str
     answer: Callable[[Asked], Response]

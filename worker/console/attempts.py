@@ -1,4 +1,4 @@
-"""Bounds how often somebody may try to log in: by name and by address, in memory that is bounded, too."""
+"""Bounds how often somebody may try to log in, by name and by address, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections import OrderedDict
 
 from worker.clock import Clock
 
-#: Attempts at once, and seconds until another one: of an account, and of an address.
+#: Attempts in a row, and seconds until another one: for an account, and for an address.
 NAME, ADDRESS = (10, 30.0), (30, 10.0)
-#: Names and addresses that are remembered; those that were not seen for longest go first.
+#: Names and addresses that are remembered; those not seen for longest are forgotten first.
 MOST = 10_000
 
 
 class Attempts:
     """The attempts that each name and each address has left. Thread-safe.
 
-    Every console counts for itself, so with three of them it is three times as many.
+    Every console counts for itself, so three of them allow three times as many.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._lock = clock, threading.Lock()
-        #: What each has left, and when that was so.
+        #: What each had left, and when.
         self._left: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
 
     def take(self, name: str | None, address: str) -> float:
-        """Count an attempt; returns 0.0, or in how many seconds another one is allowed, if this one is not."""
+        """Count an attempt; returns 0.0 if it is allowed, else the seconds until one is."""
         wanted = [("address", network(address), *ADDRESS)]
         if name is not None:
             wanted.append(("name", name[:64], *NAME))
@@ -42,7 +42,7 @@ class Attempts:
             return 0.0
 
     def give_back(self, name: str | None, address: str) -> None:
-        """The attempt was right: it does not count."""
+        """Do not count an attempt that succeeded."""
         with self._lock:
             for key in [("address", network(address))] + ([] if name is None else [("name", name[:64])]):
                 if key in self._left:
@@ -58,7 +58,7 @@ class Attempts:
 
 
 def network(address: str) -> str:
-    """What counts as one address: of IPv6, the network that one customer has."""
+    """Return what counts as one address: for IPv6, the network of one customer."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Who sent a request, as far as the network tells: what a proxy says counts only if it is one of ours."""
+"""Where a request comes from, as far as the network tells: only our own proxies are believed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from worker.config import Settings
 
-#: Names of this machine, by which a browser on it may ask.
+#: Names for this machine that a browser on it may use.
 _LOOPBACK = ("localhost", "ip6-localhost", "ip6-loopback")
 
 
@@ -19,7 +19,7 @@ _LOOPBACK = ("localhost", "ip6-localhost", "ip6-loopback")
 class Caller:
     """Where a request comes from, and how it was sent."""
 
-    #: The address of who sent it, behind our proxies.
+    #: The sender's address, behind our proxies.
     address: str
     scheme: str
     #: The host that was asked for, with its port.
@@ -34,7 +34,7 @@ class Caller:
 
 
 def read_caller(request: Request, proxies: Sequence[str]) -> Caller:
-    """Who sent this."""
+    """Return where a request comes from."""
     headers = request.headers
     peer = request.client.host if request.client else ""
     networks = [ipaddress.ip_network(one) for one in proxies]
@@ -49,12 +49,12 @@ def read_caller(request: Request, proxies: Sequence[str]) -> Caller:
 
 
 def _last(values: Sequence[str]) -> str:
-    """The last of a list: what the proxy next to us has added."""
+    """The last item of a list, which the proxy next to us added."""
     return ",".join(values).rpartition(",")[2].strip().lower()
 
 
 def _sender(values: Sequence[str], networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> str:
-    """The last address that is not one of our proxies': what stands before it, anybody can have written."""
+    """The last address that is not one of our proxies': anybody could have written those before it."""
     for said in reversed(",".join(values).split(",")):
         if not _is_in(said.strip(), networks):
             return said.strip()
@@ -71,7 +71,8 @@ def _is_in(address: str, networks: Sequence[ipaddress.IPv4Network | ipaddress.IP
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, with or without a port, is this machine to itself. Any other name may lead here, too: an attacker's."""
+    """Whether a host, with or without a port, is this machine's name for itself. Other names may lead here, even an
+    attacker's."""
     name = host_name(host)
     if name in _LOOPBACK or name.endswith(".localhost"):
         return True
@@ -90,16 +91,16 @@ def host_name(host: str) -> str:
 
 
 def cookie_name(what: str, sdkappid: int, caller: Caller) -> str:
-    """The name of a cookie: apart from those of other apps' consoles on this host, whatever their port is.
+    """The name of a cookie, different from those of other apps' consoles on this host, on any port.
 
-    The prefix makes a browser refuse the cookie from any other host; only over TLS it may have it.
+    The prefix makes a browser refuse the cookie from any other host; it is allowed only over TLS.
     """
     name = f"imattr-{sdkappid}-{what}"
     return f"__Host-{name}" if caller.secure else name
 
 
 def is_from_our_page(request: Request, caller: Caller) -> bool:
-    """Whether a form was sent by a page of ours, as the browser says; a program without one says nothing."""
+    """Whether a form was sent by a page of ours, as the browser says; a program says nothing."""
     fetched = request.headers.get("sec-fetch-site")
     if fetched is not None:
         # Only the browser itself can say that, and it does so behind any proxy.
@@ -113,5 +114,5 @@ def is_from_our_page(request: Request, caller: Caller) -> bool:
 
 
 def needs_no_login(settings: Settings) -> bool:
-    """Whether everybody is let in: only on this machine."""
+    """Whether anyone may use it without logging in: only on this machine."""
     return not (settings.console_accounts_file or settings.console_proxy_header)

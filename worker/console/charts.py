@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn here: a curve, its scale in words, and the same as a table for whoever cannot see it."""
+"""Charts as SVG, drawn here: a curve, its scale in words, and the same as a table for people who cannot see it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from worker.operate.status import span
 
-#: Height of the drawing in units; its width is the number of values. It is stretched to where it is shown.
+#: Height of the drawing in units; its width is the number of values. It is stretched to fit its place.
 HEIGHT = 100.0
 #: Rows of the table.
 ROWS = 15
@@ -19,27 +19,27 @@ ROWS = 15
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What is drawn. `values` are equal parts of the time up to `end`, each `part` seconds, the newest last."""
+    """What is drawn. `values` are for equal parts of the time up to `end`, each `part` seconds long, the newest last."""
 
     id: str
     title: str
     values: Sequence[float | None]
     end: float
     part: float
-    #: What a value is in words: "calls/s", or "" for a duration.
+    #: The unit of a value: "calls/s", or "" for a duration.
     unit: str
-    #: A line across, such as the quota.
+    #: A horizontal line, such as the quota.
     limit: float | None = None
 
     @property
     def top(self) -> float:
-        """The value at the upper edge: a round number that is not below any."""
+        """The value at the upper edge: a round number not below any value."""
         most = max([0.0, *(value for value in self.values if value is not None), self.limit or 0.0])
         return _round_up(most) if self.unit else max(1.0, most)
 
     @property
     def now(self) -> str:
-        """The newest value in words. The part that has just begun may have none yet."""
+        """The newest value in words. A part that has just begun may have none yet."""
         return next(
             (self.words(value) for value in reversed(self.values[-2:]) if value is not None), "unknown"
         )
@@ -63,7 +63,7 @@ class Chart:
 
     @property
     def table(self) -> list[tuple[float, str]]:
-        """The most in each of a few equal parts: when it began, in seconds since 1970, and the words."""
+        """The maximum of each of a few equal parts: when the part began, in seconds since 1970, and the words."""
         size = math.ceil(len(self.values) / ROWS)
         start = self.end - len(self.values) * self.part
         rows = []
@@ -86,7 +86,7 @@ class Chart:
             points = [f"{first + place:g},{HEIGHT - height:.1f}" for place, height in enumerate(heights)]
             last = first + len(heights) - 1
             if len(points) == 1:
-                # A value alone would be a point without a size.
+                # A single value would be a point without a size.
                 points.append(f"{first + 0.6:g},{HEIGHT - heights[0]:.1f}")
                 last = first
             lines.append(f"M{' '.join(points)}")
@@ -113,7 +113,7 @@ class Chart:
 
 
 def _runs(values: Sequence[float | None], top: float) -> Iterator[tuple[int, list[float]]]:
-    """Stretches without holes: where each begins, and its heights."""
+    """Stretches without gaps: where each begins, and its heights."""
     begin, heights = 0, list[float]()
     for place, value in enumerate([*values, None]):
         if value is not None:
@@ -125,7 +125,7 @@ def _runs(values: Sequence[float | None], top: float) -> Iterator[tuple[int, lis
 
 
 def _round_up(most: float) -> float:
-    """The next of 1, 2, 2.5 and 5 times a power of ten; no less than 1."""
+    """Round up to 1, 2, 2.5 or 5 times a power of ten, at least 1."""
     if most <= 1:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))

@@ -1,4 +1,4 @@
-"""What was done and what was left over time, from the fleet's samples: values for the charts, None where nobody knows."""
+"""What was done and what was left over time, from the fleet's samples: values for the charts, None where unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Values = list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of time up to now: its length and that of its parts, and of a hole between two samples, in seconds."""
+    """A stretch of time up to now: its length, that of its parts, and that of a gap between two samples, in seconds."""
 
     name: str
     words: str
@@ -50,7 +50,7 @@ class Curves:
 
 
 def curves(samples: Sequence[Sample], window: Window, now: float) -> Curves:
-    """The curves of a window that ends now. Rates are differences of counters; of what is left, the most in each part."""
+    """The curves of a window that ends now. Rates are differences of counters; of what is left, each part has the maximum."""
     # Parts begin at round times, so that a curve moves as a whole and its parts do not change.
     end = (now // window.part + 1) * window.part
     start = end - window.parts * window.part
@@ -61,7 +61,7 @@ def curves(samples: Sequence[Sample], window: Window, now: float) -> Curves:
         place = int((sample.at - start) // window.part)
         seconds = sample.at - before.at
         done, sent = sample.calls - before.calls, sample.delivered - before.delivered
-        # Counters that fell are those of another server, and nobody counts while no worker runs.
+        # Counters that fell belong to another server, and nothing is counted while no worker runs.
         if 0 <= place < window.parts and 0 < seconds < window.hole and done >= 0 and sent >= 0:
             took[place] += seconds
             calls[place] += done
@@ -80,7 +80,7 @@ def _rates(counts: Sequence[float], took: Sequence[float]) -> Values:
 
 
 class Remembered:
-    """The samples of the last day, of which only new ones are read. Thread-safe."""
+    """The samples of the last day; only new ones are read. Thread-safe."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet, self._lock = fleet, threading.Lock()
@@ -88,14 +88,14 @@ class Remembered:
         self._minutes: list[Sample] = []
 
     def look(self, now: float) -> None:
-        """Read what is new. `now` is Redis' clock."""
+        """Read the new samples. `now` is Redis' clock."""
         with self._lock:
             for window, kept, read in (
                 (WINDOWS["15min"], self._recent, self._fleet.samples_since),
                 (WINDOWS["24h"], self._minutes, self._fleet.minutes_since),
             ):
                 oldest = now - window.seconds - window.part - window.hole
-                # A clock that was set back, or another server, has none that are new.
+                # After the clock was set back, or on another server, none would be new.
                 if kept and kept[-1].at > now + 60:
                     kept.clear()
                 kept += read(max([oldest, *(sample.at for sample in kept[-1:])]))

@@ -1,8 +1,8 @@
-"""Dead letters: filtered, and redriven, exported or deleted as exactly the set that was shown.
+"""Dead letters: filters them, and redrives, exports or deletes exactly the set that was shown.
 
-The set is what fits the filter and was there at one moment of Redis' clock, "until". A letter that goes, or changes, leaves the
-set, and none can enter it: its time is later. So the moment and the number travel from the list through the question to
-the deed, however many letters there are.
+The set is every letter that matches the filter and existed at one moment of Redis' clock, "until". A letter that is removed,
+or changes, leaves the set, and none can enter it: its time is later. So the moment and the number travel from the list
+through the question to the action, however many letters there are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERBS = ("redrive", "purge")
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A page of a set: how many there are in all, by code, and those from `start` on."""
+    """A page of a set: the number of all letters, by code, and the letters from `start` on."""
 
     count: int
     codes: Counter[int]
@@ -39,13 +39,13 @@ def _letters(asked: Asked) -> DeadLetters:
 
 
 def _until(asked: Asked) -> int:
-    """The moment of the set: now, or the one before that a page was shown for."""
+    """The moment of the set: now, or that of the page shown before."""
     now = _letters(asked).now_ms()
     return min(now, asked.number("until") or now)
 
 
 def _filter_until(asked: Asked, until: int) -> Filter:
-    """What the fields say; ages count from the moment of the set, so that it stays the same."""
+    """The filter in the fields; ages count from the moment of the set, so that it stays the same."""
     older, newer = asked.age("older"), asked.age("newer")
     return Filter(
         user=asked.given("user") or None,
@@ -56,7 +56,7 @@ def _filter_until(asked: Asked, until: int) -> Filter:
 
 
 def _fields(asked: Asked, until: int) -> dict[str, Any]:
-    """What makes up the set, for the links and forms of the page."""
+    """The fields that define the set, for the page's links and forms."""
     return {name: asked.given(name) for name in ("code", "user", "older", "newer")} | {"until": until}
 
 
@@ -76,7 +76,7 @@ def show(asked: Asked) -> Response:
 
 
 def values(asked: Asked) -> Response:
-    """The same list with its values, because an operator wants to see them."""
+    """The same list with values, at an operator's request."""
     asked.note("values_shown", page="dead letters")
     return _show(asked, values=True)
 
@@ -98,7 +98,7 @@ def _show(asked: Asked, *, values: bool) -> Response:
 
 
 def confirm(asked: Asked) -> Response:
-    """Ask whether the set that was shown is to be redriven or deleted, and say how many that is."""
+    """Ask whether to redrive or delete the set that was shown, with the number of its letters."""
     verb, until = _verb(asked), _until(asked)
     count = len(_letters(asked).choose(_filter_until(asked, until)))
     return asked.page(
@@ -117,7 +117,8 @@ def _verb(asked: Asked) -> str:
 
 
 def _chosen(asked: Asked) -> tuple[Chosen, int]:
-    """The letters of the set, and how many have left it since the question; raises `BadRequest` if it could be another one."""
+    """The letters of the set, and how many have left it since the question; raises `BadRequest` if it may be a different
+    set."""
     until, count = asked.number("until"), asked.number("count")
     if until is None or count is None:
         raise BadRequest("until and count must say which letters were shown")

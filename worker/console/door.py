@@ -1,7 +1,7 @@
-"""Who is let in, as whom: the one place that decides it.
+"""Who is let in, and as whom: the only place that decides this.
 
-In this order: what our proxy says, a program's token or password (`Authorization`), a browser's session. Without accounts and
-without a proxy everybody on this machine is let in, and nobody else.
+In this order: the name from our proxy, a program's token or password (`Authorization`), a browser's session. Without accounts
+and without a proxy, only people on this machine are let in, without logging in.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from worker.errors import ConfigError
 #: How somebody was recognised.
 By = Literal["session", "token", "password", "proxy", "loopback"]
 
-#: What a proxy may call a user.
+#: User names that a proxy may give.
 _USER = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 
-#: What proxies add.
+#: Headers that proxies add.
 _OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 
 log = structlog.get_logger()
 
 
 class TurnedAway(Exception):
-    """Raised when somebody is not let in. `wait` is in how many seconds they may try again, if that helps."""
+    """Raised when somebody is not let in. `wait` is the seconds after which they may try again, if that helps."""
 
     def __init__(self, status: int, words: str, wait: float = 0.0) -> None:
         self.status, self.words, self.wait = status, words, wait
@@ -95,7 +95,7 @@ class Door:
         self.has_login = accounts is not None
 
     def identify(self, request: Request, caller: Caller, secret: str | None) -> Identity | None:
-        """Who this is, None if nobody knows; `secret` is that of the session. Raises `TurnedAway`, and what redis raises."""
+        """Return who this is, None if unknown; `secret` is the session's. Raises `TurnedAway`, and what redis raises."""
         if self.is_open:
             return self._by_loopback(request)
         header = self._settings.console_proxy_header
@@ -108,7 +108,7 @@ class Door:
         return None
 
     def log_in(self, name: str, password: str, caller: Caller) -> str | None:
-        """Try a password; returns the secret of a new session, or None. Raises `TurnedAway` if there were too many tries."""
+        """Try a password; returns the secret of a new session, or None. Raises `TurnedAway` after too many attempts."""
         account = self._tried(self._accounts, name, password, caller) if self._accounts else None
         if account is None:
             return None
@@ -153,15 +153,15 @@ class Door:
             name, _, password = _basic(rest)
             account = self._tried(accounts, name, password, caller)
         if account is None:
-            raise TurnedAway(401, "This token, or name and password, is not in the accounts' file.")
+            raise TurnedAway(401, "This token, or name and password, is not in the accounts file.")
         return Identity(account.name, account.role, by)
 
     def _by_loopback(self, request: Request) -> Identity:
         if not is_loopback(request.headers.get("host", "")):
-            # A page of somebody else's, whose name leads to this machine.
-            raise TurnedAway(421, "This console answers to 127.0.0.1 and localhost only.")
+            # A foreign page, whose host name leads to this machine.
+            raise TurnedAway(421, "This console answers only to 127.0.0.1 and localhost.")
         if any(name in request.headers for name in _OF_PROXIES):
-            # Whoever is behind the proxy is not on this machine.
+            # People behind the proxy are not on this machine.
             raise TurnedAway(403, "This console needs accounts to be used through a proxy.")
         return EVERYBODY
 

@@ -1,4 +1,4 @@
-"""What every answer says to browsers: run and load nothing but ours, show us in no frame, keep nothing, tell nobody."""
+"""What every answer tells browsers: run and load only our files, show us in no frame, store nothing, tell no other site."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADERS = {
 
 
 class SafeHeaders:
-    """Adds them to every answer, whoever made it."""
+    """Adds the headers to every answer, whatever made it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

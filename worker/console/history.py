@@ -11,7 +11,7 @@ from worker.state.history import History
 
 #: Events on a page.
 SHOWN = 100
-#: The kinds to choose from. Others, of another version, are shown all the same.
+#: The kinds to choose from. Those of other versions are shown, too.
 KINDS = (
     *("stopped", "probe", "probe_failed", "reopened", "paused", "resumed", "limit", "failover", "reclaimed"),
     *("redriven", "purged", "refused_purged", "quarantine_dropped", "values_shown", "exported"),

@@ -1,4 +1,4 @@
-"""Imports under way: how far they are, the last lines that were refused, pause and resume."""
+"""Imports under way: their progress, the last refused lines, pause and resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _refusals(asked: Asked) -> dict[str, list[Any]]:
 
 
 def _name(asked: Asked) -> str:
-    # As it is stored: spaces at its ends belong to it.
+    # As it is stored: spaces at either end belong to it.
     name = asked.form.get("name", "")
     if not name:
         raise BadRequest("name must say which import")

@@ -12,7 +12,7 @@ MOST = 200
 
 
 def read_reason(asked: Asked) -> str:
-    """Why somebody pauses something; raises `BadRequest`."""
+    """Return the reason for a pause; raises `BadRequest`."""
     reason = " ".join(asked.given("reason").split())
     if not 1 <= len(reason) <= MOST:
         raise BadRequest(f"the reason must have 1 to {MOST} characters, has {len(reason)}")

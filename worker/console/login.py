@@ -7,7 +7,7 @@ from starlette.responses import Response
 from worker.console.asked import SESSION, THEME, Asked, BadRequest, Page, local
 from worker.console.door import Door, TurnedAway
 
-#: Characters of what may be typed into a field.
+#: Characters that may be typed into a field.
 MOST = 1000
 
 
@@ -25,7 +25,7 @@ def pages(door: Door) -> tuple[Page, ...]:
         # A password is taken as it is, spaces and all.
         name, password = asked.given("name"), asked.form.get("password", "")
         if len(name) > MOST or len(password) > MOST:
-            raise BadRequest(f"a name or a password may have {MOST} characters at most")
+            raise BadRequest(f"a name or a password may have at most {MOST} characters")
         then = local(asked.given("next"), "/")
         secret = door.log_in(name, password, asked.caller)
         if secret is None:

@@ -1,5 +1,5 @@
-"""One look at a time, shared: however many browsers are open, Redis is read at most every two seconds, and not at all while
-nobody looks."""
+"""A shared view: however many browsers are open, Redis is read at most every two seconds, and not at all while nobody
+looks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from worker.state.connection import RedisError
 
 T = TypeVar("T")
 
-#: Seconds for which what was seen is shown again; also that Redis did not answer, so that callers do not queue for it.
+#: Seconds for which a result is shown again; even that Redis did not answer, so that callers do not queue for it.
 EVERY = 2.0
 
 
 class Look(Generic[T]):
-    """What a function has seen lately. Thread-safe."""
+    """The latest result of a function. Thread-safe."""
 
     def __init__(self, see: Callable[[], T], clock: Clock) -> None:
         self._see, self._clock, self._lock = see, clock, threading.Lock()
@@ -26,7 +26,7 @@ class Look(Generic[T]):
         self._until = float("-inf")
 
     def now(self) -> T:
-        """What is there now, at most `EVERY` seconds old; raises what redis raised."""
+        """Return the result, at most `EVERY` seconds old; raises what redis raised."""
         with self._lock:
             if self._clock.monotonic() >= self._until:
                 try:
@@ -39,6 +39,6 @@ class Look(Generic[T]):
             return self._seen[0]
 
     def forget(self) -> None:
-        """Look again the next time: something was done."""
+        """Read again next time, because something was done."""
         with self._lock:
             self._until = float("-inf")

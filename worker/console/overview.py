@@ -13,7 +13,7 @@ from worker.console.sight import Sight
 from worker.readback import certainty
 from worker.state.keys import LEDGER
 
-#: Where a problem is looked at more closely, by the check that found it.
+#: The page with more about a problem, by the check that found it.
 _PAGES = {
     "dead letters": "/dead",
     "refused": "/refused",
@@ -27,12 +27,12 @@ _PAGES = {
 
 
 def show(asked: Asked) -> Response:
-    """The whole page. Its main part is the one that `live` answers, too."""
+    """The whole page. `live` answers with its main part, too."""
     return asked.page("overview.html", flash=asked.flash(), **_about(asked))
 
 
 def live(asked: Asked) -> Response:
-    """What changes by itself, for the script that shows it anew."""
+    """The parts that change by themselves, for the script that refreshes them."""
     return HTMLResponse(asked.html("live.html", **_about(asked)))
 
 

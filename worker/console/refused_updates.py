@@ -1,4 +1,4 @@
-"""Refused updates: filtered, and exported or deleted as exactly the set that was shown (see `dead_letters`)."""
+"""Refused updates: filters them, and exports or deletes exactly the set that was shown (see `dead_letters`)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def show(asked: Asked) -> Response:
 
 
 def values(asked: Asked) -> Response:
-    """The same list with what was sent, because an operator wants to see it."""
+    """The same list with what was sent, at an operator's request."""
     asked.note("values_shown", page="refused")
     return _show(asked, values=True)
 
@@ -81,7 +81,7 @@ def _show(asked: Asked, *, values: bool) -> Response:
 
 
 def confirm(asked: Asked) -> Response:
-    """Ask whether the set that was shown is to be deleted, and say how many that is."""
+    """Ask whether to delete the set that was shown, with the number of its updates."""
     until = _until(asked)
     count = sum(1 for _ in _found(asked, until))
     return asked.page(

@@ -1,4 +1,4 @@
-"""Makes pages from templates. Whatever a template shows is escaped, and made harmless to read: most of it is others' text."""
+"""Makes pages from templates. Everything that a template shows is escaped, and made harmless: most of it is foreign text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker.operate.status import span
 from worker.operate.words import counted, details, plain
 from worker.version import VERSION
 
-#: What is served as it is, with its type.
+#: The files that are served as they are, with their types.
 STATIC = {
     "style.css": "text/css; charset=utf-8",
     "script.js": "text/javascript; charset=utf-8",
@@ -29,19 +29,19 @@ def static(name: str) -> bytes:
     return resources.files(__package__).joinpath("static", name).read_bytes()
 
 
-#: Changes with the files, so that browsers may keep them.
+#: Changes with the files, so that browsers may cache them.
 MARK = hashlib.sha256(b"".join(static(name) for name in STATIC)).hexdigest()[:12]
 
 
 def _shown(value: Any) -> Any:
     if value is None:
         return ""
-    # What a macro or a chart has made is escaped already.
+    # The output of a macro or a chart is escaped already.
     return value if isinstance(value, Markup) else plain(value)
 
 
 def _exact(value: Any) -> Markup:
-    """For the hidden fields of a form: as it is, since it comes back."""
+    """For a form's hidden fields: unchanged, since it comes back."""
     return escape("" if value is None else str(value))
 
 
@@ -65,9 +65,9 @@ def _when(moment: Any) -> Markup:
 
 
 def _query(given: Mapping[str, Any], **changed: Any) -> str:
-    """The query of a link: what is given, with some of it changed; what is empty is left out."""
+    """The query of a link: the given fields, with some changed; empty ones are left out."""
     pairs = {name: value for name, value in {**given, **changed}.items() if value not in (None, "")}
-    # A lone surrogate has no bytes of its own.
+    # A lone surrogate cannot be encoded.
     encoded = urlencode(pairs, errors="replace")
     return f"?{encoded}" if encoded else ""
 

@@ -1,4 +1,4 @@
-"""Serves the console over HTTP until it is told to stop."""
+"""Serves the console over HTTP until asked to stop."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from worker.errors import ConfigError
 from worker.state import connection
 from worker.state.keys import Keys
 
-#: Connections at once; seconds in which a request's headers must have arrived, and for which an idle connection is kept.
+#: Connections at once; seconds in which a request's headers must arrive, and for which an idle connection is kept.
 CONNECTIONS, ARRIVES_IN, KEPT = 256, 15.0, 15
-#: Seconds that Redis may take: people wait for the page.
+#: Seconds in which Redis must answer: people are waiting for the page.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.5, 4.0
 #: Bytes of a request's headers.
 MOST_HEADERS = 16_384
@@ -30,10 +30,10 @@ log = structlog.get_logger()
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection on which no request arrives: uvicorn would wait for the rest of its headers for ever.
+    """Closes a connection on which no request arrives: uvicorn would wait forever for the rest of its headers.
 
-    It does so sooner when there are many: whoever opens connections and says nothing then pushes out only their own, instead
-    of keeping everybody else out.
+    It does so sooner when there are many: a client that opens silent connections then pushes out only its own, instead of
+    keeping everybody else out.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -49,7 +49,7 @@ class _Impatient(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether a request is still to arrive."""
+        """Whether it is still waiting for a request."""
         return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def _watch(self, before: object) -> None:
@@ -66,7 +66,7 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Ends as it should when it is told to: uvicorn would send itself the signal once more afterwards."""
+    """Stops cleanly when asked to: uvicorn would send itself the signal again afterwards."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Serve the console; raises `ConfigError` if it may not, and `OSError` if the port cannot be had."""
+    """Serve the console; raises `ConfigError` if the settings do not allow it, and `OSError` if the port cannot be used."""
     key = Keys(settings.sdkappid).pending
     with connection.connect(
         settings.redis, key=key, timeout=ANSWER_TIMEOUT, connect_timeout=CONNECT_TIMEOUT
@@ -90,10 +90,10 @@ def serve(settings: Settings) -> None:
             ws="none",
             lifespan="off",
             log_config=None,
-            # Strangers' requests that are none are not worth a line each.
+            # Malformed requests of strangers are not worth a log line each.
             log_level="error",
             access_log=False,
-            # What a proxy says is believed in `caller`, from our proxies alone.
+            # `caller` reads what proxies say, and believes only our own.
             proxy_headers=False,
             server_header=False,
             limit_concurrency=CONNECTIONS,
@@ -117,5 +117,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror:
-        raise ConfigError([f"IMATTR_CONSOLE_HOST: {host} is no address of this machine"]) from None
+        raise ConfigError([f"IMATTR_CONSOLE_HOST: {host} is not an address of this machine"]) from None
     return socket.create_server((host, port), family=family, backlog=128)

@@ -1,7 +1,7 @@
-"""Who has logged in, kept in Redis: so any replica of the console knows, and a log-out ends a session everywhere.
+"""Who has logged in, kept in Redis, so that every replica of the console knows, and logging out ends a session everywhere.
 
-Nothing is signed, so there is no key whose reader could make sessions. Redis has only digests of the sessions' secrets, so
-whoever can read it cannot use them; whoever can write to it needs no console.
+Nothing is signed, so there is no key with which to forge sessions. Redis has only digests of the sessions' secrets, so
+reading it is not enough to use them; and anyone who can write to it needs no console.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from worker.state.connection import Redis
 from worker.state.keys import Keys
 from worker.state.scripts import text
 
-#: Seconds that a session lasts, whatever it does.
+#: Seconds that a session lasts, used or not.
 LASTS = 12 * 3600
 #: Sessions at once; the oldest end.
 MOST = 1000
-#: Seconds for which the key of the forms of visitors is not read again.
+#: Seconds for which the key for visitors' forms is not read again.
 KEY_KEPT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Whose session it is, and which line of the accounts' file has let them in."""
+    """Whose session it is, and which line of the accounts file let them in."""
 
     name: str
     proof: str
@@ -42,7 +42,7 @@ class Sessions:
         self._redis, self._key, self._wall = redis, keys.console_sessions, wall
 
     def open(self, name: str, proof: str) -> str:
-        """Begin a session; returns the secret that its browser keeps."""
+        """Begin a session; returns the secret for its browser to keep."""
         self._forget()
         secret = secrets.token_urlsafe(32)
         about = {"name": name, "proof": proof, "until": self._wall() + LASTS}
@@ -50,16 +50,16 @@ class Sessions:
         return secret
 
     def find(self, secret: str) -> Session | None:
-        """The session that has this secret."""
+        """Return the session with this secret."""
         found = _session(self._redis.hget(self._key, _digest(secret)))
         return found if found and self._wall() < found.until else None
 
     def close(self, secret: str) -> None:
-        """End it, for everybody who has the secret."""
+        """End the session, for everybody who has the secret."""
         self._redis.hdel(self._key, _digest(secret))
 
     def _forget(self) -> None:
-        """Delete what has ended, and the oldest if there are too many."""
+        """Delete sessions that have ended, and the oldest if there are too many."""
         alive = {digest: session.until if session else 0.0 for digest, session in self._everyone()}
         by_age = sorted(alive, key=lambda digest: alive[digest], reverse=True)
         gone = {digest for digest in alive if alive[digest] <= self._wall()} | set(by_age[MOST - 1 :])
@@ -84,10 +84,10 @@ def _digest(secret: str) -> str:
 
 
 class FormTokens:
-    """Tokens that prove that a form is one of ours, shown to this browser.
+    """Tokens that prove that a form is ours, and was shown to this browser.
 
-    Those of a session come from its secret. A visitor without one has a cookie; its tokens come from that, the visitor's
-    name, and a key that all consoles of the app share, so that nobody else can make one for a cookie that they have planted.
+    A session's tokens derive from its secret. A visitor without one has a cookie; the tokens derive from that, the visitor's
+    name, and a key that all consoles of the app share, so that nobody who plants a cookie can make a token for it.
     """
 
     def __init__(self, redis: Redis, keys: Keys, wall: Callable[[], float] = time.time) -> None:
@@ -113,5 +113,5 @@ def _token(key: bytes, what: str) -> str:
 
 
 def new_visitor() -> str:
-    """What the cookie of a new visitor says."""
+    """The content of a new visitor's cookie."""
     return secrets.token_urlsafe(24)

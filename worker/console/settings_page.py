@@ -1,4 +1,4 @@
-"""Settings as they are in force among the workers, and where those disagree."""
+"""The settings in force among the workers, and where they disagree."""
 
 from __future__ import annotations
 

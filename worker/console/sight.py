@@ -27,7 +27,7 @@ class Sight:
 
 
 def see(redis: Redis, settings: Settings, samples: Remembered) -> Sight:
-    """Look at everything, once."""
+    """Read everything once."""
     state = status.read(redis, settings)
     now = datetime.fromisoformat(state["at"]).timestamp()
     samples.look(now)
@@ -35,6 +35,6 @@ def see(redis: Redis, settings: Settings, samples: Remembered) -> Sight:
 
 
 def _audit(redis: Redis, settings: Settings) -> AuditTotals | None:
-    """What audits have found so far, if there was one."""
+    """What audits have found so far, if there were any."""
     totals = AuditLog(redis, Keys(settings.sdkappid)).read()
     return totals if totals.checked else None

@@ -1,4 +1,4 @@
-"""One user: where each of its values is, and why the API has it or not."""
+"""One user: where each of its values is, and why the API has it or does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show(asked: Asked) -> Response:
 
 
 def values(asked: Asked) -> Response:
-    """The same with the values, because an operator wants to see them."""
+    """The same with the values, at an operator's request."""
     asked.note("values_shown", page="user")
     return _show(asked, values=True)
 
@@ -49,7 +49,7 @@ def _show(asked: Asked, *, values: bool) -> Response:
 
 
 def _names(known: UserState) -> Iterator[str]:
-    """The attributes of which anything is known."""
+    """The attributes about which anything is known."""
     places = (known.pending, known.in_flight, known.delivered, known.dead)
     yield from sorted({name for place in places if place for name in place.values})
 

@@ -1,5 +1,5 @@
 "use strict";
-// Shows what changes on the overview anew every five seconds while somebody can see it. Without this script, "Refresh" does.
+// Refreshes the overview every five seconds while somebody can see it. Without this script, "Refresh" does.
 (() => {
   const parts = ["live-needs", "live-rest"].map((id) => document.getElementById(id));
   const words = document.getElementById("words");
@@ -11,7 +11,7 @@
 
   const stops = (part) => [...part.querySelectorAll("a, summary, [tabindex]")];
 
-  // What a reader has opened, scrolled to or stands on is so again afterwards.
+  // Keeps what a reader has opened, scrolled to or focused.
   const show = (part, html) => {
     const open = [...part.querySelectorAll("details[open]")].map((one) => one.id);
     const scrolled = [...part.querySelectorAll(".wide")].map((one) => one.scrollLeft);
@@ -28,14 +28,14 @@
 
   const refresh = async () => {
     if (asking || document.hidden) return;
-    // A text that somebody is selecting stays.
+    // Leave text alone that somebody is selecting.
     const selection = document.getSelection();
     if (selection && !selection.isCollapsed && parts.some((part) => part.contains(selection.anchorNode))) return;
     asking = true;
     try {
       const answer = await fetch(parts[1].dataset.source, { headers: { Accept: "text/html" }, redirect: "error" });
       if (answer.status === 401 || answer.status === 403) {
-        // Nobody is logged in any more: the page itself says what to do.
+        // No longer logged in: the page itself says what to do.
         window.location.reload();
         return;
       }
@@ -48,7 +48,7 @@
       const about = found.content.querySelector("[data-words]");
       if (about) {
         words.textContent = about.dataset.words;
-        // The sentence counts seconds; it is read out when the state is another one.
+        // The sentence counts seconds; it is read out only when the state changes.
         if (state.dataset.state !== about.dataset.state) document.getElementById("said").textContent = about.dataset.words;
         state.dataset.state = about.dataset.state;
         state.className = `line ${about.dataset.state}`;
