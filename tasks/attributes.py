@@ -2,7 +2,7 @@
 
 app.send_task("attributes.update", ["u1", {"city": "Paris"}], queue="updates")
 
-With Redis and RabbitMQ, messages are taken in bulk instead, and these two run only for those that came another way.
+With Redis and RabbitMQ, messages are taken in bulk instead, and these two run only for messages that come another way.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _Result = TypeVar("_Result")
 
 
 class TaskFailed(Exception):
-    """Raised in place of whatever ended a task; its text only names the kind of failure."""
+    """Raised in place of the exception that ended a task; its text only names the kind of failure."""
 
 
 def contained(body: Callable[..., _Result]) -> Callable[..., _Result]:
     """Let out only errors whose text may be shown.
 
-    `BaseException`, because a pool of threads loses a slot for good to anything that is not an `Exception`; a new
-    exception, because events and logs carry the text and the traceback of the one that leaves.
+    `BaseException`, because a thread pool loses a slot for good to anything that is not an `Exception`; a new exception,
+    because events and logs carry the text and traceback of the one that leaves.
     """
 
     @wraps(body)
@@ -105,7 +105,7 @@ def update(task: Any, user_id: str, attrs: dict[str, str], occurred_at: str | fl
 def update_many(task: Any, updates: list[list[Any]]) -> dict[str, Any]:
     """Accept many updates, each [user id, attributes] or [user id, attributes, occurred_at].
 
-    Returns how many were accepted, coalesced, unchanged, stale, refused, and put back into the queue for want of room. The
+    Returns how many were accepted, coalesced, unchanged, stale, refused, and put back into the queue for lack of room. The
     log has the reason for each refusal.
     """
     if not isinstance(updates, list):
@@ -138,7 +138,7 @@ def _timed(task: Any, update: Any) -> Any:
 
 
 def _event_ms(request: Any) -> int | None:
-    """When the message was published or else taken, in ms; on Redis' clock, since that is what it is compared with."""
+    """When the message was published, or else taken, in ms on Redis' clock, which it is compared with."""
     found, taken = getattr(request, "event_ms", None), getattr(request, "taken_ms", None)
     if found is None or found != taken:
         return found
@@ -154,7 +154,7 @@ def _keep(error: InvalidUpdate, update: Any) -> None:
 
 
 def _put_back(updates: list[Any]) -> None:
-    """Send updates again as a new message with their event times, so that their order stays the same.
+    """Send updates again as a new message with their event times, so that their order is kept.
 
     If the broker does not accept it, the old message returns to the queue.
     """
@@ -168,11 +168,11 @@ def _put_back(updates: list[Any]) -> None:
 @app.task(name="attributes.deliver", bind=True)
 @contained
 def deliver(task: Any) -> list[dict[str, Any]]:
-    """Deliver batches while there are full ones; the task id is the ticket, and the first batch's id."""
+    """Deliver a batch, and more while full ones are waiting; the task id is the ticket, and the first batch's id."""
     structlog.contextvars.bind_contextvars(task=task.request.id)
     return [_shown(summary) for summary in runtime.delivery().carry(BatchId(task.request.id))]
 
 
 def _shown(summary: Summary) -> dict[str, Any]:
-    """What Flower shows of a batch: what is not as usual, and few figures."""
+    """What Flower shows of a batch: anything unusual, and a few figures."""
     return {name: value for name, value in dataclasses.asdict(summary).items() if value}

@@ -1,8 +1,8 @@
 """The end-to-end demo in a sandbox, judged by the simulator's own record.
 
-Streams events into the product while workers deliver, makes some calls fail on purpose, and then compares what the
-simulator applied with what should be there. The expectation is computed from the lines of the file alone, without the
-buffer's code or its rules.
+Streams events into the product while workers deliver, makes some calls fail on purpose, and then compares what the simulator
+applied with what should be there. The expected result is computed from the lines of the file alone, without the buffer's code
+or rules.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from worker.state.connection import connect
 from worker.state.keys import LEDGER, Keys
 from worker.state.scripts import text
 
-#: Events a second: more than 100 calls of 100 users can carry, so that the buffer has work to do.
+#: Events a second: more than 100 calls of 100 users can carry, so that the buffer has work.
 RATE = 12_000
-#: Lines the producer sends at a time.
+#: Lines that the producer sends at a time.
 CHUNK = 400
-#: Seconds for everything to be delivered after the last event.
+#: Seconds in which everything must be delivered after the last event.
 PATIENCE = 120.0
 
-#: What goes wrong on purpose, here and there: internal errors, bad gateways, resets before and after the
-#: write was applied, a garbled reply, a call refused for its frequency.
+#: What goes wrong on purpose, now and then: internal errors, bad gateways, resets before and after the write was applied, a
+#: garbled reply, a call refused for its frequency.
 FAULTS: list[dict[str, Any]] = [
     {"chance": 0.15, **fault}
     for fault in (
@@ -55,7 +55,7 @@ FAULTS: list[dict[str, Any]] = [
 
 @dataclass(slots=True)
 class Expected:
-    """What the lines say: the newest value of each attribute, and every version of it."""
+    """The result of the lines: the newest value of each attribute, and every version of it."""
 
     latest: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -63,13 +63,13 @@ class Expected:
     invalid: int = 0
 
 
-#: What must hold, whether it does, and the figure behind it.
+#: A condition, whether it holds, and the figure behind it.
 Check = tuple[str, bool, str]
 
 
 @dataclass(slots=True)
 class Report:
-    """What was seen, and whether it is as it must be."""
+    """What the run showed, and whether it is as it must be."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One look at the running demo."""
+    """The state of the running demo."""
 
     lines: int
     total: int
@@ -92,7 +92,7 @@ class Progress:
 
 
 def expect(lines: Iterable[str], unreachable: frozenset[str]) -> Expected:
-    """Work out the end from the lines. Users that the API refuses for good keep nothing."""
+    """Work out the final state from the lines. Users that the API refuses for good keep nothing."""
     expected = Expected()
     newest: dict[tuple[str, str], int] = {}
     for line in lines:
@@ -143,11 +143,10 @@ def run(
     stopping: Callable[[], bool] = lambda: False,
     impatient: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Run the demo in `directory`, which is emptied first. Raises `SandboxError` when a part fails.
+    """Run the demo in `directory`, which is emptied first. Raises `SandboxError` if a part fails.
 
-    With a `redis_url` that server is used instead of an embedded one, under an app id of the demo's own,
-    and the keys made are removed afterwards. `stopping` says that somebody wants an end, `impatient` that nobody
-    wants to wait for it. Raises `KeyboardInterrupt` when it was stopped.
+    With a `redis_url`, uses that server instead of an embedded one, under an app id of its own, and removes its keys
+    afterwards. `stopping` asks it to stop, `impatient` to do so at once. Raises `KeyboardInterrupt` if it was stopped.
     """
     empty(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +199,7 @@ class _Demo:
         self._shown = 0.0
 
     def run(self) -> Report:
-        # Two accounts that the API does not know: they must become dead letters, alone.
+        # Two accounts that the API does not know: they, and no others, must become dead letters.
         users = [event[0] for line in self._lines[:50] if (event := _parse(line))]
         self._strangers = frozenset(users[:2])
         accounts = {event[0] for line in self._lines if (event := _parse(line))} - self._strangers
@@ -301,7 +300,7 @@ class _Demo:
             ("coalesced", f"{coalesced:,} ({coalesced / max(1, accepted):.0%})"),
             ("unchanged, stale", f"{ledger['unchanged']:,}, {ledger['stale']:,}"),
             ("users delivered", f"{ledger['delivered']:,}"),
-            ("calls", f"{state['calls']:,}, instead of {expected.valid:,} with one per event"),
+            ("calls", f"{state['calls']:,}, instead of {expected.valid:,} at one an event"),
             ("worst rolling second", f"{state['worst_rolling_second']} calls"),
             ("fill", f"{state['users'] / max(1, state['applied_requests']):.1f} users per call"),
             ("faults on purpose", f"{sum(state['faults'].values())}; refused by code: {refused}"),
@@ -336,13 +335,13 @@ def _equation(snapshot: Snapshot) -> str:
 
 
 def stale_writes(record: Iterable[Sequence[Any]], expected: Expected) -> int:
-    """Count applied values that cannot have been as new as the one applied before."""
+    """Count applied values that must be older than the one applied before."""
     reached: dict[tuple[str, str], int] = {}
     stale = 0
     for _, _, user, attrs in record:
         for name, value in attrs.items():
             floor = reached.get((user, name), 0)
-            # The same value may have come at several times: the earliest that fits is the kindest reading.
+            # The same value may have come several times: assume the earliest time that fits.
             fitting = [at for at in expected.versions.get((user, name, value), ()) if at >= floor]
             if fitting:
                 reached[user, name] = min(fitting)

@@ -1,9 +1,8 @@
 """Realistic application events for the demo: 60,000 lines about 12,000 users, the same for each seed.
 
-Cities, countries, languages and time zones are real, in the user's own language and writing system (CLDR
-data, from the package babel), so the rule of 50 *bytes* bites: a name that fits in Latin letters often
-does not in Thai or Tamil. Some users are hot. As from real producers, some events come twice, some come
-late, after newer ones, and some lines are invalid.
+Cities, countries, languages and time zones are real, in the user's own language and writing system (CLDR data, from the
+package babel), so the limit of 50 *bytes* bites: a name that fits in Latin letters often does not in Thai or Tamil. Some
+users are hot. As with real producers, some events come twice, some come late, after newer ones, and some lines are invalid.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ _START = datetime(2026, 11, 1, tzinfo=UTC)
 
 
 class Place(NamedTuple):
-    """A city and its country by their names in one language."""
+    """A city and its country, named in one language."""
 
     city: str
     country: str
@@ -109,7 +108,7 @@ def events(seed: int = 2026) -> Iterator[str]:
     rng = random.Random(seed)
     users = _user_ids(rng)
     homes = [rng.choice(_LOCALES) for _ in users]
-    # Few users cause most events, and every user has at least one: signing up.
+    # A few users cause most events, and every user has at least one: signing up.
     hot = [1 / (rank + 20) for rank in range(USERS)]
     order = rng.choices(range(USERS), hot, k=EVENTS - USERS) + list(range(USERS))
     rng.shuffle(order)
@@ -117,7 +116,7 @@ def events(seed: int = 2026) -> Iterator[str]:
     sent: list[str] = []
     late: list[tuple[int, str]] = []
     for number, who in enumerate(order):
-        # Unique times, a good half second apart: which of two events is newer is never in doubt.
+        # Unique times, at least half a second apart: it is never in doubt which of two events is newer.
         moment = _START + timedelta(milliseconds=number * 600 + rng.randrange(500))
         attrs = _change(rng, homes[who], first=who not in known)
         known.add(who)

@@ -1,4 +1,4 @@
-"""A directory that belongs to one sandbox at a time, and that only a sandbox's own may be emptied."""
+"""A directory that belongs to one sandbox at a time. Only a sandbox's own directory may be emptied."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from worker.errors import SandboxError
 
 
 class DirectoryLock:
-    """A directory that belongs to one sandbox; made if it is not there, and marked as ours.
+    """A directory that belongs to one sandbox; created if it does not exist, and marked as ours.
 
-    The embedded server keeps the lock's file open, too: as long as it runs, nobody else starts one on its data, even if
-    the process that started it was killed.
+    The embedded server keeps the lock file open, too: while it runs, no other can start on its data, even if the process that
+    started it was killed.
     """
 
-    #: What says that a directory is a sandbox's; it holds the process ids of those who have it, the owner's first.
+    #: The file that marks a directory as a sandbox's; it holds the process ids of those that use it, the owner's first.
     MARKER = "imattr-sandbox"
 
     def __init__(self, directory: Path) -> None:
@@ -38,7 +38,7 @@ class DirectoryLock:
         self.note(())
 
     def note(self, parts: Iterable[int]) -> None:
-        """Write down the process ids of the parts, for whoever finds them without their owner."""
+        """Record the parts' process ids, in case they outlive their owner."""
         text = "".join(f"{pid}\n" for pid in (os.getpid(), *parts)).encode()
         os.pwrite(self.file, text, 0)
         os.truncate(self.file, len(text))
@@ -53,7 +53,7 @@ def _who_has(directory: Path, pids: list[str]) -> str:
     if _runs(owner) or not left:
         return f"already running in {directory}, pid {owner}"
     return (
-        f"already running in {directory}: pid {owner} was killed and has left its parts behind; "
+        f"already running in {directory}: pid {owner} was killed and left its parts behind; "
         f"end them first: kill {' '.join(left)}"
     )
 
@@ -67,13 +67,13 @@ def _runs(pid: str) -> bool:
 
 
 def empty(directory: Path) -> None:
-    """Delete what a sandbox has left in a directory; raises `SandboxError` for a directory that is not one."""
+    """Delete what a sandbox left in its directory; raises `SandboxError` for any other directory."""
     try:
         if not directory.exists() or not any(directory.iterdir()):
             return
         if directory.is_symlink() or not (directory / DirectoryLock.MARKER).is_file():
             raise SandboxError(
-                f"{directory} has files that no sandbox has made: name a new directory, or empty it yourself"
+                f"{directory} has files that no sandbox made: name a new directory, or empty it yourself"
             )
         DirectoryLock(directory).release()
         shutil.rmtree(directory)

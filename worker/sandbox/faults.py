@@ -1,4 +1,4 @@
-"""What goes wrong on purpose at the simulator, and how a person writes it.
+"""What goes wrong on purpose at the simulator, and how people write it.
 
 A fault is text: what happens, and its share of all calls, such as ``91000:0.1`` (one call in ten is refused with ErrorCode
 91000), ``502:0.05`` (HTTP status), ``timeout`` (every call).
@@ -19,21 +19,21 @@ from typing import Any, Literal, NamedTuple
 from worker.delivery.policy import rule_for
 from worker.errors import SandboxError
 
-#: Seconds: a reply that comes so late is one that nobody waits for.
+#: Seconds after which nobody waits for a reply any longer.
 TOO_LATE = 60.0
-#: Seconds that the simulator may take to say what is set.
+#: Seconds in which the simulator must say what is set.
 PATIENCE = 5.0
 
 
 @dataclass(slots=True)
 class Fault:
-    """Something that goes wrong on purpose; the first one that fits a request strikes.
+    """Something that goes wrong on purpose; the first fault that matches a request strikes.
 
     kind: `status` (HTTP status `code`, HTML body), `reset` (connection reset), `slow` (the reply comes
     `delay` s late), `truncated` (JSON cut short), `late_write` (connection reset, applied `delay` s later),
     `code` (refused with ErrorCode `code`), `user_code` (`user` refused with `code`, as `bad_user` says),
-    `extra_fields`, `lost` (answered as if applied, and not). `applied` says whether the write of a `status`
-    or `reset` took place.
+    `extra_fields`, `lost` (answered as if applied, but not applied). `applied` says whether the write of a `status` or
+    `reset` took place.
     """
 
     kind: Literal[
@@ -51,7 +51,7 @@ class Fault:
 
 
 class Faults:
-    """The faults that wait for their request."""
+    """The faults that wait for a request."""
 
     def __init__(self, faults: Iterable[Fault] = (), seed: int = 0) -> None:
         self._faults = list(faults)
@@ -61,7 +61,7 @@ class Faults:
         self._faults = list(faults)
 
     def strike(self, body: bytes) -> Fault | None:
-        """The fault for this request, used up once."""
+        """Return the fault for this request, used up by one."""
         for fault in self._faults:
             if fault.times == 0 or (fault.user and f'"{fault.user}"'.encode() not in body):
                 continue
@@ -77,7 +77,7 @@ class Faults:
         return [dataclasses.asdict(fault) for fault in self._faults]
 
 
-#: What has a name of its own, and what it means; the others are numbers.
+#: Faults with names, and what they mean; all others are numbers.
 _NAMED = {
     "timeout": (Fault("slow", times=None, delay=TOO_LATE), "applied, and answered too late"),
     "reset": (Fault("reset", times=None), "not applied, and the connection reset"),
@@ -87,7 +87,7 @@ _NAMED = {
 
 
 def read_faults(texts: Iterable[str]) -> list[Fault]:
-    """The faults that texts name. Raises `ValueError`, which names the text, for one that cannot be read."""
+    """Return the faults that texts name. Raises `ValueError`, which quotes the text, for one that cannot be read."""
     faults, left = [], 1.0
     for text in texts:
         code, at, user = text.partition("@")
@@ -99,7 +99,7 @@ def read_faults(texts: Iterable[str]) -> list[Fault]:
         share = _share(text, number) if colon else 1.0
         if share > left + 1e-9:
             raise ValueError(f"{text}: the shares must not add up to more than 1")
-        # A fault is asked only about the calls that those before it have left alone.
+        # Each fault sees only the calls that the ones before it let pass.
         faults.append(dataclasses.replace(_fault(text, what), chance=min(1.0, share / left)))
         left -= share
         if left < 1e-9:
@@ -141,7 +141,7 @@ def _fault(text: str, what: str) -> Fault:
 
 
 class Shown(NamedTuple):
-    """A fault that is set, as a person writes it."""
+    """A fault that is set, as people write it."""
 
     what: str
     #: Of all calls.
@@ -151,7 +151,7 @@ class Shown(NamedTuple):
 
 
 def shown(faults: Iterable[Fault]) -> list[Shown]:
-    """What is set and not used up yet."""
+    """Return what is set and not used up yet."""
     found, left = [], 1.0
     for fault in faults:
         if fault.times == 0:
@@ -178,22 +178,22 @@ def _in_words(fault: Fault, share: float) -> Shown:
 
 
 def set_at(api_url: str) -> list[Fault]:
-    """What is set at the simulator that has this URL; raises `SandboxError` if none has."""
+    """Return what is set at the simulator with this URL; raises `SandboxError` if there is none."""
     found = _ask(api_url)
-    # The API itself answers everything, with an object.
+    # The real API answers any request, with an object.
     if not isinstance(found, list):
         raise SandboxError(f"{api_url} is no simulator")
     return [Fault(**each) for each in found]
 
 
 def set_to(api_url: str, faults: Sequence[Fault]) -> None:
-    """Put these in the place of all faults of a simulator; raises `SandboxError` if it is none."""
-    # Whoever else has this URL is told nothing.
+    """Replace all faults of a simulator; raises `SandboxError` if it is not one."""
+    # Anything else at this URL gets nothing.
     set_at(api_url)
     _ask(api_url, json.dumps([dataclasses.asdict(fault) for fault in faults]).encode())
 
 
-#: What is on this machine is asked without the proxy that the environment may name.
+#: This machine is asked directly, not through a proxy that the environment may name.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

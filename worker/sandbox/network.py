@@ -1,4 +1,4 @@
-"""How long calls are on their way to the simulator, for those who want to know what a real network costs.
+"""How long calls take to reach the simulator, for showing what a real network costs.
 
 A network is text: a kind and its size in seconds, such as ``uniform:0.05``.
 """
@@ -12,12 +12,12 @@ from collections.abc import Callable
 #: Seconds from one burst to the next.
 BURST_EVERY = 10.0
 
-#: Delay in seconds of a call that left at a time (monotonic), for a network of a size.
+#: The delay of a call, in seconds, from the network's size and the time at which it left (monotonic).
 Delay = Callable[[float, float, random.Random], float]
 
 
 def _uniform(size: float, _now: float, rng: random.Random) -> float:
-    """Anything from nothing to the size."""
+    """Anything from 0 to the size."""
     return rng.uniform(0, size)
 
 
@@ -29,12 +29,12 @@ def _normal(size: float, _now: float, rng: random.Random) -> float:
 
 
 def _bursts(size: float, now: float, _rng: random.Random) -> float:
-    """Now and then nothing arrives for the size, then everything at once."""
+    """Now and then nothing arrives for that long, then everything at once."""
     return max(0.0, size - now % BURST_EVERY)
 
 
 def _reordered(size: float, _now: float, rng: random.Random) -> float:
-    """One call in ten is overtaken by those of the size behind it, as by a proxy with several ways."""
+    """One call in ten is overtaken by those up to the size behind it, as in a proxy with several routes."""
     return size if rng.random() < 0.1 else 0.0
 
 
@@ -42,7 +42,7 @@ KINDS: dict[str, Delay] = {"uniform": _uniform, "normal": _normal, "bursts": _bu
 
 
 def check_network(network: str) -> str:
-    """Return the network, or raise `ValueError`; empty text is none."""
+    """Return the network, or raise `ValueError`; empty text means none."""
     kind, _, size = network.partition(":")
     try:
         good = not network or (kind in KINDS and 0 <= float(size) < math.inf)
@@ -54,7 +54,7 @@ def check_network(network: str) -> str:
 
 
 def delay(network: str, now: float, rng: random.Random) -> float:
-    """Seconds that a call which leaves at `now` (monotonic) is on its way."""
+    """Seconds that a call leaving at `now` (monotonic) is on its way."""
     if not network:
         return 0.0
     kind, _, size = network.partition(":")

@@ -30,15 +30,15 @@ from worker.state.keys import Keys
 
 #: The app that the simulator serves unless another is configured.
 SDKAPPID = "1400000000"
-#: Seconds that workers may take to finish their batches, and every other part to end.
+#: Seconds in which workers must finish their batches, and every other part must end.
 WORKERS_PATIENCE, PARTS_PATIENCE = 60.0, 10.0
-#: Without Redis, workers cannot finish anything.
+#: The same without Redis: workers cannot finish anything then.
 PATIENCE_WITHOUT_REDIS = 5.0
-#: Settings that hold, or name, the secret key.
+#: Settings that hold the secret key, or name its file.
 KEYS = ("IMATTR_SECRET_KEY", "IMATTR_SECRET_KEY_FILE")
-#: Whose login Flower asks for.
+#: The user name of Flower's login.
 FLOWER_USER = "imattr"
-#: What Flower reads its logins from: a command line can be seen by everybody on the machine.
+#: Where Flower reads its logins: everybody on the machine can see a command line.
 FLOWER_LOGINS = ("FLOWER_BASIC_AUTH", "FLOWER_AUTH")
 
 
@@ -52,9 +52,9 @@ class Plan:
     flower: bool = True
     #: Whether Flower asks for a login.
     login: bool = True
-    #: Whether there is an exporter, and a health port for each worker.
+    #: Whether to run an exporter, and give each worker a health port.
     metrics: bool = False
-    #: Whether there is a console, the website for operators.
+    #: Whether to run the console, the website for operators.
     console: bool = False
     names: Sequence[str] = ()
     simulator_options: Sequence[str] = ()
@@ -62,7 +62,7 @@ class Plan:
 
 
 class Process:
-    """A part that is a program of ours, with its log in a file; `is_ready` asks `ready` about it."""
+    """A part that is one of our programs, with its log in a file; `is_ready` calls `ready`."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        # What it said before it ended stays.
+        # Keep what it logged before it ended.
         with self.log.open("ab") as output:
             self._begin, self._is_cleared = output.tell(), False
             self.popen = subprocess.Popen(
@@ -90,7 +90,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal reaches only us; we stop the others in order.
+                # Ctrl-C in the terminal reaches only this process, which stops the others in order.
                 start_new_session=True,
             )
 
@@ -109,8 +109,8 @@ class Process:
             self.popen.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once, with all that it has started: they are in its session."""
-        # Once only: later, the number may be somebody else's.
+        """Kill it and everything that it has started: they are in its session."""
+        # Once only: later, the id may belong to another process.
         if not self._is_cleared:
             self._is_cleared = True
             with contextlib.suppress(ProcessLookupError):
@@ -128,19 +128,19 @@ class Sandbox:
     redis_url: str = ""
     api_url: str = ""
     flower_url: str = ""
-    #: User and password, if Flower asks for a login that we have made.
+    #: User and password, if Flower asks for a login that we made.
     flower_login: tuple[str, str] | None = None
     exporter_url: str = ""
     console_url: str = ""
-    #: Where each worker tells about itself, by name.
+    #: The URL of each worker's health page, by name.
     health_urls: dict[str, str] = field(default_factory=dict)
     #: The stand-ins, in words.
     stand_ins: list[str] = field(default_factory=list)
-    #: Is told what happens to the parts. If given, those that end are started again; else `check` raises.
+    #: Called with what happens to the parts. If given, those that end are started again; else `check` raises.
     tell: Callable[[str], None] | None = None
-    #: Whether somebody has asked to stop, which ends a start.
+    #: Whether we were asked to stop, which ends a start.
     stopping: Callable[[], bool] = lambda: False
-    #: Whether somebody has asked twice: parts that have not ended yet are then killed.
+    #: Whether we were asked twice: parts that have not ended yet are then killed.
     impatient: Callable[[], bool] = lambda: False
     _lock: DirectoryLock | None = None
     _server: EmbeddedServer | None = None
@@ -149,7 +149,7 @@ class Sandbox:
 
     @property
     def simulates(self) -> bool:
-        """Whether the API is a simulator of ours."""
+        """Whether the API is our simulator."""
         return any(process.name == "simulator" for process in self._processes)
 
     @property
@@ -297,9 +297,9 @@ class Sandbox:
         cwd: Path | None = None,
         calls_api: bool = True,
     ) -> Callable[[], None]:
-        """Start a program of ours; the result waits until it is ready.
+        """Start one of our programs; the result waits until it is ready.
 
-        Its `own` settings come on top. One that does not call the API does not get the key.
+        Its `own` settings take precedence. A program that does not call the API does not get the key.
         """
         settings = {name: text for name, text in self.environ.items() if calls_api or name not in KEYS}
         environ = _environment(settings, own or {})
@@ -329,7 +329,7 @@ class Sandbox:
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Look at every part once. Raises `SandboxError`, with its last words, when one has ended for good."""
+        """Check every part once. Raises `SandboxError`, with its last words, if one has ended for good."""
         if self._supervisor:
             if self._supervisor.turn():
                 self._note_pids()
@@ -347,7 +347,7 @@ class Sandbox:
         return [*self._processes, *([self._server] if self._server else [])]
 
     def forget(self, name: str) -> None:
-        """Stop watching this process, which was ended on purpose."""
+        """Stop watching a process that was ended on purpose."""
         for process in self._processes:
             if process.name == name:
                 process.popen.wait()
@@ -359,7 +359,7 @@ class Sandbox:
         return found | ({"redis": self._server.pid} if self._server else {})
 
     def stop(self) -> None:
-        """End everything in order, in bounded time: workers finish their batches, Redis goes last."""
+        """Stop everything in order, in bounded time: workers finish their batches, Redis goes last."""
         if self._processes:
             self._say(f"stopping: workers finish their batches, in {WORKERS_PATIENCE:.0f} s at most ...")
         workers = [process for process in self._processes if process.name.startswith("worker-")]
@@ -377,7 +377,7 @@ class Sandbox:
             self._lock = None
 
     def _end(self, processes: Sequence[Process], patience: float) -> None:
-        """Ask these to end, and kill what has not done so in time."""
+        """Ask these to end, and kill those that do not in time."""
         running = [process for process in processes if process.status() is None]
         for process in running:
             process.ask_to_end()
@@ -391,7 +391,7 @@ class Sandbox:
                 if deadline - now > PATIENCE_WITHOUT_REDIS and not self._redis_answers():
                     deadline = time.monotonic() + PATIENCE_WITHOUT_REDIS
                     self._say(
-                        f"Redis does not answer: what has not ended in {PATIENCE_WITHOUT_REDIS:.0f} s is ended"
+                        f"Redis does not answer: anything still running in {PATIENCE_WITHOUT_REDIS:.0f} s is killed"
                     )
             time.sleep(0.05)
             now = time.monotonic()
@@ -399,7 +399,7 @@ class Sandbox:
             process.kill()
 
     def _redis_answers(self) -> bool:
-        """Whether there is a Redis that workers can finish with. One that refuses us is there."""
+        """Whether there is a Redis with which workers can finish. One that refuses us counts."""
         try:
             settings = Settings.from_env(self.environ, "producer")
         except ConfigError:

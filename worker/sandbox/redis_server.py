@@ -21,7 +21,7 @@ from worker.errors import SandboxError
 from worker.sandbox.supervisor import end_of
 from worker.state.connection import BusyLoadingError, ConnectionError, TimeoutError, connect
 
-#: Seconds a server may take to start (it loads its append-only file first) or to stop.
+#: Seconds in which a server must start (it loads its append-only file first) or stop.
 PATIENCE = 30.0
 
 
@@ -59,7 +59,7 @@ def free_port() -> int:
 class EmbeddedServer:
     """A running server on the loopback interface; stops with `stop` or the `with` statement.
 
-    `directory` keeps its log and, with `persistent`, its append-only file from one start to the next.
+    `directory` holds its log and, with `persistent`, its append-only file, which outlives it.
     """
 
     name = "Redis"
@@ -76,9 +76,9 @@ class EmbeddedServer:
         keeps_open: Sequence[int] = (),
         wait: bool = True,
     ) -> None:
-        """`environ` is the server process' environment; None = ours. `options` are more of its arguments.
+        """`environ` is the server process' environment; None = ours. `options` are further arguments.
 
-        `keeps_open` are files that the server has open for as long as it runs. Without `wait`, the caller asks `is_ready`.
+        `keeps_open` are files that the server keeps open while it runs. Without `wait`, the caller polls `is_ready`.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -103,7 +103,7 @@ class EmbeddedServer:
             self.wait_until_ready()
 
     def start(self) -> None:
-        """Start the process, again if it has ended, on the same port and data."""
+        """Start the process, or restart it after it has ended, on the same port and data."""
         self._begin = self.log.stat().st_size if self.log.exists() else 0
         # In a session of its own, so that Ctrl-C in the terminal does not reach the server, which stops last.
         self._process = subprocess.Popen(
@@ -121,7 +121,7 @@ class EmbeddedServer:
         return self._process.pid
 
     def is_ready(self) -> bool:
-        """Whether it answers. Loading its file counts as "not yet", and so does a port that nobody listens on."""
+        """Whether it answers. Loading its file counts as "not yet", and so does a refused connection."""
         with (
             contextlib.suppress(ConnectionError, TimeoutError, BusyLoadingError),
             connect(self.url, timeout=1) as redis,

@@ -2,9 +2,9 @@
 
 `Api` holds what the real service would: accounts, attributes, signatures, quotas, and answers requests by
 the documented rules, in the order that independent clients suggest. `make_server` puts it behind HTTP and
-adds latency and faults. What the documents leave open is a switch (`Quirks`), so that a client can be
-tested under every reading. Every applied write is recorded with its arrival: tests and the demo use that
-record, not the product's own counters, to judge the product.
+adds latency and faults. What the documents leave open is a switch (`Quirks`), so that a client can be tested under every
+interpretation. Every applied write is recorded with its arrival: tests and the demo use that record, not the product's own
+counters, to judge the product.
 
 Documents: 1047/37170 (set), 37171 (remove), 37169 (get), 37167/37168 (names), 60565 (the `timpush` twins),
 1047/34348 (codes). `/simulator/...` is ours: GET state, users, record, arrivals, faults; POST quirks,
@@ -40,7 +40,7 @@ from worker.sandbox import network
 from worker.sandbox.faults import Fault, Faults
 
 MAX_USERS = 100
-#: Refused signatures in a row after which verification is closed (70050), and for how long, seconds.
+#: Refused signatures in a row after which verification is blocked (70050), and for how many seconds.
 MAX_REFUSED_SIGNATURES = 20
 CLOSED_FOR = 60.0
 REGISTRATION_ID_BYTES = 36
@@ -53,35 +53,35 @@ def _no_number(text: str) -> float:
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=_no_number).decode
 
-#: Decides what becomes of a write: done at once, never or later.
+#: Decides when a write happens: at once, never or later.
 Perform = Callable[[Callable[[], None]], object]
 
 
 def at_once(write: Callable[[], None]) -> None:
-    """Write while the request is answered."""
+    """Write before the request is answered."""
     write()
 
 
 def never(write: Callable[[], None]) -> None:
-    """Answer as if it were written, and write nothing."""
+    """Write nothing, though the answer is the same."""
 
 
 @dataclass(slots=True)
 class Quirks:
-    """What the documents leave open, and what a test wants to set."""
+    """What the documents leave open, and what a test may want to set."""
 
     #: Calls a second; 0 = no limit.
     quota: int = 100
     #: Seconds until a reply.
     latency: float = 0.0
-    #: How long calls are on their way; see `worker.sandbox.network`.
+    #: How long calls take to arrive; see `worker.sandbox.network`.
     network: str = ""
     #: One bad user or value: the whole batch is refused, it appears in ErrorList, or is skipped silently.
     #: (`timpush` always lists an account that does not exist.)
     bad_user: Literal["batch", "list", "silent"] = "batch"
-    #: The quota counts in every rolling second, or from one full second to the next.
+    #: Whether the quota holds for every rolling second, or for each full second.
     window: Literal["rolling", "fixed"] = "rolling"
-    #: Whether reads of attributes share the quota of the other calls, or have the same number for themselves.
+    #: Whether reads of attributes share the quota of the other calls, or have a quota of the same size for themselves.
     reads: Literal["shared", "apart"] = "shared"
     #: Whether refused calls count against the quota.
     refused_count: bool = True
@@ -124,7 +124,7 @@ class Counts:
 
 
 class Refused(Exception):
-    """Raised inside for a request refused as a whole."""
+    """Raised internally for a request that is refused as a whole."""
 
     def __init__(self, code: int, info: str) -> None:
         super().__init__(code, info)
@@ -132,7 +132,7 @@ class Refused(Exception):
 
 
 class _Signed(NamedTuple):
-    """What a UserSig says."""
+    """The content of a UserSig."""
 
     identifier: str
     app: int
@@ -147,7 +147,7 @@ class _Signed(NamedTuple):
             document = usersig.decode(sig)
             app, issued, expire = (int(document[f"TLS.{name}"]) for name in ("sdkappid", "time", "expire"))
             owner, proof = str(document["TLS.identifier"]), str(document["TLS.sig"])
-            # Half a character can be neither signed nor compared.
+            # A lone surrogate can be neither signed nor compared.
             (owner + proof).encode()
         except (ValueError, KeyError, TypeError, OverflowError):
             raise Refused(70003, "UserSig is illegal") from None
@@ -161,7 +161,7 @@ class _Call:
     body: dict[str, Any]
     at: float
     number: int
-    #: Whether it came to the `timpush` twin.
+    #: Whether it was sent to the `timpush` twin.
     push: bool
     perform: Perform
     user_codes: Mapping[str, int]
@@ -170,7 +170,7 @@ class _Call:
 class Arrivals:
     """Counts calls in every rolling second, the strictest reading of "100 a second".
 
-    Times may come a little out of order: a request that arrived first may be looked at second.
+    Times may come a little out of order: a request that arrived first may be handled second.
     """
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ class Arrivals:
 
     @property
     def worst(self) -> int:
-        """Most calls in any one second, its end not included."""
+        """The most calls in any one second, excluding its end."""
         times, first, worst = self._times, 0, 0
         for last, at in enumerate(times):
             while times[first] <= at - 1:
@@ -240,7 +240,7 @@ class Api:
         self.accounts: set[str] = set()
         self.writes: list[Write] = []
         self.counts = Counts()
-        #: All calls, except reads that have a quota for themselves.
+        #: All calls, except reads with a quota of their own.
         self.arrivals, self.reads = Arrivals(), Arrivals()
         self._known_signatures: set[tuple[str, str]] = set()
         self._refused_signatures, self._closed_until = 0, 0.0
@@ -277,7 +277,7 @@ class Api:
     ) -> dict[str, Any]:
         """Answer one request that arrived at `now` (monotonic); `perform` is given what it writes.
 
-        `user_codes` refuses single users. Counting arrivals is the caller's part.
+        `user_codes` refuses single users. The caller counts arrivals.
         """
         try:
             command = self._commands.get(path)
@@ -307,7 +307,7 @@ class Api:
         try:
             text = body.decode()
             request = _decode(text)
-            # Half characters, which nothing can write, come in escapes only.
+            # Lone surrogates, which nothing can write, come only as escapes.
             if "\\u" in text:
                 _encode(request).encode()
         except (ValueError, RecursionError):
@@ -538,7 +538,7 @@ class Api:
 
 
 def _error_list(refused: Iterable[tuple[str, int]]) -> dict[str, Any]:
-    """What a reply adds for users who were refused alone."""
+    """What a reply adds for users that were refused alone."""
     listed = [{"To_Account": user, "ErrorCode": code, "ErrorInfo": ""} for user, code in refused]
     return {"ErrorList": listed} if listed else {}
 
@@ -550,8 +550,8 @@ def _is_uint32(text: str) -> bool:
 class TimedStream(tornado.iostream.IOStream):
     """A connection that knows when its last bytes reached this machine.
 
-    The kernel notes that time (Linux). Ours would be the time at which this process got round to look,
-    and a process that is kept waiting on a busy machine sees calls bunched that were not.
+    The kernel records that time (Linux). Ours would be the time at which this process gets round to reading, and a process
+    kept waiting on a busy machine would see calls bunched that were not.
     """
 
     _SO_TIMESTAMPNS = 35
@@ -647,7 +647,7 @@ class _ApiHandler(tornado.web.RequestHandler):
     def _reset(self) -> None:
         connection: Any = self.request.connection
         stream: tornado.iostream.IOStream = connection.detach()
-        # Lingering for no time makes the kernel send a reset instead of an orderly end.
+        # With a linger time of 0, the kernel sends a reset instead of closing cleanly.
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.close()
         self._finished = True
@@ -660,7 +660,7 @@ class _ApiHandler(tornado.web.RequestHandler):
 
 
 class _ControlHandler(tornado.web.RequestHandler):
-    """Ours: look at the state and the record, set quirks and faults."""
+    """Our own paths: show the state and the record, set quirks and faults."""
 
     def initialize(self, api: Api, faults: Faults) -> None:
         self._api, self._faults = api, faults
@@ -690,7 +690,7 @@ class _ControlHandler(tornado.web.RequestHandler):
         elif what == "accounts":
             self._api.accounts.update(given)
         elif what == "users":
-            # As if somebody else had written them: not counted, and not in the record.
+            # As if written by somebody else: not counted, and not in the record.
             self._api.users.update(given)
         elif what == "names":
             self._api.names = list(given)
@@ -707,7 +707,7 @@ class _ControlHandler(tornado.web.RequestHandler):
 
 
 def make_server(api: Api, faults: Faults) -> tornado.httpserver.HTTPServer:
-    """The simulator as a web server that listens nowhere yet."""
+    """The simulator as a web server that does not listen yet."""
     parts = {"api": api, "faults": faults}
     paths = [(r"/simulator/([a-z-]+)", _ControlHandler, parts), (r"/.*", _ApiHandler, parts)]
     return _Server(tornado.web.Application(paths, log_function=lambda _: None))
@@ -723,6 +723,6 @@ def serve(
         ready()
         await asyncio.Event().wait()
 
-    # A long pause of the collector would delay replies; the record holds no cycles.
+    # A long pause of the garbage collector would delay replies; the record has no cycles.
     gc.set_threshold(200_000, 50, 1000)
     asyncio.run(main())

@@ -1,6 +1,6 @@
-"""Parts of a sandbox that end are started again, within bounds.
+"""Restarts parts of a sandbox that end, within bounds.
 
-What a part is does not matter here: something with a name and a log that is started, becomes ready, and may end.
+It does not matter here what a part is: anything with a name and a log that is started, becomes ready, and may end.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Protocol
 from worker.clock import Clock, SystemClock
 from worker.errors import SandboxError
 
-#: Starts of a part, one after the other, that may fail before it is given up. One that was ready for `LASTING` has not failed.
+#: Starts of a part in a row that may fail before it is given up. A start that was ready for `LASTING` did not fail.
 MOST_FAILURES = 5
 LASTING = 60.0
-#: Seconds until a part is started again: doubled with every failure, up to the second.
+#: Seconds until a part is restarted: doubled with every failure, up to the second number.
 FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0
-#: Seconds a part may take to be ready.
+#: Seconds in which a part must be ready.
 PATIENCE = 60.0
-#: How all of ours, and Python, end when the settings are wrong: the next start would end alike.
+#: The exit code of all our programs, and Python, for wrong settings: the next start would end the same way.
 WRONG_SETTINGS = 2
-#: Bytes of a log that are looked at, and characters of a line of it that are shown.
+#: Bytes of a log that are searched, and characters of a line that are shown.
 TAIL, LONGEST_LINE = 65_536, 240
 
 
@@ -49,22 +49,22 @@ class Part(Protocol):
         """What it has logged since its last start."""
 
     def kill(self) -> None:
-        """End it at once, with all that it has started."""
+        """Kill it, with everything that it has started."""
 
 
 @dataclass(slots=True)
 class _Watched:
     part: Part
     started: float
-    #: Since when it is ready.
+    #: When it became ready.
     ready: float | None = None
-    #: When it is to be started again; None = it runs.
+    #: When to start it again; None while it runs.
     again: float | None = None
     failures: int = 0
 
 
 class Supervisor:
-    """Watches parts. `tell` is given a sentence for everything that happens to one."""
+    """Watches parts. `tell` gets a sentence about everything that happens to one."""
 
     def __init__(self, tell: Callable[[str], None], clock: Clock | None = None) -> None:
         self._tell, self._clock = tell, clock or SystemClock()
@@ -79,7 +79,7 @@ class Supervisor:
         return watched.again is None and watched.ready is not None
 
     def turn(self) -> bool:
-        """Look at every part once; returns whether one was started. Raises `SandboxError` when one is given up."""
+        """Check every part once; returns whether one was started. Raises `SandboxError` if one is given up."""
         started = [self._look(watched, self._clock.monotonic()) for watched in self._watched.values()]
         return any(started)
 
@@ -88,7 +88,7 @@ class Supervisor:
             return now >= watched.again and self._start(watched, now)
         status = watched.part.status()
         if status is not None:
-            # A pool's processes, say, may have outlived it.
+            # Its children, such as a pool's processes, may have outlived it.
             watched.part.kill()
             in_vain = status == WRONG_SETTINGS and watched.ready is None
             self._failed(watched, how_it_ended(status), now, in_vain=in_vain)
@@ -135,7 +135,7 @@ def how_it_ended(status: int) -> str:
 
 
 def where_to_look(part: Part) -> str:
-    """The log of a part, and its last words, if it has said anything."""
+    """The log of a part, and its last line, if it has logged anything."""
     lines = part.said().strip().splitlines()[-3:]
     words = "".join(
         f"\n  {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' ...'}" for line in lines
@@ -144,7 +144,7 @@ def where_to_look(part: Part) -> str:
 
 
 def end_of(log: Path, begin: int) -> str:
-    """The end of what was added to a log since it had so many bytes."""
+    """The end of what was added to a log since it had `begin` bytes."""
     try:
         with log.open("rb") as file:
             file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL))
