@@ -92,7 +92,7 @@ def test_a_planted_loss_of_one_percent_is_found_told_repaired_and_gone(
     result = imattr("audit", "--repair", "--show", "2")
     assert result.exit_code == cli.FAILED, "nobody said yes"
     assert "30 of 3,000 wrong: 1 %" in result.output
-    assert "Queue what 30 users should have once more? [y/N]" in result.output
+    assert "Queue again what 30 users should have? [y/N]" in result.output
     assert "... and 28 more" in result.output
     assert house.buffer.snapshot().pending == 0
 
@@ -120,7 +120,7 @@ def test_wrong_users_are_listed_with_values_only_on_demand(imattr: Terminal, hou
     told = imattr("audit")
     assert told.exit_code == cli.WRONG
     assert "lost     1: nothing of what was delivered is there" in told.output
-    assert "changed  1: by somebody else, as far as can be told" in told.output
+    assert "changed  1: by somebody else, as far as we can tell" in told.output
     lines = {" ".join(line.split()) for line in told.output.splitlines()}
     assert {"user00001 changed city 1", "user00002 lost city, level 1"} <= lines
     assert "imattr audit --repair sends again what was lost" in told.output

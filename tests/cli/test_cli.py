@@ -193,7 +193,7 @@ def test_a_person_can_pause_and_resume_an_import(imattr: Terminal, client: redis
     Buffer(client, keys).begin_import("host:/a.csv", 1)
 
     assert imattr("pause", "--import", "host:/a.csv", "--reason", "later").output.startswith("paused; ")
-    assert "paused already by " in imattr("pause", "--import", "host:/a.csv", "--reason", "x").output
+    assert "already paused by " in imattr("pause", "--import", "host:/a.csv", "--reason", "x").output
     assert ": later" in imattr("status").output
     assert json.loads(imattr("status", "--json").output)["imports"][0]["paused"]["reason"] == "later"
     assert json.loads(imattr("status", "--json").output)["line"]["state"] == "open"
@@ -556,7 +556,7 @@ def test_who_paused_first_and_when_stays(imattr: Terminal, client: redis.Redis, 
 
     second = imattr("pause", "--reason", "bob, too").output
 
-    assert "paused already by " in second
+    assert "already paused by " in second
     assert "upgrade by ann" in second
     assert (client.hget(keys.line, "reason"), client.hget(keys.line, "since")) == (b"upgrade by ann", since)
 

@@ -205,7 +205,7 @@ def test_an_interrupted_plan_is_not_applied_by_accident_and_can_be_given_up(
     plan.write_bytes(b"".join(plan.read_bytes().splitlines(keepends=True)[:-1]))
 
     assert "0 of 3 users were compared" in imattr("apply", "users.csv.plan", "--yes").output
-    assert "applying this plan was not interrupted" in imattr("apply", "users.csv.plan", "--abandon").output
+    assert "no run of this plan was interrupted" in imattr("apply", "users.csv.plan", "--abandon").output
     # What an earlier run has left.
     (file.parent / "users.csv.plan.apply-progress").write_text("{")
     assert "is damaged; delete it" in imattr("apply", "users.csv.plan", "--yes", "--partial").output
@@ -222,7 +222,7 @@ def test_an_api_that_fails_for_good_says_how_far_the_plan_is(
 
     assert result.exit_code == cli.FAILED
     assert "90009" in result.output
-    assert "3,900 of 6,000 users compared; the same command goes on there" in result.output
+    assert "3,900 of 6,000 users compared; the same command continues there" in result.output
     sim.fail()
     before = sim.api.counts.requests
     assert imattr("plan", "many.csv").exit_code == 0
@@ -331,7 +331,7 @@ def test_a_plan_that_is_interrupted_goes_on(
     assert screen.end() == (-9 if signalled == signal.SIGKILL else cli.STOPPED)
     if signalled != signal.SIGKILL:
         assert "stopped: " in screen.shown
-        assert "the same command goes on there" in screen.shown
+        assert "the same command continues there" in screen.shown
     before = sim.api.counts.requests
 
     facts = json.loads(imattr("plan", "many.csv", "--json").stdout)

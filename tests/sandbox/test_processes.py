@@ -273,7 +273,7 @@ def test_a_server_says_how_it_ended(tmp_path: Path) -> None:
         assert server.status() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["making events", "redis      ", "logs       "])
+@pytest.mark.parametrize("moment", ["generating events", "redis      ", "logs       "])
 def test_a_demo_that_is_stopped_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
     command = [
         sys.executable,

@@ -45,13 +45,13 @@ from worker.state.history import History
 from worker.state.keys import Keys
 from worker.state.shadow import Shadow
 
-#: Each verdict that is bad news in words, in the order of the report.
+#: Each bad verdict in words, in the order of the report.
 MEANINGS = {
     "lost": "nothing of what was delivered is there",
-    "changed": "by somebody else, as far as can be told",
-    "gone": "the API does not know them any more",
+    "changed": "by somebody else, as far as we can tell",
+    "gone": "the API no longer knows them",
 }
-#: The verdicts that each kind of repair is about.
+#: The verdicts that each kind of repair covers.
 REPAIRS: dict[str, tuple[Verdict, ...]] = {"lost": ("lost",), "changed": ("lost", "changed")}
 
 
@@ -61,34 +61,35 @@ REPAIRS: dict[str, tuple[Verdict, ...]] = {"lost": ("lost",), "changed": ("lost"
     type=click.IntRange(1, 1_000_000),
     default=3000,
     show_default=True,
-    help="How many to draw, of those whose delivery is remembered.",
+    help="How many users to draw, of those whose delivery is remembered.",
 )
 @click.option(
     "--repair",
     type=click.Choice(["lost", "changed"]),
     is_flag=False,
     flag_value="lost",
-    help="Queue again what was lost; with changed, what somebody else changed, too.",
+    help="Queue again what was lost; with changed, also what somebody else changed.",
 )
 @click.option("--yes", is_flag=True, help="Repair without asking.")
 @click.option(
-    "--show", type=click.IntRange(0), default=5, show_default=True, help="List so many wrong users."
+    "--show", type=click.IntRange(0), default=5, show_default=True, help="List this many wrong users."
 )
-@click.option("--show-values", is_flag=True, help="With their values, which are personal data.")
+@click.option("--show-values", is_flag=True, help="Show their values, which are personal data.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @explained
 def audit(users: int, repair: str | None, yes: bool, show: int, show_values: bool, as_json: bool) -> None:
-    """Read random users back, and count how many are as delivered.
+    """Read back random users, and count how many are as delivered.
 
-    Users are drawn from those whose last delivery is remembered (IMATTR_SHADOW_TTL). Who has anything pending or in flight, before
-    or after the reading, is not judged; who seems wrong is read twice. Reads take slots that deliveries leave.
+    Users are drawn from those whose last delivery is remembered (IMATTR_SHADOW_TTL). Users with anything pending or in
+    flight, before or after reading, are not judged; users that seem wrong are read twice. Reads take slots that deliveries
+    leave free.
 
     \b
-      lost      nothing is there of what was set together
+      lost      nothing of what was set together is there
       changed   some of it is, so the call did land: somebody else changed the rest
-      gone      the API does not know the user any more
+      gone      the API no longer knows the user
 
-    Of a single attribute, lost and changed look the same; it counts as lost.
+    For a single attribute, lost and changed look the same; it counts as lost.
 
     --repair queues what was lost into the backfill lane with the times it had, so nothing newer is replaced.
 
@@ -99,7 +100,7 @@ def audit(users: int, repair: str | None, yes: bool, show: int, show_values: boo
     with runtime.connect(settings) as redis:
         shadow, history = Shadow(redis, Keys(settings.sdkappid)), History(redis, Keys(settings.sdkappid))
         if not shadow.size() and not settings.shadow_ttl:
-            fail(FAILED, "nothing is remembered that could be compared: IMATTR_SHADOW_TTL is 0")
+            fail(FAILED, "nothing is remembered to compare with: IMATTR_SHADOW_TTL is 0")
         report = _audit(settings, redis, err if as_json else out, users, show, keep_wrong=repair is not None)
         if not as_json:
             _print(report, settings, show_values=show_values)
@@ -107,7 +108,7 @@ def audit(users: int, repair: str | None, yes: bool, show: int, show_values: boo
         repaired: Repaired | None = None
         try:
             if repair and wanted and report.state == "done":
-                question = f"Queue what {counted(wanted, 'user')} should have once more?"
+                question = f"Queue again what {counted(wanted, 'user')} should have?"
                 if yes or click.confirm(question, abort=True, err=as_json):
                     repaired = _repair(settings, redis, report.wrong_users, verdicts, err if as_json else out)
         finally:
@@ -195,7 +196,7 @@ def _print(report: Report, settings: Settings, *, show_values: bool) -> None:
         if report.counts[verdict]
     ]
     if skipped:
-        rows.append(("skipped", f"{skipped:,}: in motion, or nothing certain is remembered of them"))
+        rows.append(("skipped", f"{skipped:,}: in motion, or nothing certain is remembered about them"))
     rows.append(("reads", f"{counted(report.calls, 'call')} in {as_duration(report.seconds)}"))
     print_rows(*rows)
     if report.shown:

@@ -1,4 +1,4 @@
-"""`imattr console`: the website for operators, and the lines of its accounts' file."""
+"""`imattr console`: the website for operators, and the lines of its accounts file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from worker.console.accounts import Role
 @click.group(invoke_without_command=True)
 @click.option("--host", help="Address to listen on.  [default: IMATTR_CONSOLE_HOST, else 127.0.0.1]")
 @click.option(
-    "--port", type=click.IntRange(1, 65_535), help="Its port.  [default: IMATTR_CONSOLE_PORT, else 8300]"
+    "--port",
+    type=click.IntRange(1, 65_535),
+    help="Port to listen on.  [default: IMATTR_CONSOLE_PORT, else 8300]",
 )
 @click.pass_context
 @explained
@@ -26,7 +28,7 @@ def console(context: click.Context, host: str | None, port: int | None) -> None:
     """Serve the website for operators.
 
     Shows the line, backlog, dead letters, users, imports and history; operators can act on them. On 127.0.0.1 nobody has to
-    log in; anywhere else, accounts (IMATTR_CONSOLE_ACCOUNTS_FILE) or a proxy that authenticates are needed.
+    log in; anywhere else, it needs accounts (IMATTR_CONSOLE_ACCOUNTS_FILE) or an authenticating proxy.
     """
     if context.invoked_subcommand is not None:
         return
@@ -57,7 +59,7 @@ _role = click.option("--role", type=click.Choice(get_args(Role)), default="viewe
 @_role
 @explained
 def hash_password(name: str, role: str) -> None:
-    """Print the line of the accounts' file for NAME.
+    """Print the line of the accounts file for NAME.
 
     Asks for the password, or reads it from a pipe.
     """
@@ -76,7 +78,10 @@ def hash_password(name: str, role: str) -> None:
 @_role
 @explained
 def new_token(name: str, role: str) -> None:
-    """Print a new token for the program NAME, once, and the line of the accounts' file for it."""
+    """Print a new token for the program NAME.
+
+    It is shown only once, with the line of the accounts file for it.
+    """
     token, hash = accounts.new_token()
     err.print("the token, which is not shown again:", style="dim")
     out.print(token)

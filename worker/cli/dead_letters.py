@@ -86,7 +86,7 @@ def show_letter(user: str) -> None:
 def export_letters(user: str | None, code: int | None, older_than: float | None) -> None:
     """Print dead letters as updates, as JSON lines.
 
-    Each has the time of its values, so importing them never replaces anything newer.
+    Each keeps the time of its values, so importing them never replaces anything newer.
     """
     with _letters(user, code, older_than) as (letters, wanted):
         for letter in letters.find(wanted):
@@ -104,7 +104,7 @@ def redrive_letters(
 ) -> None:
     """Put dead letters back to pending.
 
-    Without options, all of them, after a question. Newer values win, and live updates go first.
+    Without options, all of them, after asking. Newer values win, and live updates go first.
     """
     with _letters(user, code, older_than) as (letters, wanted):
         chosen = letters.choose(wanted)

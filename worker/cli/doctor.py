@@ -18,20 +18,19 @@ from worker.operate.doctor import Finding
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of {check, level, found, fix}.")
-@click.option(
-    "--acl", is_flag=True, help="Print the Redis users that the fleet needs instead. Asks no server."
-)
+@click.option("--acl", is_flag=True, help="Print the Redis users that the fleet needs, instead of checking.")
 @explained
 def show_findings(as_json: bool, acl: bool) -> None:
     """Check everything a worker needs.
 
-    Settings, Redis, broker, workers, line and API: what is wrong, and how to fix it. Makes one call of the API, which
-    changes nothing there, in a slot of the shared rate.
+    Settings, Redis, broker, workers, line and API: what is wrong, and how to fix it. Makes one API call, which changes
+    nothing there, in a slot of the shared rate.
 
     Exits with 0 if there are no errors (warnings are fine), else with 1.
 
-    With --acl, prints the command that makes the Redis user for workers, producers and this command line, one for each server;
-    "user" in place of "ACL SETUSER" makes a line for an ACL file of it. With --json, an array of {server, user, rules}.
+    With --acl, asks no server, but prints the command that creates the Redis user for workers, producers and this command
+    line, one for each server; replace "ACL SETUSER" by "user" for a line of an ACL file. With --json, prints an array of
+    {server, user, rules}.
     """
     if acl:
         _show_access(as_json)
@@ -55,7 +54,7 @@ def _show_access(as_json: bool) -> None:
         echo_json([asdict(each) for each in found])
         return
     for each in found:
-        # Only the lines themselves go where a file or a pipe takes them.
+        # Only the lines themselves go to standard output, for a file or a pipe.
         err.print(f"for {each.server}:", style="dim")
         click.echo(each.line)
 
@@ -64,7 +63,7 @@ _MARKS = {"ok": Text("✓", "green"), "warning": Text("!", "bold yellow"), "erro
 
 
 def _finding_row(finding: Finding) -> Table:
-    """One finding; all have columns of the same width."""
+    """The row of a finding; all rows have columns of the same width."""
     table = Table.grid(padding=(0, 1))
     table.add_column(width=1)
     table.add_column(width=17, style="bold")

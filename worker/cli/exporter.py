@@ -13,15 +13,15 @@ from worker.operate import health
 
 @click.command()
 @click.option(
-    "--port", default=9464, show_default=True, type=click.IntRange(1, 65_535), help="Port of the page."
+    "--port", default=9464, show_default=True, type=click.IntRange(1, 65_535), help="Port to listen on."
 )
 @click.option("--host", default="", help="Address to listen on. [default: all interfaces]")
 @explained
 def exporter(port: int, host: str) -> None:
     """Serve the fleet's metrics to Prometheus.
 
-    One for an app: what it tells is read from Redis, and the same for all workers. Each worker serves its own metrics at
-    /metrics of IMATTR_HEALTH_PORT.
+    Run one for an app: it reads from Redis what all workers share. Each worker serves its own metrics at /metrics of
+    IMATTR_HEALTH_PORT.
     """
     with state() as (redis, settings), until_stopped() as stopped:
         try:

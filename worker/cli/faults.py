@@ -1,4 +1,4 @@
-"""`imattr faults`: let calls to the simulator fail on purpose."""
+"""`imattr faults`: make calls to the simulator fail on purpose."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_faults(texts: Sequence[str]) -> list[Fault]:
 @click.pass_context
 @explained
 def faults(context: click.Context, as_json: bool) -> None:
-    """Let calls to the simulator fail on purpose.
+    """Make calls to the simulator fail on purpose.
 
-    Without a command, shows what is set at the simulator of the sandbox (or at IMATTR_API_URL), and how many calls it has struck.
+    Without a command, shows what is set at the sandbox's simulator (or at IMATTR_API_URL), and how many calls it has struck.
     """
     if context.invoked_subcommand is None:
         _show_faults(notation.set_at(_simulator()), as_json)
@@ -38,10 +38,10 @@ def faults(context: click.Context, as_json: bool) -> None:
 @click.argument("wanted", nargs=-1, required=True, metavar="WHAT[:SHARE]|CODE@USER...")
 @explained
 def set_faults(wanted: tuple[str, ...]) -> None:
-    """Let a share of all calls fail from now on, in place of what was set.
+    """Make a share of all calls fail from now on.
 
-    WHAT is an ErrorCode (91000), an HTTP status (502), timeout, reset, truncated, or lost; without SHARE, every call fails.
-    CODE@USER refuses one user by name in every call, and nobody else.
+    Replaces what was set. WHAT is an ErrorCode (91000), an HTTP status (502), timeout, reset, truncated, or lost; without
+    SHARE, every call fails. CODE@USER makes every call refuse that user by name, and nobody else.
 
     \b
       imattr faults set 91000:0.1 timeout:0.05   some calls
@@ -57,13 +57,13 @@ def set_faults(wanted: tuple[str, ...]) -> None:
 @faults.command("clear")
 @explained
 def clear_faults() -> None:
-    """Let no call fail any more."""
+    """Make no more calls fail."""
     notation.set_to(_simulator(), [])
     out.print("no call fails on purpose now")
 
 
 def _simulator() -> str:
-    """Where the simulator is; whatever else has that URL refuses what we ask of it."""
+    """The simulator's URL; anything else at that URL refuses our requests."""
     url = environment().get(f"{PREFIX}API_URL")
     if not url:
         raise SandboxError("no simulator is known: start imattr up here, or set IMATTR_API_URL to one")

@@ -1,4 +1,4 @@
-"""`imattr import`: send the updates in a file, and show how far it is."""
+"""`imattr import`: send the updates in a file, and show the progress."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_of_option(_context: click.Context, _option: click.Parameter, text: str | 
 
 
 def with_source(began: str) -> Callable[[F], F]:
-    """Give a command the file that it reads, and the options that say how. `began` is when it counts as true by default."""
+    """Give a command the file that it reads, and the options that say how. `began` is as of when it counts by default."""
     options = (
         click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)),
         click.option(
@@ -60,7 +60,7 @@ def with_source(began: str) -> Callable[[F], F]:
             help="CSV: the column that holds the user ids.",
         ),
         click.option(
-            "--null", metavar="TEXT", help="CSV: what stands in a cell for no value. [default: nothing does]"
+            "--null", metavar="TEXT", help="CSV: text in a cell that means no value, as an empty cell does."
         ),
         click.option(
             "--as-of",
@@ -85,15 +85,15 @@ def with_source(began: str) -> Callable[[F], F]:
 @click.option(
     "--refused",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where refused lines go; overwritten if it exists. [default: FILE.refused.jsonl]",
+    help="File for refused lines; overwritten if it exists. [default: FILE.refused.jsonl]",
 )
 @click.option(
     "--progress",
     "progress_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the progress is kept, to resume. [default: FILE.import-progress]",
+    help="File for the progress, for resuming. [default: FILE.import-progress]",
 )
-@click.option("--abandon", is_flag=True, help="Give up an import that was interrupted; send nothing.")
+@click.option("--abandon", is_flag=True, help="Abandon an interrupted import; send nothing.")
 @click.option("--restart", is_flag=True, help="Start over instead of resuming an earlier run.")
 @click.option("--dry-run", is_flag=True, help="Check the whole file and estimate the work; send nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -114,15 +114,15 @@ def import_file(
 ) -> None:
     """Queue the updates in FILE, or - for stdin.
 
-    JSON lines, or CSV with a header, in UTF-8; either may be compressed with gzip. --dry-run shows how the first lines are
-    understood.
+    JSON lines, or CSV with a header, in UTF-8; either may be compressed with gzip. --dry-run shows how it reads the first
+    lines.
 
     \b
     {"user": "u1", "attrs": {"city": "Paris"}}     and "occurred_at", if known
     user,city,level                                an empty cell changes nothing
 
-    Imports fill the seats that live updates leave free. A line without an event time counts as of when the import
-    began, or as of --as-of: it never replaces anything newer.
+    Imports fill the seats that live updates leave free. A line without an event time counts as of the start of the import, or
+    of --as-of: it never replaces anything newer.
 
     Refused lines do not stop the import; they are listed with line, user and rule. While the buffer is full, the import
     waits. After an interruption (Ctrl-C, a kill, a failure), the same command resumes after the last accepted line. After
@@ -144,7 +144,7 @@ def import_file(
     settings = Settings.from_env(environment(), "producer")
     if abandon:
         begun = importer.Importer(settings, options).abandon()
-        out.print("given up; what was accepted stays" if begun else "no import of this file was interrupted")
+        out.print("abandoned; what was accepted stays" if begun else "no import of this file was interrupted")
         return
     with until_stopped() as stopped, _import_shown(settings, options, err if as_json else out) as show:
         run = importer.Importer(settings, options, stopped=stopped, show=show)
@@ -164,7 +164,7 @@ def _exit_code(done: importer.Estimate | importer.ImportStatus) -> int:
 
 
 class _ImportScreen:
-    """Shows the progress of an import: ten times a second how far it is, once a second what is pending."""
+    """Shows an import's progress: how far it is, ten times a second, and what is pending, once a second."""
 
     def __init__(self, settings: Settings, console: Console, line: Callable[[Text], None]) -> None:
         self._settings, self._console, self._line = settings, console, line
@@ -187,7 +187,7 @@ class _ImportScreen:
 
 @contextmanager
 def _import_shown(settings: Settings, options: ImportOptions, console: Console) -> Iterator[_ImportScreen]:
-    """Show the progress of an import and, if it fails, how far it got."""
+    """Show an import's progress and, if it fails, how far it got."""
     with progress(console, every=5) as line:
         screen = _ImportScreen(settings, console, line)
         try:

@@ -18,9 +18,9 @@ from worker.state.line import Line
 
 
 @click.command()
-@click.option("--reason", required=True, help="Shown in the status.")
+@click.option("--reason", required=True, help="Reason, shown in the status.")
 @click.option(
-    "--import", "name", metavar="NAME", help="Pause this import instead, as imattr status names it."
+    "--import", "name", metavar="NAME", help="Pause this import instead, named as in imattr status."
 )
 @explained
 def pause(reason: str, name: str | None) -> None:
@@ -37,18 +37,18 @@ def pause(reason: str, name: str | None) -> None:
         else:
             now = line.read()
             by = f" by {now.by}" if now.by else ""
-            out.print(f"paused already{by}, since {status.iso(now.since)}: {now.reason}")
+            out.print(f"already paused{by}, since {status.iso(now.since)}: {now.reason}")
 
 
 def _pause_import(name: str, reason: str) -> None:
     with state() as (redis, settings):
         pauses = ImportPauses(redis, Keys(settings.sdkappid))
         if pauses.pause(name, reason, by=actor()):
-            out.print("paused; the lines on their way are still accepted")
+            out.print("paused; lines on their way are still accepted")
         elif now := pauses.find(name):
-            out.print(f"paused already by {now.by}, since {status.iso(now.at)}: {now.reason}")
+            out.print(f"already paused by {now.by}, since {status.iso(now.at)}: {now.reason}")
         else:
-            fail(FAILED, f"no import under way has the name {name}; imattr status has the names")
+            fail(FAILED, f"no import under way is called {name}; imattr status lists the names")
 
 
 @click.command()
@@ -70,7 +70,7 @@ def resume(name: str | None) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 @explained
 def permit(wait: float, command: tuple[str, ...]) -> None:
-    """Take a slot of the rate, then run COMMAND.
+    """Take a slot of the shared rate, then run COMMAND.
 
     For scripts that call the API themselves: one permit, one call. Without COMMAND, exits when the slot comes. Exits with
     7 if no slot is free in time.

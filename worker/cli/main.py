@@ -1,4 +1,4 @@
-"""The command line. Holds no logic of its own: it reads arguments, calls, and shows.
+"""The command line. It has no logic of its own: it reads arguments, calls functions, and shows results.
 
 Each group of commands has a module; this one puts them together.
 """
@@ -42,14 +42,14 @@ Examples:
   imattr up                                    everything, on this machine
   imattr put u1 city=Paris --remove level      one update
   imattr import users.csv                      a whole file
-  imattr plan users.csv                        what of it the API does not have
+  imattr plan users.csv                        what the API lacks of it
   imattr status --watch                        what is happening
-  imattr faults set 502                        play an outage, in the sandbox
+  imattr faults set 502                        simulate an outage, in the sandbox
 """
 
 
 class _Commands(click.Group):
-    """Prepares the output before anything is printed, help and errors of usage included."""
+    """Prepares the output before anything is printed, including help and usage errors."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_what_cannot_be_encoded()

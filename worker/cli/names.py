@@ -33,7 +33,7 @@ def _app_names() -> Iterator[AttributeCatalog]:
 def list_names(as_json: bool) -> None:
     """Read the app's attribute names from the API.
 
-    Updates are validated against them from then on.
+    From then on, updates are validated against them.
     """
     with _app_names() as app:
         found = sorted(app.read())

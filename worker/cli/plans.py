@@ -1,4 +1,4 @@
-"""`imattr plan` and `imattr apply`: what differs at the API from what a file says, and setting it right."""
+"""`imattr plan` and `imattr apply`: how the API differs from a file, and how to correct that."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _SIGNS: dict[Kind, tuple[str, str]] = {
 }
 
 
-_GOES_ON = "the same command goes on there"
+_GOES_ON = "the same command continues there"
 
 
 @click.command("plan")
@@ -73,11 +73,9 @@ _GOES_ON = "the same command goes on there"
     "--out",
     "plan_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the plan goes; an older plan there is replaced. [default: FILE.plan]",
+    help="File for the plan; an older plan is replaced. [default: FILE.plan]",
 )
-@click.option(
-    "--restart", is_flag=True, help="Start over instead of going on with a plan that was interrupted."
-)
+@click.option("--restart", is_flag=True, help="Start over instead of continuing an interrupted plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @explained
 def make_plan(
@@ -92,18 +90,18 @@ def make_plan(
 ) -> None:
     """Compare FILE, or - for stdin, with what the API has. Changes nothing.
 
-    FILE is what imattr import takes. Asks the API for up to 100 users a call, in slots that deliveries leave free, and
-    writes what differs into a plan, which imattr apply can set right.
+    FILE is as for imattr import. Asks the API for up to 100 users a call, in slots that deliveries leave free, and writes the
+    differences into a plan, which imattr apply corrects.
 
     \b
     + u1 city = "Paris"              the API has no value
-    ~ u2 level = "3" -> "4"          it has another one
+    ~ u2 level = "3" -> "4"          it has a different one
     - u3 tier = "gold"               the file says null
 
-    Users with an update under way are counted, not judged. What was delivered after the time of the file is never planned
-    to be overwritten. After an interruption, the same command goes on where it was.
+    Users with an update under way are counted, not judged. A plan never overwrites anything delivered after the time of the
+    file. After an interruption, the same command continues where it was.
 
-    The plan has users and values in it; only you can read it. Exits with 3 if lines were refused, with 130 if stopped.
+    The plan contains users and values; only you can read it. Exits with 3 if lines were refused, with 130 if stopped.
     """
     options = PlanOptions(
         path=None if str(file) == "-" else file,
@@ -135,17 +133,17 @@ def make_plan(
 @click.command("apply")
 @click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-@click.option("--partial", is_flag=True, help="Apply what there is of a plan that is not complete.")
-@click.option("--abandon", is_flag=True, help="Give up applying a plan that was interrupted; queue nothing.")
+@click.option("--partial", is_flag=True, help="Apply what an incomplete plan has so far.")
+@click.option("--abandon", is_flag=True, help="Abandon applying an interrupted plan; queue nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @explained
 def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: bool) -> None:
-    """Queue exactly what PLAN says, into the seats that live updates leave free.
+    """Queue exactly what PLAN says.
 
-    Asks first. Each user is read once more before that: whoever has changed since the plan, or has an update under way, is
-    left alone and counted. Values count as of the time of the file, so nothing newer is ever overwritten.
+    Asks first. The changes fill the seats that live updates leave free. Each user is read again before that: users that have changed since the plan, or have an update under way, are counted
+    and left alone. Values count as of the time of the file, so nothing newer is ever overwritten.
 
-    While the buffer is full, it waits. After an interruption, the same command goes on where it was; --abandon gives up.
+    While the buffer is full, it waits. After an interruption, the same command continues where it was; --abandon gives up.
 
     Exits with 3 if values were refused, with 130 if stopped.
     """
@@ -154,7 +152,7 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
         if not abandon:
             if not as_json:
                 _print_plan_head(opened)
-            # Before Ctrl-C becomes a flag that nobody looks at while a question is open.
+            # Ask before Ctrl-C becomes a flag, which nothing checks while a question is open.
             done = opened.progress.applied.users if opened.progress else 0
             _confirm(opened.found.differences - done, yes)
         with _reading(settings) as (redis, crew), progress(_screen(as_json), every=5) as line:
@@ -163,9 +161,9 @@ def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: boo
             run = Applier(settings, opened, *parts, crew, by=actor(), show=show)
             if abandon:
                 out.print(
-                    "given up; what was queued stays"
+                    "abandoned; what was queued stays"
                     if run.abandon()
-                    else "applying this plan was not interrupted"
+                    else "no run of this plan was interrupted"
                 )
                 return
             with _how_far(show):
@@ -181,10 +179,7 @@ def _confirm(users: int, yes: bool) -> None:
     if not users or yes:
         return
     if not sys.stdin.isatty():
-        fail(
-            USAGE,
-            f"nobody can be asked here whether the changes of {counted(users, 'user')} are right: use --yes",
-        )
+        fail(USAGE, f"nobody can confirm the changes of {counted(users, 'user')} here: use --yes")
     click.confirm(f"Queue the changes of {counted(users, 'user')}?", abort=True)
 
 
@@ -198,7 +193,7 @@ def _reading(settings: Settings) -> Iterator[tuple[Redis, Crew]]:
 
 @contextmanager
 def _how_far(screen: _PlanScreen | _ApplyScreen) -> Iterator[None]:
-    """If what is done here fails, say how far it got."""
+    """If the work in here fails, say how far it got."""
     try:
         yield
     except (RedisError, NotConfirmed, CallFailed, UnusablePlan):
@@ -212,7 +207,7 @@ def _screen(as_json: bool) -> Console:
 
 
 class _Now:
-    """Says when a line of progress is due: ten times a second."""
+    """Says when to update a line of progress: ten times a second."""
 
     def __init__(self) -> None:
         self._at = 0.0
@@ -257,7 +252,7 @@ class _PlanScreen:
     def _beginning(self, view: PlanStatus) -> str:
         left = view.users - view.resumed_after
         cost = cost_of_reading(left, self._settings)
-        after = f"going on after {counted(view.resumed_after, 'user')}: " if view.resumed_after else ""
+        after = f"continuing after {counted(view.resumed_after, 'user')}: " if view.resumed_after else ""
         return (
             f"{after}{counted(left, 'user')} to compare, in {counted(cost.calls, 'call')}: "
             f"{as_duration(math.ceil(cost.seconds))} at the full rate, longer while deliveries need the slots"
@@ -273,7 +268,9 @@ class _ApplyScreen:
         self.done = ""
 
     def __call__(self, view: ApplyStatus) -> None:
-        self.done = f"{view.applied.users:,} of {counted(view.users, 'user')} looked at, {view.applied.queued:,} queued"
+        self.done = (
+            f"{view.applied.users:,} of {counted(view.users, 'user')} checked, {view.applied.queued:,} queued"
+        )
         if not self._is_due():
             return
         share = view.applied.users / max(1, view.users)
@@ -291,7 +288,7 @@ class _ApplyScreen:
         )
 
 
-# What people read at the end.
+# The summaries.
 
 
 def _sample(difference: Difference) -> Iterator[Text]:
@@ -381,7 +378,7 @@ def _print_plan_head(opened: OpenPlan) -> None:
         out.print(f"not complete: {mark.users:,} of {header.users:,} users were compared", style="yellow")
     if opened.progress:
         out.print(
-            f"going on after {counted(opened.progress.applied.users, 'user')}, where an earlier run ended"
+            f"continuing after {counted(opened.progress.applied.users, 'user')}, where an earlier run ended"
         )
 
 

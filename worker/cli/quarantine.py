@@ -1,4 +1,4 @@
-"""`imattr quarantine`: what was found in Redis and could not be read."""
+"""`imattr quarantine`: what could not be read in Redis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.state.quarantine import Quarantine, Unreadable
 def quarantine() -> None:
     """List, show or drop what could not be read.
 
-    Records in Redis that something has damaged. They are set aside with their bytes, and in nobody's way.
+    Damaged records in Redis. They are set aside with their bytes, and get in nobody's way.
     """
 
 
@@ -69,7 +69,7 @@ def list_entries(limit: int, as_json: bool) -> None:
 def show_entries(user: str | None) -> None:
     """Print what was set aside, all of it or USER's, as JSON lines.
 
-    "raw" has the bytes as text, with \\x.. for those that are none; "base64" has them exactly.
+    "raw" has the bytes as text, with \\x.. for those that are not text; "base64" has them exactly.
     """
     found = False
     with _quarantine() as kept:

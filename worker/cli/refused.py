@@ -1,4 +1,4 @@
-"""`imattr refused`: updates that were refused after they had left their sender."""
+"""`imattr refused`: updates that were refused after leaving their sender."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.state.refused import Refused
 def refused_updates() -> None:
     """List, show or purge refused updates.
 
-    Celery messages and stream entries that broke a rule after their sender was gone.
+    Updates in Celery messages and stream entries, whose sender was gone when they broke a rule.
     """
 
 
@@ -78,6 +78,6 @@ def purge_refused(yes: bool) -> None:
         count = refused.count()
         if count and not yes:
             click.confirm(f"Delete {counted(count, 'refused update')} for good?", abort=True)
-        # Those that came since the question stay.
+        # Those that came after the question stay.
         purged = refused.purge(newest[0].id, by=actor()) if newest else 0
         out.print(f"{purged:,} deleted")

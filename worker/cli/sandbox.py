@@ -43,7 +43,7 @@ def _checked_network(network: str) -> str:
 @click.command()
 @click.option("--port", default=9000, show_default=True, help="Port on the loopback interface.")
 @click.option("--name", "names", multiple=True, help="An attribute name of the app. [default: any]")
-@click.option("--latency", default=0.05, show_default=True, help="Seconds until each reply.")
+@click.option("--latency", default=0.05, show_default=True, help="Seconds before each reply.")
 @click.option("--quota", default=100, show_default=True, help="Calls a second allowed; 0 = no limit.")
 @click.option(
     "--network",
@@ -61,7 +61,7 @@ def _checked_network(network: str) -> str:
     help="Fail this share of the calls: an ErrorCode, an HTTP status, timeout, reset, truncated or lost.",
 )
 @click.option(
-    "--record/--no-record", default=True, show_default=True, help="Keep every write that is applied."
+    "--record/--no-record", default=True, show_default=True, help="Record every write that is applied."
 )
 @explained
 def simulate(
@@ -102,7 +102,7 @@ def simulate(
 
 @click.command()
 @click.option("--workers", default=2, show_default=True, help="Worker processes.")
-@click.option("--concurrency", default=16, show_default=True, help="Threads or processes a worker.")
+@click.option("--concurrency", default=16, show_default=True, help="Threads or processes for each worker.")
 @click.option(
     "--pool",
     type=click.Choice(["threads", "prefork"]),
@@ -115,17 +115,21 @@ def simulate(
     "--login/--no-login",
     default=True,
     show_default=True,
-    help="Let Flower ask for a password: FLOWER_BASIC_AUTH (user:password), or one that is made and shown.",
+    help="Make Flower ask for a password: FLOWER_BASIC_AUTH (user:password), or a new one, which is shown.",
 )
 @click.option("--console/--no-console", default=True, show_default=True, help="Start the console.")
 @click.option(
     "--metrics/--no-metrics",
     default=True,
     show_default=True,
-    help="Serve metrics: an exporter for the fleet, and a port of each worker.",
+    help="Serve metrics: an exporter for the fleet, and a port for each worker.",
 )
 @click.option(
-    "--directory", type=click.Path(path_type=Path), default=SANDBOX, show_default=True, help="Data and logs."
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=SANDBOX,
+    show_default=True,
+    help="Directory for data and logs.",
 )
 @explained
 def up(
@@ -141,11 +145,11 @@ def up(
     """Run everything on this machine.
 
     Uses what is configured (IMATTR_REDIS_URL; IMATTR_API_URL or IMATTR_REGION). An embedded Redis, whose data stays in the
-    directory, and an API simulator stand in for the rest. Other commands find what runs here by themselves in the same
-    working directory, and elsewhere with --directory.
+    directory, and an API simulator stand in for the rest. Other commands find the sandbox by themselves from the same working
+    directory, and from elsewhere with --directory.
 
-    A part that ends is started again, later each time; after six ends in a row, everything stops and the exit code is 6.
-    Ctrl-C stops everything in order, a second Ctrl-C at once.
+    A part that ends is restarted, after a longer wait each time; when one has ended six times in a row, everything stops and
+    the exit code is 6. Ctrl-C stops everything in order, a second Ctrl-C at once.
     """
     environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
     # Commands may use them from another working directory.
@@ -182,7 +186,7 @@ def up(
 
 
 def _tell(text: str) -> None:
-    """Print what happens, for as long as there is a terminal: that it was closed must not keep anything from being stopped."""
+    """Print what happens while there is a terminal: its closing must not keep anything from being stopped."""
     now = time.strftime("%H:%M:%S")
     # A closed pipe makes the console end the program.
     with contextlib.suppress(OSError, SystemExit):
@@ -236,7 +240,7 @@ def _announce(sandbox: Sandbox, directory: Path) -> None:
     type=click.Path(path_type=Path),
     default=SANDBOX / "demo",
     show_default=True,
-    help="Data and logs; a sandbox's is emptied first.",
+    help="Directory for data and logs; emptied first if it is a sandbox's.",
 )
 @explained
 def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
@@ -250,9 +254,9 @@ def demo(workers: int, flower: bool, seed: int, directory: Path) -> None:
         from worker.sandbox import demo_events
     except ModuleNotFoundError as error:
         fail(NO_SANDBOX, f"the demo needs the package {error.name}: pip install 'imattr-worker[sandbox]'")
-    out.print("making events ...")
+    out.print("generating events ...")
     lines = list(demo_events.events(seed))
-    # A flag, because an exception could come while parts are being stopped, and leave the others behind.
+    # A flag, because an exception could come while parts are being stopped, and leave others running.
     with until_stopped() as stopped, progress() as show:
         report = job.run(
             directory,

@@ -21,7 +21,7 @@ from worker.operate.words import counted
 from worker.state.connection import Redis, RedisError
 from worker.state.keys import LEDGER
 
-#: Seconds between two looks with `--watch`.
+#: Seconds between two refreshes with `--watch`.
 EVERY = 1.0
 #: Parts of a curve's height.
 _HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -29,7 +29,7 @@ _HEIGHTS = "▁▂▃▄▅▆▇█"
 
 @click.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C, also while Redis is away.")
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C, even while Redis is away.")
 @explained
 def show_status(as_json: bool, watch: bool) -> None:
     """Show the line, backlog, pace, workers and ledger.
@@ -49,7 +49,7 @@ def show_status(as_json: bool, watch: bool) -> None:
 
 
 def _looks(client: Redis, settings: Settings) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    """What was last seen, again and again, and why that is not new."""
+    """Yield the latest state, again and again, and the error if it is not new."""
     found: dict[str, Any] | None = None
     while True:
         try:
@@ -88,7 +88,7 @@ def _tables(found: dict[str, Any] | None) -> list[Table]:
 
 
 def status_table(state: dict[str, Any]) -> Table:
-    """What is always there, in the same order, then what is there only now and then: so nothing jumps."""
+    """First the rows that are always there, in the same order, then the occasional ones, so that nothing jumps."""
     line, pending, ledger = state["line"], state["pending"], state["ledger"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -127,7 +127,7 @@ def status_table(state: dict[str, Any]) -> Table:
 
 
 def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Rows that are there only when there is something to say: name, words, style."""
+    """Rows shown only when there is something to say: name, words, style."""
     for one in state["imports"]:
         yield "import", _import(one), ""
     if audit := _audit(state):
@@ -144,7 +144,7 @@ def _now_and_then(state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _audit(state: dict[str, Any]) -> str:
-    """What audits have found so far; nothing if there was none."""
+    """What audits have found so far; empty if there were none."""
     found = state["audit"]
     if not found["at"]:
         return ""
@@ -185,10 +185,10 @@ def _import(one: dict[str, Any]) -> str:
     pause = one["paused"]
     paused = f", paused by {pause['by']}: {pause['reason']}" if pause else ""
     if one.get("lines") is None:
-        return f"{one['name']}: begun, nothing heard of it{paused}"
+        return f"{one['name']}: begun, no report yet{paused}"
     share = f", {one['share']:.0%} of the file" if one["share"] is not None else ""
     eta = f", done in {span(one['eta_s'])}" if one["eta_s"] is not None else ""
-    old = f", last heard of {span(one['seen_s'])} ago" if (one["seen_s"] or 0) > 10 else ""
+    old = f", last report {span(one['seen_s'])} ago" if (one["seen_s"] or 0) > 10 else ""
     return f"{one['name']}: {one['state']}, {one['lines']:,} lines{share}{eta}{old}{paused}"
 
 
@@ -198,6 +198,6 @@ def _listed(counts: dict[str, int], *, zeros: bool = False) -> str:
 
 
 def _curve(points: Sequence[float | None], most: float) -> str:
-    """A line of blocks, as high as each point is; a dot where nothing is known."""
+    """A line of blocks, each as high as its point; a dot where nothing is known."""
     top = len(_HEIGHTS) - 1
     return "".join("·" if one is None else _HEIGHTS[min(top, round(top * one / most))] for one in points)

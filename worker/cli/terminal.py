@@ -39,7 +39,7 @@ from worker.state.keys import Keys
 
 #: Exit codes; 2 is click's own for wrong usage.
 FAILED, USAGE, REFUSED, UNREACHABLE, FULL, NO_SANDBOX, NO_PERMIT, WRONG = 1, 2, 3, 4, 5, 6, 7, 8
-#: What shells use for Ctrl-C.
+#: The exit code that shells use for Ctrl-C.
 STOPPED = 130
 
 REDIS_URL = f"{PREFIX}REDIS_URL"
@@ -50,26 +50,26 @@ P = ParamSpec("P")
 
 
 class _SafeConsole(Console):
-    """Shows text as it is: no markup in it is obeyed, and whatever is not printable is shown as its code."""
+    """Shows text as it is: markup in it has no effect, and unprintable characters are shown as codes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
-# A pipe has no width: lines are then as long as they need to be.
+# A pipe has no width: lines are as long as they need to be.
 out = _SafeConsole(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 err = _SafeConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def echo_json(value: object, *, indent: int | None = None) -> None:
-    """Print a value as JSON that any terminal and any encoding leaves as it is."""
+    """Print a value as JSON that every terminal and encoding leaves intact."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     click.echo(json_text(value, indent=indent, ascii_only=not utf8))
 
 
 def replace_what_cannot_be_encoded() -> None:
-    """Let no character end a command, whatever the encoding of its output is."""
+    """Keep characters that the output's encoding lacks from ending a command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -111,7 +111,7 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-#: Where a command keeps the sandbox it was told to use.
+#: Where a command keeps the sandbox that it was told to use.
 _CHOSEN = "imattr.directory"
 
 
@@ -138,10 +138,10 @@ def _choose(context: click.Context, _option: click.Parameter, directory: Path | 
 
 
 def environment() -> dict[str, str]:
-    """The environment, with the settings of a sandbox that runs.
+    """The environment, with the settings of a running sandbox.
 
-    Those of one that was named come first. Those of `.imattr` here fill in what the environment, if it names no other Redis,
-    leaves open.
+    Those of a sandbox that was named take precedence. Those of `.imattr` here fill the gaps of an environment that names no
+    other Redis.
     """
     environ = dict(os.environ)
     context = click.get_current_context(silent=True)
@@ -166,14 +166,14 @@ def actor() -> str:
     try:
         name = getpass.getuser()
     except (KeyError, OSError):
-        # A container's user need not have a name.
+        # A container's user may have no name.
         name = f"uid {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
 
 
 @contextmanager
 def state() -> Iterator[tuple[Redis, Settings]]:
-    """A connection to the state, with the settings of a producer: no credentials of the API."""
+    """A connection to the state, with a producer's settings: no API credentials."""
     settings = Settings.from_env(environment(), "producer")
     with connect(settings.redis, key=Keys(settings.sdkappid).pending) as redis:
         yield redis, settings
@@ -194,7 +194,7 @@ class Stopped:
 
 @contextmanager
 def until_stopped() -> Iterator[Stopped]:
-    """Turn the signals that ask for an end into a flag while the block runs: also that of a terminal that is closed."""
+    """Turn the signals that ask for an end, including that of a closing terminal, into a flag while the block runs."""
     stopped = Stopped()
 
     def note(*_: object) -> None:
@@ -202,7 +202,7 @@ def until_stopped() -> Iterator[Stopped]:
 
     asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in asking}
-    # Under nohup the end of the terminal is ignored, and stays so.
+    # Under nohup the closing of the terminal is ignored, and stays so.
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]
     for number in before:
@@ -216,7 +216,7 @@ def until_stopped() -> Iterator[Stopped]:
 
 @contextmanager
 def progress(console: Console = out, every: float = 2) -> Iterator[Callable[[Text], None]]:
-    """A line that is rewritten on a terminal, and printed every so many seconds elsewhere."""
+    """A line that is rewritten on a terminal, and printed every `every` seconds elsewhere."""
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             yield lambda text: live.update(text, refresh=True)

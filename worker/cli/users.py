@@ -24,8 +24,8 @@ from worker.state.users import look
 def why(user: str, name: str, as_json: bool) -> None:
     """Say where USER's attribute NAME is, and why.
 
-    Whether the API has the newest value, why not if it has not, and what that rests on. Values are not shown; see imattr user
-    show --values.
+    Whether the API has the newest value, why not if it does not, and the evidence. Values are not shown; see imattr user show
+    --values.
     """
     with state() as (redis, settings):
         keys = Keys(settings.sdkappid)
@@ -43,16 +43,19 @@ def why(user: str, name: str, as_json: bool) -> None:
 
 @click.group("user")
 def users() -> None:
-    """Show what is known of one user."""
+    """Show what is known about one user."""
 
 
 @users.command("show")
 @click.argument("user")
-@click.option("--values", is_flag=True, help="Show the values, too: personal data.")
+@click.option("--values", is_flag=True, help="Show the values, too, which are personal data.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @explained
 def show(user: str, values: bool, as_json: bool) -> None:
-    """Show where USER's update is: lane, attempts, batch, deliveries, dead letter, versions."""
+    """Show where USER's update is.
+
+    Its lane, attempts, batch, deliveries, dead letter and versions.
+    """
     with state() as (redis, settings):
         found = facts(look(redis, Keys(settings.sdkappid), check_user(user)), values=values)
     if as_json:
