@@ -7,9 +7,9 @@ KUBERNETES := $(VENV)/kubernetes
 SITE := $(VENV)/site
 RELEASE := $(VENV)/release
 SOURCES := worker tasks tests
-# Tests run side by side, a process a core, and no fewer than two. Without the slow ones, one more: some wait for timeouts.
+# Tests run in parallel, one process per core, at least two. Without the slow ones, one more: some wait for timeouts.
 JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 2 ] && echo $$n || echo 2)
-# Compiled modules are kept, whatever the environment says: each process of the tests would compile them again.
+# Keep compiled modules, whatever the environment says: otherwise each test process would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -17,18 +17,18 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(STAMP) ## Run the end-to-end demo: 60,000 events delivered in a sandbox, and the result checked
+run: $(STAMP) ## Run the end-to-end demo: deliver 60,000 events in a sandbox, and check the result
 	$(BIN)/imattr demo
 
 test: $(STAMP) ## Run every test
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
-setup: $(STAMP) ## Make the virtual environment from the hash-checked lock
+setup: $(STAMP) ## Create the virtual environment from the hash-checked lock
 
 fast: $(STAMP) ## Format, lint, types, spelling, and every test that needs no real time
 	$(MAKE) --no-print-directory -j 2 --output-sync lint tests-without-waiting
 
-check: $(STAMP) lint ## Everything, once, with the coverage of the whole product
+check: $(STAMP) lint ## Check everything once, with coverage of the whole product
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report=
 	$(BIN)/python -m tests.coverage
 
@@ -45,13 +45,13 @@ format: $(STAMP) ## Format the code and fix what the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bugs: $(STAMP) ## Plant bugs on purpose, a promise after the other: what shows it must find them
+bugs: $(STAMP) ## Plant bugs on purpose, promise by promise: its proof must find each
 	$(BIN)/python -m tests.planted
 
-scenarios: $(STAMP) ## Play what goes wrong in production, in virtual time
+scenarios: $(STAMP) ## Simulate what goes wrong in production, in virtual time
 	$(BIN)/python -m tests.scenarios
 
-schedules: $(STAMP) ## Play seeded schedules with faults at every step (SEEDS=3000, SEED=7)
+schedules: $(STAMP) ## Run seeded schedules with faults at every step (SEEDS=3000, SEED=7)
 	$(BIN)/python -m tests.schedules $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),3000) --first $(or $(FIRST),1))
 
 chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYNC=always, REDIS=sentinel)
@@ -60,13 +60,13 @@ chaos: $(STAMP) ## Break everything in a running system (MINUTES=3, SEED=7, FSYN
 failovers: $(STAMP) ## Fail Redis over again and again (REDIS=sentinel, REPLICAS=1, TIMES=30)
 	$(BIN)/python -m tests.chaos.failovers --redis $(or $(REDIS),sentinel) --replicas $(or $(REPLICAS),0) --times $(or $(TIMES),30)
 
-upgrades: $(STAMP) ## Upgrade a fleet of the version before under load, worker by worker, and downgrade it
+upgrades: $(STAMP) ## Upgrade a fleet of the previous version under load, worker by worker, and downgrade it
 	$(BIN)/python -m tests.chaos.upgrades
 
-alerts: $(STAMP) ## Play what can go wrong under a real Prometheus: which alerts fire (needs prometheus)
+alerts: $(STAMP) ## Check which alerts fire under a real Prometheus when things go wrong (needs prometheus)
 	$(BIN)/python -m tests.monitoring
 
-soak: $(STAMP) ## Run at full rate; nothing may grow (MINUTES=30)
+soak: $(STAMP) ## Run at full rate, and check that nothing grows (MINUTES=30)
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
 bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals)
@@ -75,10 +75,10 @@ bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals
 manifests: $(KUBERNETES)/.stamp ## Render the Helm chart for a trial and for production (build/manifests), and check it
 	$(KUBERNETES)/bin/python -m tests.manifests
 
-screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the pictures of docs/operate/console.md (needs chromium)
+screenshots: $(STAMP) ## Play an operator's story in a sandbox, and take the screenshots of docs/operate/console.md (needs chromium)
 	$(BIN)/python -m tests.console.story
 
-pictures: $(STAMP) ## Draw the pictures of docs/, or those named (NAMES="how/limiter.svg"; needs chromium for Flower's)
+pictures: $(STAMP) ## Draw the pictures of docs/, or those in NAMES (NAMES="how/limiter.svg"; needs chromium for Flower's)
 	$(BIN)/python -m tests.pictures $(NAMES)
 
 image: ## Build the container image with docker, podman or buildah, and check that it runs (BASE=...)
@@ -87,13 +87,13 @@ image: ## Build the container image with docker, podman or buildah, and check th
 docs: $(STAMP) ## Generate the pages of docs/ that come from the code
 	$(BIN)/python -m tests.docs
 
-site: $(SITE)/.stamp ## Build the documentation (build/site), without a warning and with every link checked
+site: $(SITE)/.stamp ## Build the documentation (build/site), with no warnings and every link checked
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --strict
 
-release: $(RELEASE)/.stamp ## Build, check and list everything of a release (build/release); upload nothing
+release: $(RELEASE)/.stamp ## Build, check and list all of a release (build/release); upload nothing
 	$(RELEASE)/bin/python -m tests.release $(PYTHONS)
 
-# Both projects, the groups of the first, and the extra of the second that they need.
+# Both projects, the first's groups, and the extra of the second that they need.
 COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet
 lock: ## Upgrade the locks to the newest allowed versions (needs uv)
 	$(COMPILE) --upgrade worker/pyproject.toml -o requirements.lock
@@ -106,7 +106,7 @@ lock: ## Upgrade the locks to the newest allowed versions (needs uv)
 clean: ## Remove the environment, caches and sandbox data
 	rm -rf $(VENV) .imattr .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis build worker/build *.egg-info worker/*.egg-info
 
-# The stamp is renewed when the lock or a project file changes. uv is only faster, never needed.
+# The stamp is renewed when the lock or a project file changes. uv is faster, but not needed.
 $(STAMP): requirements-dev.lock pyproject.toml worker/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("imattr needs Python 3.11 or newer, found " + sys.version.split()[0] + "; choose one with make PYTHON=...")'
 	@if command -v uv >/dev/null 2>&1; then \
@@ -120,7 +120,7 @@ $(STAMP): requirements-dev.lock pyproject.toml worker/pyproject.toml
 	fi
 	@touch $@
 
-# What the benchmark compares with, on top: nothing else needs it.
+# What the benchmark compares with. Nothing else needs it.
 $(VENV)/.bench: $(STAMP) requirements-bench.lock
 	@if command -v uv >/dev/null 2>&1; then \
 	    uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-bench.lock ; \
@@ -129,7 +129,7 @@ $(VENV)/.bench: $(STAMP) requirements-bench.lock
 	fi
 	@touch $@
 
-# What builds the chart's manifests, the site and a release, each in an environment of its own: they want other versions than we do.
+# The tools for the chart's manifests, the site and a release, each in an environment of its own: they need other versions than we do.
 $(VENV)/%/.stamp: requirements-%.lock | $(STAMP)
 	@rm -rf $(@D)
 	@if command -v uv >/dev/null 2>&1; then \

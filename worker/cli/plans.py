@@ -140,8 +140,9 @@ def make_plan(
 def apply_plan(plan: Path, yes: bool, partial: bool, abandon: bool, as_json: bool) -> None:
     """Queue exactly what PLAN says.
 
-    Asks first. The changes fill the seats that live updates leave free. Each user is read again before that: users that have changed since the plan, or have an update under way, are counted
-    and left alone. Values count as of the time of the file, so nothing newer is ever overwritten.
+    Asks first. The changes fill the seats that live updates leave free. Each user is read again before that: users that have
+    changed since the plan, or have an update under way, are counted and left alone. Values count as of the time of the file,
+    so nothing newer is ever overwritten.
 
     While the buffer is full, it waits. After an interruption, the same command continues where it was; --abandon gives up.
 

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* The release and the chart, or one if it is in the other. Components add at most 13 characters. */}}
+{{/* The release and the chart, or only one if it contains the other. Components add at most 13 characters. */}}
 {{- define "imattr.fullname" -}}
 {{- $name := include "imattr.name" . -}}
 {{- if .Values.fullnameOverride -}}
@@ -14,7 +14,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What selects the pods of a component. Takes (list $ "worker"). */}}
+{{/* The labels that select a component's pods. Takes (list $ "worker"). */}}
 {{- define "imattr.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ include "imattr.name" $root }}
@@ -126,14 +126,14 @@ envFrom:
 {{- end }}
 {{- end -}}
 
-{{/* Everybody's volumes: /tmp, since nothing else can be written, and the secrets. Takes (list $ file). */}}
+{{/* Every pod's volumes: /tmp, since nothing else is writable, and the secrets. Takes (list $ file). */}}
 {{- define "imattr.volumes" -}}
 - name: tmp
   emptyDir: {sizeLimit: 256Mi}
 {{- with include "imattr.files" . | trim }}
 - name: secrets
   projected:
-    # Root's and the group's: fsGroup makes that the group of the pod's user.
+    # For root and the group: fsGroup makes that the group of the pod's user.
     defaultMode: 0440
     sources:
       {{- . | nindent 6 }}
@@ -149,7 +149,7 @@ envFrom:
 {{- define "imattr.mounts" -}}
 - {name: tmp, mountPath: /tmp}
 {{- if include "imattr.files" . | trim }}
-# The whole folder: a file alone would never change.
+# The whole directory: a single file would never change.
 - {name: secrets, mountPath: /run/secrets/imattr, readOnly: true}
 {{- end }}
 {{- if (index . 0).Values.redis.tlsSecret }}
@@ -157,7 +157,7 @@ envFrom:
 {{- end }}
 {{- end -}}
 
-{{/* What is the same in every pod. */}}
+{{/* What all pods have in common. */}}
 {{- define "imattr.pod" -}}
 automountServiceAccountToken: false
 # Kubernetes would set IMATTR_..._PORT for each Service whose name begins with imattr.
@@ -188,7 +188,7 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
-{{/* What is the same in every container of ours. */}}
+{{/* What all our containers have in common. */}}
 {{- define "imattr.container" -}}
 {{- $image := .Values.image -}}
 image: {{ $image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ default .Chart.AppVersion $image.tag }}{{ end }}
@@ -223,7 +223,7 @@ meanwhile; 10 s are for the rest. A worker that is killed sooner loses nothing, 
 {{- default $needed $given -}}
 {{- end -}}
 
-{{/* What values.schema.json cannot say. */}}
+{{/* What values.schema.json cannot express. */}}
 {{- define "imattr.check" -}}
 {{- $v := .Values -}}
 {{- if eq (empty $v.app.region) (empty $v.app.apiUrl) -}}
@@ -259,13 +259,13 @@ meanwhile; 10 s are for the rest. A worker that is killed sooner loses nothing, 
 {{- fail "console.proxy.header needs console.proxy.addresses: anybody else could send that header" -}}
 {{- end -}}
 {{- if and .proxy.operators (not .proxy.header) -}}
-{{- fail "console.proxy.operators needs console.proxy.header: it names who is one of them" -}}
+{{- fail "console.proxy.operators needs console.proxy.header, which names the user" -}}
 {{- end -}}
 {{- if and .ingress.host (not .ingress.tlsSecret) -}}
 {{- fail "console.ingress.host needs console.ingress.tlsSecret: passwords go through it" -}}
 {{- end -}}
 {{- if and .ingress.host $v.networkPolicy.enabled (not $v.networkPolicy.console) -}}
-{{- fail "console.ingress.host needs networkPolicy.console: who your ingress controller is" -}}
+{{- fail "console.ingress.host needs networkPolicy.console: your ingress controller" -}}
 {{- end -}}
 {{- end -}}
 {{- with $v.autoscaling -}}
@@ -274,7 +274,7 @@ meanwhile; 10 s are for the rest. A worker that is killed sooner loses nothing, 
 {{- end -}}
 {{- if eq .type "keda" -}}
 {{- if not .keda.prometheus -}}
-{{- fail "autoscaling.keda.prometheus is not set: KEDA asks it how many threads are wanted" -}}
+{{- fail "autoscaling.keda.prometheus is not set: KEDA asks it how many threads are needed" -}}
 {{- end -}}
 {{- if not $v.exporter.enabled -}}
 {{- fail "autoscaling.type keda needs exporter.enabled: it serves imattr_threads_wanted" -}}
