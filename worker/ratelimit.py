@@ -53,7 +53,7 @@ SPACING = 1.02
 #: Nobody is given a slot further ahead than this, in seconds, or than two slots if those are longer. Less than the usual
 #: patience, so that an occasional caller has a chance beside many that always wait. The script has the same number.
 HORIZON = 1.0
-#: Seconds before its slot at which a permit is checked once more by `acquire`, and has been checked by then.
+#: Seconds before its slot by which `acquire` has checked a permit again.
 CHECK_BEFORE = 0.05
 #: Round trips to Redis that a caller needs from asking for a slot to using it: the way back, a claim, and one to spare. Where
 #: they take less than the second number, in seconds, a slot that is free now can be used now; at most the third is asked for.

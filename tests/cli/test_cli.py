@@ -661,7 +661,7 @@ def test_an_outage_is_played_by_command(imattr: Terminal, sim: Simulation) -> No
 
 
 def test_faults_need_a_simulator(imattr: Terminal, sim: Simulation) -> None:
-    for url, words in (("", "no simulator is known"), (f"{sim.url}/v4", "is no simulator")):
+    for url, words in (("", "no simulator is known"), (f"{sim.url}/v4", "is not a simulator")):
         result = imattr("faults", "set", "502", IMATTR_API_URL=url)
         assert (result.exit_code, words in result.stderr) == (cli.NO_SANDBOX, True)
 

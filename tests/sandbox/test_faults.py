@@ -85,7 +85,7 @@ def test_a_running_simulator_is_told_and_asked() -> None:
 
 @pytest.mark.parametrize("place", ["/v4", "/simulator/state?"])
 def test_what_is_no_simulator_is_left_alone(place: str) -> None:
-    with simulation() as running, pytest.raises(SandboxError, match="is no simulator"):
+    with simulation() as running, pytest.raises(SandboxError, match="is not a simulator"):
         set_to(f"{running.url}{place}", [Fault("reset")])
 
 

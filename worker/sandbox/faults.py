@@ -182,7 +182,7 @@ def set_at(api_url: str) -> list[Fault]:
     found = _ask(api_url)
     # The real API answers any request, with an object.
     if not isinstance(found, list):
-        raise SandboxError(f"{api_url} is no simulator")
+        raise SandboxError(f"{api_url} is not a simulator")
     return [Fault(**each) for each in found]
 
 
@@ -202,6 +202,6 @@ def _ask(api_url: str, body: bytes | None = None) -> Any:
         with _direct.open(f"{api_url}/simulator/faults", body, timeout=PATIENCE) as reply:
             return json.load(reply)
     except (urllib.error.HTTPError, ValueError):
-        raise SandboxError(f"{api_url} is no simulator") from None
+        raise SandboxError(f"{api_url} is not a simulator") from None
     except OSError as error:
         raise SandboxError(f"{api_url} does not answer: {getattr(error, 'reason', error)}") from None

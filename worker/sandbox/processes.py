@@ -422,7 +422,7 @@ def _environment(settings: Mapping[str, str], own: Mapping[str, str]) -> dict[st
     return inherited | {"PYTHONUNBUFFERED": "1"} | dict(settings) | dict(own)
 
 
-#: What is on this machine is asked without the proxy that the environment may name.
+#: This machine is asked directly, not through a proxy that the environment may name.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

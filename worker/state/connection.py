@@ -402,7 +402,7 @@ def connect(
     """Build a client; nothing is sent before its first command. Timeouts in seconds.
 
     `key` is any key of the app: on a cluster, it decides the node. A server that does not answer in time raises
-    `TimeoutError`; one that is no primary, `NotPrimary`. `options` are those of the library's connections. Raises
+    `TimeoutError`; one that is not the primary, `NotPrimary`. `options` are those of the library's connections. Raises
     `ValueError` for a URL that cannot be read.
     """
     place = read_redis_url(url) if isinstance(url, str) else url

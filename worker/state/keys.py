@@ -149,10 +149,10 @@ class Keys:
     @property
     def server(self) -> str:
         """hash, which server this is, and what is known of those before: its replication "id"; its "number", and the
-        "first" one of this data; how many "servers" there were; since "at" ms, when so many updates were "accepted";
+        "first" one of this data; how many "servers" there were; since "at" ms, when that many updates were "accepted";
         "claims" made so far, and the numbers "gap_from" to "gap_to" of claims that only the server before can have made;
-        "behind" = 1 once one of those was found missing here, "emptied" = 1 if the data had gone; updates known to be
-        "lost" with the last server, and "lost_before" with all others."""
+        "behind" = 1 once one of those was found missing here, "emptied" = 1 if the data had gone; updates known to be "lost"
+        with the last server, and "lost_before" with all others."""
         return self._key("server")
 
     @property

@@ -11,7 +11,7 @@ KEYS[4]  zset, shadow_at
 KEYS[5]  hash, server
 ARGV[1]  now in ms, empty = the server's clock
 ARGV[2]  JSON array of [user, the packed memory that was looked at, or "", {name: value found, or false for none}], at most 1000
-Returns  the indexes, from 1, of those of whom the memory is now right
+Returns  the indexes, from 1, of the users whose memory is now right
 ]]
 local pending, flight, shadow, shadow_at, server = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, found = now_ms(ARGV[1]), cjson.decode(ARGV[2])

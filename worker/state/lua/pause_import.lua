@@ -8,7 +8,7 @@ ARGV[1]  name of the import
 ARGV[2]  JSON of who says so: "by", "reason", "at" s
 ARGV[3]  who says so
 ARGV[4]  why
-Returns  1, or 0 if it waits already, or is no unfinished import
+Returns  1, or 0 if it waits already, or is not unfinished
 ]]
 local imports, pauses, history = KEYS[1], KEYS[2], KEYS[3]
 local name, about, by, reason = ARGV[1], ARGV[2], ARGV[3], ARGV[4]

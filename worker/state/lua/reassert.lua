@@ -1,5 +1,5 @@
 --[[
-Send the newest values of some users again, because a call with older ones may have been applied after them: its worker was
+Send some users' newest values again, because a call with older ones may have been applied after them: its worker was
 frozen, and sent it although the lease had ended.
 
 The newest value of an attribute is the one that is pending, else in flight, else delivered. What is pending goes out by

@@ -1,5 +1,6 @@
 --[[
-Read what is remembered of some users, at one instant: who has nothing under way, and what was delivered last. Writes nothing.
+Read what is remembered about some users, at one instant: whether anything is under way, and what was delivered last.
+Writes nothing.
 
 KEYS[1]  hash, pending: user -> record
 KEYS[2]  hash, flight: user -> record

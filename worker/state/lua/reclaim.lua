@@ -2,8 +2,8 @@
 Take over the batch whose lease ended first, under a new batch id, so that its old owner can neither settle nor extend it.
 The new owner then settles it like any other.
 
-A lease that ends later than any can is from before the server's clock was set back, and has ended. A batch without a
-lease gets one. If nobody knows any more whom a batch holds, it is those in flight whom no other batch holds.
+A lease that ends later than any can dates from before the server's clock was set back, and has ended. A batch without a
+lease gets one. If it is no longer known which users a batch holds, it is those in flight that no other batch holds.
 
 KEYS[1]  hash, batches: batch id -> JSON array of users
 KEYS[2]  zset, leases: batch id -> end in ms

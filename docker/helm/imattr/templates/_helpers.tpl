@@ -75,8 +75,7 @@ IMATTR_{{ $name }}: {{ include "imattr.text" $value }}
 {{- end -}}
 
 {{/*
-Where the secrets are, as variables. Takes (list $ file): "secret-key" for what calls the API, "console-accounts" for the
-console, "" for everybody else.
+Where the secrets are, as variables. Takes (list $ file): "secret-key" for anything that calls the API, "console-accounts" for the console, "" for all others.
 */}}
 {{- define "imattr.secrets" -}}
 {{- $root := index . 0 -}}
