@@ -84,7 +84,7 @@ HASH = hash_password(ANN, CHEAP)
         (f"ann:operator:{HASH.replace('$16$', '$15$')}", "cost"),
         (f"ann:operator:{HASH.replace('$16$', '$16777216$')}", "cost"),
         (f"ann:operator:{HASH.replace('$1$1$', '$1$0$')}", "cost"),
-        (f"ann:viewer:{HASH}\nann:operator:{HASH}", "line 4 has another password"),
+        (f"ann:viewer:{HASH}\nann:operator:{HASH}", "line 4 has a second password"),
     ],
     # The hash is another one in each process.
     ids=range(11),

@@ -499,7 +499,7 @@ def test_every_button_of_an_operator_does_what_it_says(site: Site, tmp_path: Pat
     expect(note(page)).to_contain_text("The import is paused")
     expect(running).to_contain_text("not before noon")
     running.get_by_role("button", name="Resume").click()
-    expect(note(page)).to_contain_text("The import goes on")
+    expect(note(page)).to_contain_text("The import continues")
 
     # Who did it.
     page.get_by_role("link", name="History", exact=True).click()

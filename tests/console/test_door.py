@@ -194,7 +194,7 @@ def test_a_wrong_login_says_the_same_whatever_is_wrong(guarded: TestClient, name
     answer = log_in(guarded, name, password)
 
     assert answer.status_code == 401
-    assert "do not belong together" in answer.text
+    assert "do not match" in answer.text
     assert guarded.get("/").status_code == 303
 
 

@@ -44,7 +44,7 @@ def sentence(user: UserState, state: dict[str, Any] = OPEN, *refused: RefusedUpd
         ),
         (
             replace(ANN, delivered=replace(DELIVERED, unknown=frozenset({"city"}))),
-            "Nobody knows what the API has",
+            "It is unknown what the API has",
         ),
         (replace(ANN, in_flight=PENDING, batch="b1"), "city of ann is being sent now, in batch b1."),
         (
