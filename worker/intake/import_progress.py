@@ -32,7 +32,7 @@ class ImportOptions:
     as_of_ms: int | None = None
     refused: Path | None = None
     restart: bool = False
-    #: The directory for the progress, if not beside the file.
+    #: The file for the progress, if not beside the imported one.
     progress: Path | None = None
 
     @property

@@ -7,9 +7,9 @@ For each hundred users, in this order:
 3. correct what is remembered as delivered by what was found, or `add` would drop the repair as already delivered;
 4. add the rest to the lane `backfill`, as of the time of the file.
 
-That time is before the plan was begun. So any value accepted since then, at whatever moment, is newer and wins: in `add` if
-it is pending, in flight or remembered, and otherwise at the second step. While a plan is being applied, nothing that is
-delivered is forgotten, as during an import.
+That time is before the plan was begun. So whatever is accepted after that, at any moment in between, the newer value wins: in
+`add` if it is pending, in flight or remembered, and before that at the second step. While a plan is being applied, nothing
+that is delivered is forgotten, as during an import.
 
 Applying again is harmless: users are in motion or have their new values by then.
 """

@@ -92,7 +92,7 @@ def read_faults(texts: Iterable[str]) -> list[Fault]:
     for text in texts:
         code, at, user = text.partition("@")
         if at:
-            # A user is refused in every call that it is in, and takes no share of the calls from others.
+            # The user is refused in every call that it is in, which takes no share of the calls from other faults.
             faults.append(_refused_user(text, code, user))
             continue
         what, colon, number = text.partition(":")
