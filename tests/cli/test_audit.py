@@ -153,7 +153,7 @@ def test_nobody_in_motion_is_judged(imattr: Terminal, house: House) -> None:
     result = imattr("audit")
 
     assert "1 of 1 wrong" in result.output
-    assert "skipped  2: in motion, or nothing certain is remembered of them" in result.output
+    assert "skipped  2: in motion, or nothing certain is remembered about them" in result.output
 
 
 def test_nothing_remembered_is_told_with_the_reason(imattr: Terminal) -> None:

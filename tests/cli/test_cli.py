@@ -200,7 +200,7 @@ def test_a_person_can_pause_and_resume_an_import(imattr: Terminal, client: redis
     assert imattr("resume", "--import", "host:/a.csv").output == "resumed\n"
     assert imattr("resume", "--import", "host:/a.csv").output == "that import was not paused\n"
     another = imattr("pause", "--import", "another", "--reason", "x")
-    assert (another.exit_code, "no import under way has the name another" in another.output) == (1, True)
+    assert (another.exit_code, "no import under way is called another" in another.output) == (1, True)
 
 
 def test_dead_letters_can_be_looked_at_put_back_and_thrown_away(

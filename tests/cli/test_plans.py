@@ -78,7 +78,7 @@ def test_a_plan_is_applied_after_a_question(
 
     asked = imattr("apply", "users.csv.plan")
     assert asked.exit_code == cli.USAGE
-    assert "the changes of 2 users are right: use --yes" in asked.output
+    assert "nobody can confirm the changes of 2 users here: use --yes" in asked.output
     assert not client.exists(keys.pending)
 
     done = imattr("apply", "users.csv.plan", "--yes")
