@@ -195,6 +195,7 @@ EXIT_CODES = {
 def commands() -> str:
     """The page on the command line, in the words of its own help."""
     found = list(_commands(main, "imattr"))
+    top = click.Context(main, info_name="imattr", **main.context_settings)
     lines = [
         "# Commands",
         "",
@@ -213,7 +214,10 @@ def commands() -> str:
         "",
     ]
     for name, command, _ in found:
-        context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+        # Settings such as the names of the option for help come from the command above.
+        context = click.Context(
+            command, top, name.partition(" ")[2], max_content_width=100, terminal_width=100
+        )
         lines += [f"## {name}", "", "```", command.get_help(context), "```", ""]
     return "\n".join(lines)
 

@@ -52,13 +52,13 @@ def as_written(name: str) -> str:
         defined = re.search(r"^local (?:function )?(\w+)", definition, re.MULTILINE)
         if defined and re.search(rf"\b{defined[1]}\b", text):
             text = f"{definition}\n\n{text}"
-    return re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE)
+    return text
 
 
 def _body(file: str) -> str:
-    """The text of a file, without its header."""
+    """The text of a file, without its header and comments, in which a function's name is only a word."""
     lua = resources.files(__package__).joinpath("lua", f"{file}.lua")
-    return lua.read_text(encoding="utf-8").partition("]]\n")[2]
+    return re.sub(r"^ *--.*\n", "", lua.read_text(encoding="utf-8").partition("]]\n")[2], flags=re.MULTILINE)
 
 
 def _with_literal_keys(text: str) -> str:
