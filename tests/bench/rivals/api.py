@@ -11,8 +11,9 @@ from worker.delivery.usersig import Signer
 from worker.models import Attributes, UserId
 
 #: Calls a second that the API allows the app, and most users a call.
-QUOTA, BATCH = 100, 100
+QUOTA, BATCH = int(os.environ.get("IMATTR_QUOTA", 100)), 100
 
+#: redis://..., or redis+sentinel://HOST:PORT,HOST:PORT/SERVICE, which is how `limits` and `throttled-py` have it, too.
 REDIS_URL = os.environ.get("IMATTR_REDIS_URL", "")
 
 _app = int(os.environ.get("IMATTR_SDKAPPID", 0))

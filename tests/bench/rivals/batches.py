@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import Celery, Task
 from celery_batches import Batches, SimpleRequest
+from redis import RedisError
 
 from tests.bench.rivals import celery_app
 from tests.bench.rivals.api import BATCH, CallFailed, call
@@ -40,10 +41,11 @@ def make(name: str, wait: Callable[[], None]) -> tuple[Celery, Task]:
 def send(users: dict[UserId, Attributes], wait: Callable[[], None]) -> None:
     """Call until it succeeds. Here, not by a message: a batch that raises counts as done and is lost."""
     for attempt in range(ATTEMPTS):
-        wait()
         try:
+            # The limiter is in Redis, which may be failing over.
+            wait()
             call(users)
-        except CallFailed:
+        except (CallFailed, RedisError):
             if attempt == ATTEMPTS - 1:
                 raise
             time.sleep(random.uniform(0, min(BACKOFF_MAX, 0.25 * 2**attempt)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery, Task
 
@@ -15,21 +16,33 @@ from worker.models import Attributes, UserId
 VISIBILITY = 60
 
 
+def broker(url: str) -> tuple[str, dict[str, str]]:
+    """Celery's own way to write the address of Redis, and the options of its transport that belong to it."""
+    parts = urlsplit(url)
+    if parts.scheme != "redis+sentinel":
+        return url, {}
+    sentinels = ";".join(f"sentinel://{place}" for place in parts.netloc.split(","))
+    return sentinels, {"master_name": parts.path.strip("/")}
+
+
 def make_app(name: str, **settings: Any) -> Celery:
-    app = Celery(name, broker=REDIS_URL)
+    url, options = broker(REDIS_URL)
+    app = Celery(name, broker=url)
     app.conf.update(
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         task_ignore_result=True,
-        broker_transport_options={"visibility_timeout": VISIBILITY},
+        broker_transport_options={"visibility_timeout": VISIBILITY, **options},
         broker_connection_retry_on_startup=True,
+        # A failover may take longer than the hundred attempts that are the default.
+        broker_connection_max_retries=None,
         **settings,
     )
     return app
 
 
 def enqueue(task: Task, events: Sequence[tuple[UserId, Attributes, int]]) -> None:
-    """One message an event, all on one connection."""
+    """One message an event, all on one connection, as any client sends them that knows the task's name."""
     with task.app.producer_pool.acquire(block=True) as producer:
         for user, attrs, _ in events:
-            task.apply_async((user, attrs), producer=producer)
+            task.app.send_task(task.name, (user, attrs), producer=producer)

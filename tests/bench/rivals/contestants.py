@@ -19,9 +19,9 @@ from worker.state.keys import Keys
 NODE_PROJECT = Path(__file__).parent / "bullmq"
 ROOT = Path(__file__).parents[3]
 
-#: Users, all different, of the run in which a worker is killed, so that it lasts some seconds; and for contestants
-#: with one user a call.
-DIFFERENT, DIFFERENT_SINGLE = 60_000, 2_000
+#: Users, all different, of the runs that are to last some seconds: of those who fill the API's calls, of celery-batches, and
+#: of those with one user a call.
+DIFFERENT, DIFFERENT_BATCHES, DIFFERENT_SINGLE = 60_000, 20_000, 1_000
 
 #: Threads, or jobs at a time, of each of the two worker processes.
 CONCURRENCY = 16
@@ -60,11 +60,14 @@ class Contestant:
     app: str = ""
     #: The same function for events that come one by one from Celery clients; empty: the same as `enqueuer`.
     client: str = ""
-    kill_users: int = DIFFERENT
+    #: Different users, or events, of the runs beside the job.
+    size: int = DIFFERENT
     #: Whether events come with their times, in the order of arrival. The others get them in the order of events.
     takes_times: bool = False
     #: Events in one job of node.
     job_size: int = 1
+    #: Celery's pool, and what it does at a time.
+    pool: tuple[str, int] = ("threads", CONCURRENCY)
 
     def enqueue_command(self, events: Path) -> list[str]:
         if self.enqueuer:
@@ -74,14 +77,17 @@ class Contestant:
     def worker_command(self, name: str) -> list[str]:
         if not self.app:
             return ["node", str(NODE_PROJECT / "worker.js")]
-        pool = ["--pool", "threads", "--concurrency", str(CONCURRENCY), "--hostname", f"{name}@%h"]
+        kind, concurrency = self.pool
+        pool = ["--pool", kind, "--concurrency", str(concurrency), "--hostname", f"{name}@%h"]
         flags = ["--without-gossip", "--without-mingle"]
         return [sys.executable, "-m", "celery", "--app", self.app, "worker", *pool, *flags]
 
 
-def _on_celery(name: str, title: str, setting: str, kill_users: int = DIFFERENT) -> Contestant:
+def _on_celery(
+    name: str, title: str, setting: str, size: int, pool: tuple[str, int] = ("threads", CONCURRENCY)
+) -> Contestant:
     module = f"tests.bench.rivals.{name}"
-    return Contestant(name, title, setting, _left_of_celery, module, module, kill_users=kill_users)
+    return Contestant(name, title, setting, _left_of_celery, module, module, size=size, pool=pool)
 
 
 _BATCHES = (
@@ -105,8 +111,10 @@ CONTESTANTS = (
         "each",
         "Celery, a task per event",
         'One call for one user each; `rate_limit="50/s"` for each of the two workers, as Celery limits a worker, '
-        "not a fleet; `acks_late`, `reject_on_worker_lost`, automatic retries with back-off and jitter, without limit.",
-        kill_users=DIFFERENT_SINGLE,
+        "not a fleet; the default pool, with 4 processes a worker, as the limit keeps time worse with threads; `acks_late`, `reject_on_worker_lost`, automatic retries with back-off and jitter, without limit.",
+        DIFFERENT_SINGLE,
+        # Its rate limit keeps time only with a pool that works beside the event loop.
+        ("prefork", 4),
     ),
     _on_celery(
         "batches_limits",
@@ -114,6 +122,7 @@ CONTESTANTS = (
         _BATCHES
         + "Before each call it waits for `limits`: moving window, 100 a second, in Redis; it sleeps until the "
         "oldest call leaves the window, and tries again.",
+        DIFFERENT_BATCHES,
     ),
     _on_celery(
         "batches_throttled",
@@ -121,14 +130,17 @@ CONTESTANTS = (
         _BATCHES
         + "Before each call it waits for `throttled-py`: GCRA, 100 a second, burst 1, in Redis; it sleeps for "
         "`retry_after`, and tries again (the library's own blocking wait sleeps for 0.2 s at least).",
+        DIFFERENT_BATCHES,
     ),
     Contestant(
         "bullmq",
         "BullMQ, a job per event",
-        "One call for one user each; `limiter: {max: 100, duration: 1000}`, `addBulk` with 1,000 jobs, 16 jobs at a "
-        "time; on 60007 it pauses the queue for a second and throws `RateLimitError`, as documented.",
+        "One call for one user each; `limiter: {max: 9, duration: 100}`, since its windows are fixed: with `{max: 100, "
+        "duration: 1000}` a rolling second may hold two windows' worth, and the API refuses some; `addBulk` with 1,000 jobs, "
+        "16 jobs at a time; on 60007 it pauses the queue for a second and throws `RateLimitError`, as documented; "
+        "`maxRetriesPerRequest: null`, and `sentinels` of ioredis.",
         _left_of_bullmq,
-        kill_users=DIFFERENT_SINGLE,
+        size=DIFFERENT_SINGLE,
     ),
     Contestant(
         "bullmq_100",

@@ -1,8 +1,9 @@
-"""What is done to every contestant: the job, and a run in which one worker is killed."""
+"""What is done to every contestant: the job, a worker killed, eight clients, another quota, and a failover of Redis."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -23,23 +24,27 @@ import redis
 import requests
 
 from tests.bench import ATTRS, cpu, server, state_of, users
+from tests.bench.rivals import results
 from tests.bench.rivals.api import QUOTA
 from tests.bench.rivals.contestants import (
     CONTESTANTS,
     DIFFERENT,
+    DIFFERENT_BATCHES,
     DIFFERENT_SINGLE,
     NODE_PROJECT,
     ROOT,
     Contestant,
     absent,
 )
-from tests.bench.rivals.results import OURS, Figures, Report
+from tests.bench.rivals.results import OTHER_QUOTA, OURS, PARTS, Figures, Report
+from tests.redis_fleet import SentinelFleet
 from worker.delivery.api import PATHS
 from worker.delivery.usersig import sign
 from worker.errors import InvalidUpdate
 from worker.models import Attributes, UserId, check_update
 from worker.sandbox import demo, demo_events
 from worker.sandbox.processes import Plan, Sandbox
+from worker.state.connection import connect
 
 Event = tuple[UserId, Attributes, int]
 
@@ -47,20 +52,23 @@ Event = tuple[UserId, Attributes, int]
 LATENCY = 0.05
 #: Seconds for the first call; and without a call until nothing more is expected, longer than any contestant
 #: takes to give what a dead worker had to another one.
-START, STALL = 60.0, 150.0
+START, STALL = 60.0, 90.0
+#: Seconds that enqueuing may take, and that a run may take after what happens in the middle of it.
+ENQUEUE, PATIENCE = 300.0, 180.0
 
-
-#: Client processes that send messages one by one, and how many each of them sends.
-CLIENTS, EACH_CLIENT = 8, 3000
+#: Client processes that send messages one by one, and how many each of them sends; seconds until it is enough.
+CLIENTS, EACH_CLIENT, CLIENTS_CAP = 8, 3000, 20.0
+#: Seconds from the first call on with another quota.
+QUOTA_CAP = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured: events of the job, seconds it may take, part of the users of the run with a kill."""
+    """How much is measured: events of the job, seconds it may take, and the part of all other runs."""
 
     events: int = 50_000
-    cap: float = 60.0
-    kill: float = 1.0
+    cap: float = 30.0
+    rest: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,7 @@ class Stage:
     contestant: Contestant
     sandbox: Sandbox
     client: redis.Redis
+    fleet: SentinelFleet | None = None
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def _environ(self) -> dict[str, str]:
@@ -111,8 +120,38 @@ class Stage:
         file = self.sandbox.directory / "events.jsonl"
         file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         command = self.contestant.enqueue_command(file)
-        done = subprocess.run(command, cwd=ROOT, env=self._environ(), check=True, stdout=subprocess.PIPE)
-        return float(done.stdout)
+        given = {"cwd": ROOT, "env": self._environ(), "stdout": subprocess.PIPE, "timeout": ENQUEUE}
+        return float(subprocess.run(command, check=True, **given).stdout)
+
+    @contextlib.contextmanager
+    def clients(self, count: int) -> Iterator[list[subprocess.Popen[str]]]:
+        """Celery clients that send `count` messages each, about different users, once `begin` is called."""
+        module = self.contestant.client or self.contestant.enqueuer
+        found: list[subprocess.Popen[str]] = []
+        try:
+            for number in range(CLIENTS):
+                file = self.sandbox.directory / f"events-{number}.jsonl"
+                lines = (json.dumps((*user, 0)) + "\n" for user in users(count, number * count))
+                file.write_text("".join(lines), encoding="utf-8")
+                command = [sys.executable, "-m", "tests.bench.rivals.enqueue", module, str(file), "wait"]
+                found.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=self._environ(),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    )
+                )
+            for client in found:
+                assert client.stdout
+                client.stdout.readline()
+            yield found
+        finally:
+            for client in found:
+                client.kill()
+                client.communicate()
 
     def start(self, *names: str) -> None:
         for name in names:
@@ -135,6 +174,12 @@ class Stage:
     def left(self) -> int:
         return self.contestant.left(self.client)
 
+    def is_done(self) -> bool:
+        """Whether nothing is left. Not while Redis does not answer."""
+        with contextlib.suppress(redis.RedisError):
+            return not self.left()
+        return False
+
     def state(self) -> Any:
         return state_of(self.sandbox)
 
@@ -143,7 +188,7 @@ class Stage:
         return [json.loads(line) for line in reply.text.splitlines()] if what == "record" else reply.json()
 
     def worker_cpu(self) -> float:
-        return sum(cpu(worker.pid) for worker in self.workers.values())
+        return sum(cpu(pid) for worker in self.workers.values() for pid in group(worker.pid))
 
     def redis_cpu(self) -> float:
         return cpu(self.sandbox.pids()["redis"])
@@ -164,24 +209,48 @@ class Stage:
     def settle(self, quiet: float) -> None:
         """Wait until nothing is left and no call has come for `quiet` seconds, or no call for `STALL` seconds."""
         last, since = -1, time.monotonic()
-        while (idle := time.monotonic() - since) < STALL and (idle < quiet or self.left()):
+        deadline = since + PATIENCE
+        while time.monotonic() < deadline:
+            idle = time.monotonic() - since
+            if idle >= STALL or (idle >= quiet and self.is_done()):
+                return
             time.sleep(0.1)
             calls = self.state()["calls"]
             if calls != last:
                 last, since = calls, time.monotonic()
 
 
+def group(leader: int) -> Iterator[int]:
+    """The processes of a worker: those of its group."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(file.read_text().rpartition(")")[2].split()[2]) == leader:
+                yield int(file.parent.name)
+
+
+def begin(clients: Sequence[subprocess.Popen[str]]) -> None:
+    for client in clients:
+        assert client.stdin
+        client.stdin.write("go\n")
+        client.stdin.flush()
+
+
 @contextlib.contextmanager
-def stage(contestant: Contestant) -> Iterator[Stage]:
-    options = ("--latency", str(LATENCY), "--quota", str(QUOTA))
+def stage(contestant: Contestant, *, quota: int = QUOTA, sentinels: bool = False) -> Iterator[Stage]:
+    """The API with that quota, and one Redis; or a primary with two replicas, and three sentinels."""
+    options = ("--latency", str(LATENCY), "--quota", str(quota))
     names = tuple({*demo_events.NAMES, *ATTRS})
     plan = Plan(workers=0, flower=False, names=names, simulator_options=options)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Sandbox(Path(directory), {}, plan) as sandbox,
-        redis.Redis.from_url(sandbox.redis_url) as client,
-    ):
-        running = Stage(contestant, sandbox, client)
+    settings = {"IMATTR_QUOTA": str(quota)}
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        fleet = None
+        if sentinels:
+            fleet = stack.enter_context(SentinelFleet(directory / "fleet"))
+            settings["IMATTR_REDIS_URL"] = fleet.url.removesuffix("/0")
+        sandbox = stack.enter_context(Sandbox(directory, settings, plan))
+        client = stack.enter_context(connect(sandbox.redis_url, timeout=2, connect_timeout=2))
+        running = Stage(contestant, sandbox, client, fleet)
         try:
             yield running
         finally:
@@ -189,7 +258,7 @@ def stage(contestant: Contestant) -> Iterator[Stage]:
                 running.kill(name)
 
 
-def do_job(contestant: Contestant, job: Job, cap: float) -> dict[str, Any]:
+def do_job(contestant: Contestant, job: Job, scale: Scale) -> results.Job:
     """Enqueue the events, then deliver them, for `cap` seconds at most."""
     with stage(contestant) as it:
         enqueue_seconds = it.enqueue(job.events)
@@ -198,27 +267,27 @@ def do_job(contestant: Contestant, job: Job, cap: float) -> dict[str, Any]:
         if not it.wait(lambda: it.state()["calls"] > 0, START):
             raise RuntimeError(f"{contestant.name} makes no call")
         worker_cpu = it.worker_cpu()
-        finished = it.wait(lambda: not it.left(), cap)
+        finished = it.wait(it.is_done, scale.cap)
         worker_cpu, redis_cpu = it.worker_cpu() - worker_cpu, it.redis_cpu()
         if finished:
             it.settle(0.5)
         state, done = it.state(), 1 - it.left() / total
         record = it.ask("record")
         wrong = _wrong(it.ask("users"), job.expected) if finished else None
-    return {
-        "events": len(job.events),
-        "done": done,
-        "enqueue_seconds": enqueue_seconds,
-        "seconds": state["seconds"],
-        "calls": state["calls"],
-        "refused": state["refused"].get("60007", 0),
-        "worst": state["worst_rolling_second"],
-        "worker_cpu": worker_cpu,
+    return results.Job(
+        events=len(job.events),
+        done=done,
+        enqueue_seconds=enqueue_seconds,
+        seconds=state["seconds"],
+        calls=state["calls"],
+        refused=state["refused"].get("60007", 0),
+        worst=state["worst_rolling_second"],
+        worker_cpu=worker_cpu,
         # Enqueuing was complete at the cap, too: `whole` must not count it again.
-        "redis_cpu": redis_cpu - enqueue_cpu + enqueue_cpu * done,
-        "older": demo.stale_writes(record, job.expected),
-        "wrong": wrong,
-    }
+        redis_cpu=redis_cpu - enqueue_cpu + enqueue_cpu * done,
+        older=demo.stale_writes(record, job.expected),
+        wrong=wrong,
+    )
 
 
 def _wrong(applied: dict[str, dict[str, str]], expected: demo.Expected) -> int:
@@ -230,12 +299,11 @@ def _wrong(applied: dict[str, dict[str, str]], expected: demo.Expected) -> int:
     )
 
 
-def kill_one(contestant: Contestant, scale: float) -> dict[str, Any]:
+def kill_one(contestant: Contestant, scale: Scale) -> results.Kill:
     """Different users, so that every update counts. One worker is killed half-way, another one started."""
-    count = int(contestant.kill_users * scale)
-    now = int(time.time() * 1000)
+    count = int(contestant.size * scale.rest)
     with stage(contestant) as it:
-        it.enqueue([(user, attrs, now) for user, attrs in users(count)])
+        it.enqueue(different(count))
         it.start("worker-1", "worker-2")
         if not it.wait(lambda: it.state()["users"] >= count / 2, START + count / 2 / QUOTA * 4):
             raise RuntimeError(f"{contestant.name} does not deliver")
@@ -246,45 +314,94 @@ def kill_one(contestant: Contestant, scale: float) -> dict[str, Any]:
         record = it.ask("record")
         arrived: dict[str, dict[str, str]] = it.ask("users")
     writes = Counter(user for _, _, user, _ in record)
-    return {
-        "users_per_second": rate([at for at, *_ in record if at < killed]),
-        "lost": sum(arrived.get(user) != attrs for user, attrs in users(count)),
-        "twice": sum(times > 1 for times in writes.values()),
-    }
+    return results.Kill(
+        users_per_second=rate([at for at, *_ in record if at < killed]),
+        lost=sum(arrived.get(user) != attrs for user, attrs in users(count)),
+        twice=sum(times > 1 for times in writes.values()),
+    )
 
 
-def from_clients(contestant: Contestant, cap: float) -> dict[str, Any]:
-    """Different users, one message each, from clients that all begin at once, until they are at the API."""
+def different(count: int) -> list[Event]:
+    now = int(time.time() * 1000)
+    return [(user, attrs, now) for user, attrs in users(count)]
+
+
+def from_clients(contestant: Contestant, scale: Scale) -> results.Clients | None:
+    """Different users, one message each, from clients that all begin at once: before the workers start, and beside them."""
     if not contestant.app:
-        return {"from_clients": None}
-    module = contestant.client or contestant.enqueuer
-    with stage(contestant) as it, contextlib.ExitStack() as stack:
+        return None
+    count = int(EACH_CLIENT * scale.rest)
+    with stage(contestant) as it:
+        with it.clients(count) as clients:
+            start = time.monotonic()
+            begin(clients)
+            for client in clients:
+                client.wait(ENQUEUE)
+            sent = CLIENTS * count / (time.monotonic() - start)
+        it.start("worker-1", "worker-2")
+        _deliver(it, CLIENTS * count, CLIENTS_CAP)
+        drained = rate([at for at, *_ in it.ask("record")])
+    with stage(contestant) as it:
         it.start("worker-1", "worker-2")
         logs = [it.sandbox.directory / f"{name}.log" for name in it.workers]
         it.wait(lambda: all(b" ready." in log.read_bytes() for log in logs), START)
-        clients = []
-        for number in range(CLIENTS):
-            file = it.sandbox.directory / f"events-{number}.jsonl"
-            lines = (json.dumps((*user, 0)) + "\n" for user in users(EACH_CLIENT, number * EACH_CLIENT))
-            file.write_text("".join(lines), encoding="utf-8")
-            command = [sys.executable, "-m", "tests.bench.rivals.enqueue", module, str(file), "wait"]
-            client = subprocess.Popen(
-                command, cwd=ROOT, env=it._environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            clients.append(stack.enter_context(client))
-        for client in clients:
-            assert client.stdout
-            client.stdout.readline()
-        start = time.monotonic()
-        for client in clients:
-            assert client.stdin
-            client.stdin.write("go\n")
-            client.stdin.flush()
-        it.wait(lambda: it.state()["users"] >= CLIENTS * EACH_CLIENT, cap)
-        result = it.state()["users"] / (time.monotonic() - start)
-        for client in clients:
-            client.kill()
-    return {"from_clients": result}
+        with it.clients(count) as clients:
+            start = time.monotonic()
+            begin(clients)
+            it.wait(lambda: it.state()["users"] >= CLIENTS * count, CLIENTS_CAP)
+            meanwhile = it.state()["users"] / (time.monotonic() - start)
+    return results.Clients(sent=sent, drained=drained, meanwhile=meanwhile)
+
+
+def _deliver(it: Stage, users: int, cap: float) -> None:
+    """Wait until that many have arrived, `cap` seconds from the first at most."""
+    if not it.wait(lambda: it.state()["users"] > 0, START):
+        raise RuntimeError(f"{it.contestant.name} does not deliver")
+    it.wait(lambda: it.state()["users"] >= users, cap)
+
+
+def other_quota(contestant: Contestant, scale: Scale) -> results.Quota:
+    """Different users, with twice the quota."""
+    count = int(2 * contestant.size * scale.rest)
+    with stage(contestant, quota=OTHER_QUOTA) as it:
+        it.enqueue(different(count))
+        it.start("worker-1", "worker-2")
+        _deliver(it, count, QUOTA_CAP)
+        state, record = it.state(), it.ask("record")
+    return results.Quota(
+        users_per_second=rate([at for at, *_ in record]),
+        calls=state["calls"],
+        refused=state["refused"].get("60007", 0),
+        worst=state["worst_rolling_second"],
+    )
+
+
+def fail_over(contestant: Contestant, scale: Scale) -> results.Failover:
+    """The job on Redis behind sentinels, whose primary is killed half-way and stays away."""
+    job = Job.make(min(int(contestant.size * scale.rest), scale.events))
+    with stage(contestant, sentinels=True) as it:
+        assert it.fleet
+        it.enqueue(job.events)
+        total = it.left()
+        it.start("worker-1", "worker-2")
+        if not it.wait(lambda: it.left() <= total / 2, START + total / QUOTA * 4):
+            raise RuntimeError(f"{contestant.name} does not deliver")
+        killed = time.monotonic()
+        it.fleet.fail_over(how=lambda primary: primary.kill())
+        promoted = time.monotonic()
+        it.settle(3)
+        state, record = it.state(), it.ask("record")
+        arrived: dict[str, dict[str, str]] = it.ask("users")
+    after = [at for at, *_ in record if at > promoted]
+    return results.Failover(
+        events=len(job.events),
+        promoted=promoted - killed,
+        pause=min(after) - killed if after else None,
+        lost=sum(user not in arrived for user in job.expected.latest),
+        older=demo.stale_writes(record, job.expected),
+        wrong=_wrong(arrived, job.expected),
+        worst=state["worst_rolling_second"],
+    )
 
 
 def rate(times: Sequence[float]) -> float:
@@ -331,36 +448,69 @@ def machine() -> dict[str, str]:
     return found
 
 
-def measure(scale: Scale, say: Callable[[str], None], only: Sequence[str] = ()) -> Report:
-    """Measure everybody who can take part, or only those named, and imattr."""
+#: How each part is measured.
+MEASURES: dict[str, Callable[[Contestant, Scale], Any]] = {
+    "kill": kill_one,
+    "clients": from_clients,
+    "quota": other_quota,
+    "failover": fail_over,
+}
+
+
+def measure(
+    scale: Scale,
+    say: Callable[[str], None],
+    only: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    *,
+    file: Path,
+) -> Report:
+    """Measure everybody who can take part, or only those named, and imattr.
+
+    What fails is noted, and the rest goes on. The report is written to `file` after each contestant.
+    """
     job, missing = Job.make(scale.events), absent()
-    chosen = [it for it in CONTESTANTS if not only or it.name in {OURS, *only}]
-    figures: dict[str, Figures] = {}
-    for contestant in chosen:
-        if why := missing.get(contestant.name):
-            say(f"{contestant.title}: left out, {why}")
-            continue
-        done = do_job(contestant, job, scale.cap)
-        say(f"{contestant.title}, the job: {_short(done)}")
-        killed = kill_one(contestant, scale.kill)
-        say(f"{contestant.title}, one worker killed: {_short(killed)}")
-        clients = from_clients(contestant, scale.cap)
-        say(f"{contestant.title}, eight clients: {_short(clients)}")
-        figures[contestant.name] = Figures(**done, **killed, **clients)
+    measures = {"job": lambda contestant, scale: do_job(contestant, job, scale), **MEASURES}
     setup = {
         "events": scale.events,
         "users": len(job.expected.latest),
         "cap": scale.cap,
         "quota": QUOTA,
         "latency": LATENCY,
-        "different": int(DIFFERENT * scale.kill),
-        "different_single": int(DIFFERENT_SINGLE * scale.kill),
+        "different": int(DIFFERENT * scale.rest),
+        "different_batches": int(DIFFERENT_BATCHES * scale.rest),
+        "different_single": int(DIFFERENT_SINGLE * scale.rest),
+        "messages": int(CLIENTS * EACH_CLIENT * scale.rest),
     }
-    return Report(machine(), setup, bare(job.events), figures, dict(missing))
+    report = Report(machine(), setup, bare(job.events), {}, dict(missing))
+    began = time.monotonic()
+    for contestant in CONTESTANTS:
+        if only and contestant.name not in {OURS, *only}:
+            continue
+        if why := missing.get(contestant.name):
+            say(f"{contestant.title}: left out, {why}")
+            continue
+        found: dict[str, Any] = {}
+        failed: dict[str, str] = {}
+        for part in PARTS:
+            if parts and part not in parts:
+                continue
+            try:
+                found[part] = measures[part](contestant, scale)
+            # Whatever it is: the others are still worth measuring.
+            except Exception as error:
+                failed[part] = " ".join(f"{type(error).__name__}: {error}".split())[-300:]
+            said = _short(found[part]) if part in found else f"failed, {failed[part]}"
+            say(f"{(time.monotonic() - began) / 60:4.1f} min  {contestant.title}, {part}: {said}")
+        report.figures[contestant.name] = Figures(failed=failed, **found)
+        report.write(file)
+    return report
 
 
-def _short(measured: dict[str, Any]) -> str:
+def _short(measured: Any) -> str:
+    if measured is None:
+        return "–"
     return ", ".join(
         f"{name.replace('_', ' ')} {round(value, 2) if value is not None else '–'}"
-        for name, value in measured.items()
+        for name, value in dataclasses.asdict(measured).items()
     )

@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
 from tests.bench import Results, console
 from tests.bench.rivals.contestants import CONTESTANTS, ROOT, Contestant
-from tests.bench.rivals.measure import Scale, measure
-from tests.bench.rivals.results import CEILING, LINES, OURS, Line, Report, cell, judge, score
+from tests.bench.rivals.measure import CLIENTS, CLIENTS_CAP, STALL, Scale, measure
+from tests.bench.rivals.results import CEILING, OURS, TABLES, Line, Report, cell, judge, score
 
 RESULTS, PAGE = ROOT / "docs" / "comparison.json", ROOT / "docs" / "comparison.md"
+#: The figures of the last run, whole or not.
+LATEST = ROOT / "build" / "comparison.json"
 
 
 def rivals(results: Results) -> None:
-    """The same job side by side with what a user would pick instead (about fifteen minutes)."""
-    report = measure(Scale(), lambda text: console.print(f"  {text}"))
-    console.print(show(report))
+    """The same job side by side with what a user would pick instead (about twenty-five minutes)."""
+    report = measure(Scale(), lambda text: console.print(f"  {text}"), file=LATEST)
+    for table in show(report):
+        console.print(table)
     for judgement in judge(report):
-        line, rival, better = judgement
+        _, line, rival, better = judgement
         ours, best = (cell(line, report.figures[name]) for name in (OURS, rival))
         wanted = "ahead or equal" + (", but for a reason" if better and judgement.holds else "")
-        results.add(line.title, f"{ours}; best other {best}, {rival}", wanted, judgement.holds)
+        title = f"{judgement.table}: {line.title}"
+        results.add(title, f"{ours}; best other {best}, {rival}", wanted, judgement.holds)
+    where = LATEST.relative_to(ROOT)
+    console.print(
+        f"  figures: {where}; for the page: python -m tests.bench.rivals --read {where} --write-docs"
+    )
 
 
 def _present(report: Report) -> list[Contestant]:
     return [it for it in CONTESTANTS if it.name in report.figures]
 
 
-def _best(report: Report, line: Line) -> float:
-    return min(score(line, figures) for figures in report.figures.values())
+def _cells(report: Report, line: Line) -> list[tuple[str, bool]]:
+    """The line's cells, and whether each is the best, or as good."""
+    scores = {name: score(line, figures) for name, figures in report.figures.items()}
+    best = min(scores.values())
+    return [
+        (cell(line, report.figures[it.name]), scores[it.name] == best < float("inf"))
+        for it in _present(report)
+    ]
 
 
-def show(report: Report) -> Table:
+def show(report: Report) -> Iterator[Table]:
     """One line a figure, one column a contestant; the best of each line is green."""
-    present = _present(report)
-    table = Table(caption=_ceilings(report))
-    table.add_column("", no_wrap=True)
-    for contestant in present:
-        table.add_column(contestant.title, justify="right")
-    for line in LINES:
-        best = _best(report, line)
-        cells = [
-            f"[green]{cell(line, figures)}[/]" if score(line, figures) == best else cell(line, figures)
-            for figures in (report.figures[it.name] for it in present)
-        ]
-        table.add_row(line.title, *cells)
-    return table
-
-
-def _ceilings(report: Report) -> str:
-    piped, single = report.limits["hset_pipelined"], report.limits["evalsha"]
-    return (
-        f"The limits: the quota allows {CEILING:,} users a second; Redis alone takes {piped:,.0f} events a second "
-        f"from one client in pipelines (HSET), and runs {single:,.0f} minimal scripts a second, one by one."
-    )
+    for title, lines in TABLES.items():
+        table = Table(title=title, title_justify="left")
+        table.add_column("", no_wrap=True)
+        for contestant in _present(report):
+            table.add_column(contestant.title, justify="right")
+        for line in lines:
+            cells = _cells(report, line)
+            table.add_row(line.title, *(f"[green]{text}[/]" if best else text for text, best in cells))
+        yield table
 
 
 def page(report: Report) -> str:
@@ -64,69 +66,59 @@ def page(report: Report) -> str:
 
 
 def _page(report: Report) -> Iterator[str]:
-    setup, present = report.setup, _present(report)
+    setup = report.setup
     yield "# imattr compared with what you would use instead"
+    yield ""
+    yield (
+        "This page is for somebody who could also write a Celery task, use celery-batches with a limiter, or take BullMQ. "
+        "All of them do the same work on the same machine, in one run that you can repeat: `make bench PARTS=rivals`."
+    )
     yield ""
     yield "![Users delivered a second, and calls in the worst rolling second](comparison.svg)"
     yield ""
     yield (
-        f"Everyone does the same job: {setup['events']:,} events about {setup['users']:,} users, those of `make run`, are "
-        "enqueued, then two worker processes with 16 threads (or jobs at a time) each deliver them to the same "
-        f"simulator of the API, which answers after {setup['latency'] * 1000:.0f} ms and refuses more than "
-        f"{setup['quota']:.0f} calls in any rolling second. Each uses the same embedded Redis, with an append-only file and "
-        "`appendfsync everysec`."
+        "Two worker processes with 16 threads (or jobs at a time) each deliver to the same simulator of the API, which takes "
+        f"up to 100 users a call, answers after {setup['latency'] * 1000:.0f} ms, and refuses more than "
+        f"{setup['quota']:.0f} calls in any rolling second. Redis keeps an append-only file with `appendfsync everysec`."
     )
     yield ""
-    yield f"| | {' | '.join(it.title for it in present)} |"
-    yield "|---|" + "---:|" * len(present)
-    for line in LINES:
-        best = _best(report, line)
-        cells = [
-            (cell(line, it), score(line, it) == best) for it in (report.figures[c.name] for c in present)
-        ]
-        yield f"| {line.title} | {' | '.join(f'**{text}**' if good else text for text, good in cells)} |"
-    yield ""
     yield (
-        f"Bold: the best, and what is as good. ~: extrapolated to the whole job from {setup['cap']:.0f} seconds of it. "
-        "–: it never finished, so there is no final state to check."
+        "In every table, bold is the best and what is as good. ~: extrapolated to the whole job from "
+        f"{setup['cap']:.0f} seconds of it. –: does not apply, or was not reached."
     )
-    yield ""
-    yield _ceilings(report)
-    yield ""
-    yield "## How to read it"
-    yield ""
-    yield (
-        f"* **users delivered a second** is measured with {setup['different']:,.0f} different users "
-        f"({setup['different_single']:,.0f} where a call has one user), in the full seconds until a worker is killed. The job has several events for each user, which imattr coalesces "
-        "before it sends, so it may deliver more events a second than the quota allows users."
-    )
-    yield (
-        "* **one kill -9**: halfway through, one of the two workers is killed and another one started. A user is lost if it had "
-        "not arrived when nothing was left in Redis, or no call had come for 150 s; it was sent twice if it was applied "
-        "more than once. A message or batch of the dead worker goes to another one after 60 s "
-        "(Celery's `visibility_timeout`, imattr's `LEASE`; BullMQ checks every 30 s)."
-    )
-    yield (
-        "* **older over newer**: imattr gets the events as they arrive, some late, with their times. The others have "
-        "no notion of event times, so they get them sorted, as if nothing ever came late; what still goes wrong is theirs."
-    )
-    yield (
-        "* **processor**: from the first call on, without the start of the workers, for imattr and for the others."
-    )
-    behind = [judgement for judgement in judge(report) if judgement.better]
-    if behind:
+    explained = dict(zip(TABLES, _explanations(report), strict=True))
+    for title, lines in TABLES.items():
         yield ""
-        yield "## Where imattr is behind"
+        yield f"## {title}"
         yield ""
-    for line, _, better in behind:
-        for why in dict.fromkeys(line.excuses.get(name, "no reason; this must be fixed.") for name in better):
-            yield f"* **{line.title}**: {why}"
+        yield explained[title]
+        yield ""
+        yield from _table(report, lines)
+        behind = [it for it in judge(report) if it.table == title and it.better]
+        if behind:
+            yield ""
+            yield "Where imattr is behind:"
+            yield ""
+        for judgement in behind:
+            names = judgement.better
+            for why in dict.fromkeys(judgement.line.excuses.get(name, UNEXCUSED) for name in names):
+                yield f"* **{judgement.line.title}**: {why}"
+    failures = [
+        f"* {it.title}, {part}: {why}"
+        for it in _present(report)
+        for part, why in report.figures[it.name].failed.items()
+    ]
+    if failures:
+        yield ""
+        yield "## What failed"
+        yield ""
+        yield from failures
     yield ""
     yield "## How each is set up"
     yield ""
     yield "| | |"
     yield "|---|---|"
-    for contestant in present:
+    for contestant in _present(report):
         yield f"| {contestant.title} | {contestant.setting} |"
     for contestant in CONTESTANTS:
         if contestant.name in report.absent:
@@ -140,13 +132,79 @@ def _page(report: Report) -> Iterator[str]:
     yield "## Run it"
     yield ""
     yield "```"
-    yield "make bench PARTS=rivals                       # measures and compares (about fifteen minutes)"
-    yield "python -m tests.bench.rivals --write-docs     # the same, and writes this page and its picture"
+    yield "make bench PARTS=rivals                                     # measures and compares: about 25 minutes"
+    yield "python -m tests.bench.rivals --only each --parts failover   # one contestant and imattr, one part"
+    yield "python -m tests.bench.rivals --write-docs                   # everything, and writes this page and its picture"
     yield "```"
+    yield ""
+    yield (
+        "It needs a Redis server for the sentinels (`redis-server` or `valkey-server`), and `node` and `npm` for BullMQ, which is "
+        "left out without them. What fails is noted and the rest goes on; the figures are in `build/comparison.json`."
+    )
     yield ""
     yield "Measured on: " + ", ".join(f"{name} {value}" for name, value in report.machine.items()) + "."
 
 
+#: What is said where imattr is behind without a reason.
+UNEXCUSED = "no reason; this must be fixed."
+
+
+def _table(report: Report, lines: Sequence[Line]) -> Iterator[str]:
+    present = _present(report)
+    yield f"| | {' | '.join(it.title for it in present)} |"
+    yield "|---|" + "---:|" * len(present)
+    for line in lines:
+        cells = (f"**{text}**" if best else text for text, best in _cells(report, line))
+        yield f"| {line.title} | {' | '.join(cells)} |"
+
+
+def _explanations(report: Report) -> Iterator[str]:
+    """What each table shows, and how to read it."""
+    setup, limits = report.setup, report.limits
+    sizes = (
+        f"{setup['different']:,.0f} ({setup['different_batches']:,.0f} with celery-batches, "
+        f"{setup['different_single']:,.0f} where a call has one user)"
+    )
+    yield (
+        f"{setup['events']:,} events about {setup['users']:,} users, those of `make run`, are enqueued by one process. Then the "
+        f"workers start. Calls are counted from the first one on, and so is the processor time of the workers. The first line is "
+        f"measured with different users, {sizes}, in the full seconds before a worker is killed. The job has several events for "
+        "each user, which imattr coalesces before it sends, so it may deliver more events a second than the quota allows users. "
+        "imattr gets the events as they arrive, some late, with their times. The others have no notion of event times, so they "
+        "get them sorted, as if nothing ever came late; what still goes wrong is theirs. "
+        f"The limits: the quota allows {CEILING:,} users a second; Redis alone takes {limits['hset_pipelined']:,.0f} events a "
+        f"second from one client in pipelines (HSET), and runs {limits['evalsha']:,.0f} minimal scripts a second, one by one."
+    )
+    sent = [figures.clients.sent for figures in report.figures.values() if figures.clients]
+    alone = f" ({min(sent):,.0f} to {max(sent):,.0f} messages a second here)" if sent else ""
+    yield (
+        f"{CLIENTS} client processes send {setup.get('messages', 0):,.0f} messages, each about another user, one by one with "
+        f"`send_task`{alone}. The first line has all of them sent before the workers start, and counts from the first call on: "
+        "what the workers do. The second has the workers running meanwhile, and counts from the first message until all users "
+        f"are at the API, for {CLIENTS_CAP:.0f} s at most: on two cores the clients take most of the processor, and what is "
+        "left for the workers decides. BullMQ does not take Celery's messages."
+    )
+    yield (
+        f"Different users: {sizes}. Halfway, one of the two workers is killed and another one started. A user is lost if it had "
+        f"not arrived when nothing was left in Redis, or no call had come for {STALL:.0f} s; it was sent twice if it was applied "
+        "more than once. A message or batch of the dead worker goes to another one after 60 s (Celery's "
+        "`visibility_timeout`, imattr's `LEASE`; BullMQ checks every 30 s)."
+    )
+    promoted = [figures.failover.promoted for figures in report.figures.values() if figures.failover]
+    took = f" ({min(promoted):.1f} to {max(promoted):.1f} s here)" if promoted else ""
+    yield (
+        f"A primary with two replicas, and three sentinels that give up on a server after 1 s. The first events of the job: {sizes}. "
+        f"Halfway, the primary is killed (`kill -9`) and stays away. The seconds count from then until the first call after "
+        f"the sentinels have a new primary{took}. At the end, nothing is left in Redis, or no call has come for {STALL:.0f} s: "
+        "a user is lost if it has not arrived, an attribute is wrong if it is not there or not the newest. Everybody connects "
+        "through the sentinels as its documents say."
+    )
+    yield (
+        "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many, for 15 s at most. "
+        "Nobody else's figures change unless the limiter was what held it up."
+    )
+
+
 def write() -> None:
-    """Make the page anew from the stored results."""
+    """Write the page from the stored results."""
     PAGE.write_text(page(Report.read(RESULTS)), encoding="utf-8")

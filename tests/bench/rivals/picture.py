@@ -32,13 +32,18 @@ def draw(report: Report) -> str:
     """The SVG."""
     options = {"svg.fonttype": "none", "svg.hashsalt": "imattr", "font.size": 11, "text.color": _INK}
     with matplotlib.rc_context(options):
-        present = [it for it in reversed(CONTESTANTS) if it.name in report.figures]
+        measured = {
+            name: (figures.kill, figures.job)
+            for name, figures in report.figures.items()
+            if figures.kill and figures.job
+        }
+        present = [it for it in reversed(CONTESTANTS) if it.name in measured]
         figure = Figure(figsize=(10, 0.9 + 0.55 * len(present)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         titles = [textwrap.fill(it.title, 18) for it in present]
         colours = [_OURS if it.name == OURS else _OTHERS for it in present]
-        measured = [report.figures[it.name] for it in present]
-        rates, worst = [it.users_per_second for it in measured], [it.worst for it in measured]
+        rates = [measured[it.name][0].users_per_second for it in present]
+        worst = [measured[it.name][1].worst for it in present]
         quota = report.setup["quota"]
         _bars(left, titles, rates, colours, CEILING, "users delivered a second", "the quota's ceiling")
         _bars(right, titles, worst, colours, quota, "calls in the worst rolling second", "the quota")
@@ -86,7 +91,7 @@ def _bars(
 
 
 def write() -> None:
-    """Make page and picture anew from the stored results."""
+    """Write page and picture from the stored results."""
     page.write()
     PICTURE.write_text(draw(Report.read(page.RESULTS)), encoding="utf-8")
 

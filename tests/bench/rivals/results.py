@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.bench.rivals.api import BATCH, QUOTA
 
@@ -18,10 +18,9 @@ CEILING = QUOTA * BATCH
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """One contestant's. Times in seconds; what belongs to the whole job is as measured, for the part `done`."""
+class Job:
+    """Events enqueued first, then delivered by two workers. Seconds; counts as measured, for the part that was `done`."""
 
-    #: The job: events enqueued first, then delivered by two workers.
     events: int
     done: float
     enqueue_seconds: float
@@ -34,16 +33,79 @@ class Figures:
     #: Values written over newer ones, and attributes that are wrong at the end (None: it never came to the end).
     older: int
     wrong: int | None
-    #: The run of different users in which a worker was killed: users a second before, and what became of them.
-    users_per_second: float
-    lost: int
-    twice: int
-    #: Different users a second at the API, enqueued meanwhile by eight clients of Celery (None: it has none).
-    from_clients: float | None = None
 
     def whole(self, value: float) -> float:
         """What it would be for the whole job."""
         return value / self.done
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Different users, and a worker killed: users a second before, and what became of them."""
+
+    users_per_second: float
+    lost: int
+    twice: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """Different users, a second: sent by eight Celery clients to nobody, delivered afterwards, and delivered meanwhile."""
+
+    sent: float
+    drained: float
+    meanwhile: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Another quota, of the API and in everybody's settings."""
+
+    users_per_second: float
+    calls: int
+    refused: int
+    worst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failover:
+    """The job, with the primary of Redis killed half-way."""
+
+    events: int
+    #: Seconds until the sentinels had a new primary, and until it made its first call after that (None: it never did).
+    promoted: float
+    pause: float | None
+    lost: int
+    older: int
+    wrong: int
+    worst: int
+
+
+#: What is measured of each, by its field in `Figures`.
+PARTS: Mapping[str, type[Any]] = {
+    "job": Job,
+    "kill": Kill,
+    "clients": Clients,
+    "quota": Quota,
+    "failover": Failover,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One contestant's. None: it has no such thing, or it `failed`, for a reason."""
+
+    job: Job | None = None
+    kill: Kill | None = None
+    clients: Clients | None = None
+    quota: Quota | None = None
+    failover: Failover | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Figures:
+        parts = {name: PARTS[name](**stored[name]) for name in PARTS if stored.get(name)}
+        return cls(failed=stored.get("failed", {}), **parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +121,22 @@ class Report:
     @classmethod
     def read(cls, file: Path) -> Report:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        figures = {name: Figures(**measured) for name, measured in stored.pop("figures").items()}
+        figures = {name: Figures.read(measured) for name, measured in stored.pop("figures").items()}
         return cls(figures=figures, **stored)
 
     def write(self, file: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
 
 
 class Line(NamedTuple):
-    """One line of the table."""
+    """One line of a table."""
 
     title: str
-    value: Callable[[Figures], float | None]
+    #: Which part of the figures, and what of it.
+    part: str
+    of: Callable[[Any], float | None]
     show: str = "{:,.0f}"
     #: Whether more is better; otherwise less is.
     more: bool = False
@@ -81,58 +146,117 @@ class Line(NamedTuple):
     enough: float | None = None
     #: Behind whom imattr may be here, and why.
     excuses: Mapping[str, str] = {}
+    #: What stands there when it was never reached.
+    never: str = "–"
 
+    def value(self, figures: Figures) -> float | None:
+        part = getattr(figures, self.part)
+        return None if part is None else self.of(part)
+
+
+_BATCHES = ("batches_limits", "batches_throttled")
+_SINGLE = ("each", "bullmq")
 
 _MERGED = {
     "bullmq_100": "with 100 events per job, Redis gets a hundredth of the entries. The producer must have the events "
     "at hand to merge them, and nobody merges, orders or checks what is in different jobs."
 }
-_OVER = {
-    "bullmq_100": "its limiter lets the calls of a second pass at once, so a rolling second may hold nearly two "
-    "seconds' worth, and the API refuses some. imattr leaves 2 % of the slots free, and no second exceeds the quota."
-}
-_IN_CALLS = (
-    "users in flight when the worker died are sent again, since nobody knows whether they were applied. That "
+_TWICE = (
+    "users in flight when the worker died are sent again, since nobody knows whether they were applied. That is one user "
+    "a call, or a hundred, times the calls in flight: the faster and fuller the calls, the more."
 )
-_IN_CALLS += (
-    "is one user a call, or a hundred, times the calls in flight: the faster and fuller the calls, the more."
+_WAITS = (
+    "imattr notices the new primary and sends nothing for 3 s on purpose, or 15 s if the new primary was behind: calls of "
+    "before may still land, and would land over newer values. The others go on as soon as they are connected."
 )
 
-LINES = (
-    Line("users delivered a second, all different", lambda it: it.users_per_second, more=True, excuses=_OVER),
+
+def _everybody(why: str) -> Mapping[str, str]:
+    return dict.fromkeys((*_SINGLE, *_BATCHES, "bullmq_100"), why)
+
+
+JOB = (
+    Line("users delivered a second, all different", "kill", lambda it: it.users_per_second, more=True),
+    Line("all events delivered after, s", "job", lambda it: it.whole(it.seconds), "{:,.1f}", whole=True),
+    Line("events delivered a second", "job", lambda it: it.done * it.events / it.seconds, more=True),
+    Line("calls made", "job", lambda it: it.whole(it.calls), whole=True),
+    Line("calls refused (60007)", "job", lambda it: it.whole(it.refused), whole=True),
+    Line("worst rolling second, calls", "job", lambda it: it.worst, enough=QUOTA),
+    Line("processor of the workers, s", "job", lambda it: it.whole(it.worker_cpu), "{:,.2f}", whole=True),
     Line(
-        "users a second from 8 Celery clients, `delay()` until at the API",
-        lambda it: it.from_clients,
+        "the same for 1,000 events, ms",
+        "job",
+        lambda it: it.whole(it.worker_cpu) / it.events * 1e6,
+        whole=True,
+    ),
+    Line(
+        "processor of Redis, s",
+        "job",
+        lambda it: it.whole(it.redis_cpu),
+        "{:,.2f}",
+        whole=True,
+        excuses=_MERGED,
+    ),
+    Line(
+        "events enqueued a second",
+        "job",
+        lambda it: it.events / it.enqueue_seconds,
         more=True,
+        excuses=_MERGED,
     ),
-    Line("all events delivered after, s", lambda it: it.whole(it.seconds), "{:,.1f}", whole=True),
-    Line("events delivered a second", lambda it: it.done * it.events / it.seconds, more=True),
-    Line("calls made", lambda it: it.whole(it.calls), whole=True),
-    Line("calls refused (60007)", lambda it: it.whole(it.refused), whole=True),
-    Line("worst rolling second, calls", lambda it: it.worst, enough=QUOTA),
-    Line("processor of the workers, s", lambda it: it.whole(it.worker_cpu), "{:,.2f}", whole=True),
-    Line("the same for 1,000 events, ms", lambda it: it.whole(it.worker_cpu) / it.events * 1e6, whole=True),
-    Line("processor of Redis, s", lambda it: it.whole(it.redis_cpu), "{:,.2f}", whole=True, excuses=_MERGED),
-    Line("events enqueued a second", lambda it: it.events / it.enqueue_seconds, more=True, excuses=_MERGED),
-    Line("older values written over newer", lambda it: it.older),
-    Line("attributes wrong at the end", lambda it: it.wrong),
-    Line("users lost after one kill -9", lambda it: it.lost),
-    Line(
-        "users sent twice after one kill -9",
-        lambda it: it.twice,
-        excuses=dict.fromkeys(
-            ("each", "bullmq", "bullmq_100", "batches_limits", "batches_throttled"), _IN_CALLS
-        ),
-    ),
+    Line("older values written over newer", "job", lambda it: it.older),
+    Line("attributes wrong at the end", "job", lambda it: it.wrong),
 )
+CLIENTS = (
+    Line("users a second, sent before the workers start", "clients", lambda it: it.drained, more=True),
+    Line("users a second, workers running meanwhile", "clients", lambda it: it.meanwhile, more=True),
+)
+KILL = (
+    Line("users lost", "kill", lambda it: it.lost),
+    Line("users sent twice", "kill", lambda it: it.twice, excuses=_everybody(_TWICE)),
+)
+FAILOVER = (
+    Line(
+        "calls go on after, s",
+        "failover",
+        lambda it: it.pause,
+        "{:,.1f}",
+        excuses=_everybody(_WAITS),
+        never="never",
+    ),
+    Line("users lost", "failover", lambda it: it.lost),
+    Line("older values written over newer", "failover", lambda it: it.older),
+    Line("attributes wrong at the end", "failover", lambda it: it.wrong),
+    Line("worst rolling second, calls", "failover", lambda it: it.worst, enough=QUOTA),
+)
+#: Calls a second of the run with another quota.
+OTHER_QUOTA = 2 * QUOTA
+DOUBLED = (
+    Line("users delivered a second, all different", "quota", lambda it: it.users_per_second, more=True),
+    Line("calls refused, %", "quota", lambda it: 100 * it.refused / it.calls, "{:,.1f}"),
+    Line("worst rolling second, calls", "quota", lambda it: it.worst, enough=OTHER_QUOTA),
+)
+
+#: The tables, by heading.
+TABLES: Mapping[str, tuple[Line, ...]] = {
+    "The job": JOB,
+    "Updates from eight Celery clients": CLIENTS,
+    "A worker killed (`kill -9`)": KILL,
+    "A failover of Redis": FAILOVER,
+    f"A quota of {OTHER_QUOTA} calls a second": DOUBLED,
+}
+LINES = tuple(line for lines in TABLES.values() for line in lines)
 
 
 def cell(line: Line, figures: Figures) -> str:
     """As the table shows it: ~ for what is worked out from a part of the job."""
+    if line.part in figures.failed:
+        return "failed"
     value = line.value(figures)
     if value is None:
-        return "–"
-    return ("~" if line.whole and figures.done < 1 else "") + line.show.format(value)
+        return "–" if getattr(figures, line.part) is None else line.never
+    estimated = line.whole and figures.job is not None and figures.job.done < 1
+    return ("~" if estimated else "") + line.show.format(value)
 
 
 def score(line: Line, figures: Figures) -> float:
@@ -148,6 +272,7 @@ def score(line: Line, figures: Figures) -> float:
 class Judgement(NamedTuple):
     """One line: the best of the others (imattr itself without any), and who is better than imattr."""
 
+    table: str
     line: Line
     rival: str
     better: tuple[str, ...]
@@ -160,8 +285,9 @@ class Judgement(NamedTuple):
 
 def judge(report: Report) -> Iterator[Judgement]:
     """Compare imattr with the others, line by line."""
-    for line in LINES:
-        scores = {name: score(line, figures) for name, figures in report.figures.items()}
-        ours = scores.pop(OURS)
-        rival = min(scores, key=scores.__getitem__, default=OURS)
-        yield Judgement(line, rival, tuple(name for name, value in scores.items() if value < ours))
+    for table, lines in TABLES.items():
+        for line in lines:
+            scores = {name: score(line, figures) for name, figures in report.figures.items()}
+            ours = scores.pop(OURS)
+            rival = min(scores, key=scores.__getitem__, default=OURS)
+            yield Judgement(table, line, rival, tuple(name for name, value in scores.items() if value < ours))
