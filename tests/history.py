@@ -36,6 +36,8 @@ class Answer(StrEnum):
     DOUBT = "in doubt"
     #: Accepted, but the server may lose it: it was killed before this was on its disk.
     LOSABLE = "accepted, on no disk"
+    #: Accepted, and its record was found unreadable: it is kept as bytes, and may have been delivered before.
+    SET_ASIDE = "accepted, set aside"
     REFUSED = "refused"
 
 
@@ -180,7 +182,7 @@ def _order(offers: Sequence[Offer], applied: Iterable[Applied]) -> Iterator[Viol
         # The same value may have been offered several times: the oldest that fits is the kindest reading.
         offer = fitting[0]
         # What the server may lose, it may also deliver and then forget.
-        if offer.answer is not Answer.LOSABLE:
+        if offer.answer not in (Answer.LOSABLE, Answer.SET_ASIDE):
             reached = [(seen, by) for seen, by in reached if not offer.newer_than(seen)]
             reached.append((offer, write))
 

@@ -1,15 +1,19 @@
 """A long run at full rate, after which nothing may have grown: `python -m tests.soak --minutes 30 --seed 1`.
 
-Two workers deliver without a pause what comes by all ways in: programs, files, Celery messages, the stream;
-with removals, late events, users that the API refuses, dead letters that are put back or thrown away, and a
-service that fails now and then. The population moves on, so that users are forgotten as fast as new ones
-come. Meanwhile memory, keys, connections and the rate are looked at; a third of the time is for warming up,
-and what the rest shows is judged by `grown` and `drift`. Ends with 1 when something grew.
+Two workers deliver without a pause what comes by all ways in: programs, with asyncio and without, files,
+Celery messages (some for later), the stream; with removals, late events, users that the API refuses, and a
+service that fails now and then. People act at the console: they pause imports, put dead letters back or throw
+them away. Files are planned and applied, what was delivered is audited, a record is damaged now and then. The
+population moves on, so that users are forgotten as fast as new ones come. Meanwhile memory, keys, connections
+and the rate are looked at; a third of the time is for warming up, and what the rest shows is judged by `grown`
+and `drift`. Ends with 1 when something grew.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -18,6 +22,7 @@ import random
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,11 +39,15 @@ import requests
 from celery import Celery
 
 from tests.bench import APP, Results, console, state_of
+from tests.chaos.people import Away, Console
+from worker.async_producer import AsyncProducer
 from worker.producer import Lane, Producer
 from worker.sandbox.processes import Plan, Sandbox
+from worker.state import fleet, history
 from worker.state.buffer import Buffer
 from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
+from worker.state.quarantine import Quarantine
 from worker.state.refused import Refused
 
 #: Seconds between two samples, and two lines of progress.
@@ -67,10 +76,17 @@ ALLOWED = {"MB": 2.0, "entries": 100.0, "": 3.0}
 GROWTH = 0.03
 #: The command that counts a key's entries, by the type that `worker/state/keys.py` tells.
 LENGTH = {"hash": "hlen", "zset": "zcard", "set": "scard", "stream": "xlen", "string": "exists"}
-#: Keys that this run has no use for: the line stays open.
-UNUSED = {"line"}
+#: Keys that this run has no use for: the line stays open, reads have no quota of their own, and the broker is no RabbitMQ.
+UNUSED = {"line", "read_rate", "read_quotas", "read_server", "taken"}
+#: Keys that end by themselves, at these lengths and what Redis leaves on top: they may grow until then.
+CAPS = {"history": history.MOST, "samples": fleet.SAMPLES, "samples_by_minute": fleet.MINUTES}
 #: What the run provokes and workers warn of.
 PROVOKED = {"update_refused"}
+
+#: Updates a turn by `AsyncProducer`; lines of a file that is imported, and of one that is planned and applied.
+ASYNC, LINES, PLANNED = 20, 20_000, 500
+#: Exit codes of commands that have done their work; with the second one, some lines were refused.
+DONE = (0, 3)
 
 
 # What is judged.
@@ -138,9 +154,9 @@ class Writer:
 
     def __init__(self, url: str, seed: int, *, pass_after: float, stop: threading.Event) -> None:
         """The population is another one after `pass_after` seconds."""
-        self._rng = random.Random(seed)
+        self._rng, self._url = random.Random(seed), url
         self._redis, self._keys = redis.Redis.from_url(url), Keys(APP)
-        self._producer = Producer(url, APP)
+        self.producer = Producer(url, APP)
         self._celery = Celery(broker=url, set_as_current=False)
         self._new_users, self._stop = POPULATION / pass_after, stop
         self._began = time.monotonic()
@@ -162,14 +178,37 @@ class Writer:
     def _turn(self, turn: int) -> None:
         missing = BACKLOG - int(self._redis.hlen(self._keys.pending))
         if missing > 0:
-            self._producer.set_many(self._updates(missing), lane=self.lane)
+            self.producer.set_many(self._updates(missing), lane=self.lane)
         self._add_to_stream(10)
         if turn % 2:
             self._celery.send_task("attributes.update_many", [list(self._updates(50))], queue="updates")
         if turn % 4 == 0:
-            self._celery.send_task("attributes.update", next(self._updates(1)), queue="updates")
+            later = {"countdown": 2} if turn % 8 else {"expires": 60}
+            self._celery.send_task("attributes.update", next(self._updates(1)), queue="updates", **later)
         if turn % 40 == 0:
-            self._producer.set(self._rng.choice(list(POISON)), {"city": self._city()})
+            self.producer.set(self._rng.choice(list(POISON)), {"city": self._city()})
+
+    def run_async(self) -> None:
+        """Send some as asyncio applications do. In a thread of its own, until `stop` is set."""
+        asyncio.run(self._run_async())
+
+    async def _run_async(self) -> None:
+        async with AsyncProducer(self._url, APP) as producer:
+            while not self._stop.is_set():
+                await asyncio.sleep(TURN)
+                try:
+                    await producer.set_many(list(self._updates(ASYNC)))
+                    await producer.set(*next(self._updates(1)))
+                except redis.RedisError as error:
+                    self.failures[type(error).__name__] += 1
+
+    def lines(self, count: int) -> str:
+        """A file with so many updates; one in a thousand lines is none."""
+        lines = [
+            json.dumps({"user": user, "attrs": attrs}) if number % 1000 else "no JSON"
+            for number, (user, attrs, *_) in enumerate(self._updates(count))
+        ]
+        return "".join(f"{line}\n" for line in lines)
 
     def _updates(self, count: int) -> Iterator[list[Any]]:
         passed = int((time.monotonic() - self._began) * self._new_users)
@@ -199,9 +238,14 @@ class Writer:
 class Operator:
     """What a person does now and then."""
 
-    def __init__(self, sandbox: Sandbox, client: redis.Redis, writer: Writer) -> None:
+    def __init__(self, sandbox: Sandbox, client: redis.Redis, writer: Writer, people: Console) -> None:
         self._url, self._writer = sandbox.api_url, writer
+        self._people, self._client, self._keys = people, client, Keys(APP)
         self._dead, self._refused = DeadLetters(client, Keys(APP)), Refused(client, Keys(APP))
+        self._quarantine = Quarantine(client, Keys(APP))
+        self._files = Files(sandbox, writer)
+        #: What went wrong at the console, or with a command, by name.
+        self.failures: Counter[str] = Counter()
         self._turns = itertools.count()
         poison = [
             {"kind": "user_code", "user": user, "code": code, "times": None} for user, code in POISON.items()
@@ -209,18 +253,91 @@ class Operator:
         self._control("faults", [*poison, *FAULTS])
 
     def turn(self) -> None:
-        """Put some dead letters back, throw some away; and let the API refuse bad users in the other way."""
+        """Put all dead letters back, or throw them away; and let the API refuse bad users in the other way."""
         odd = next(self._turns) % 2
-        letters = [(letter.user, letter.at_ms) for letter in itertools.islice(self._dead.find(), 8)]
-        self._dead.redrive(dict(letters[:3]))
-        self._dead.purge(dict(letters[3:]))
+        self.failures += self._files.turn()
+        try:
+            self._at_the_console("purge" if odd else "redrive")
+        except Away as away:
+            self.failures[f"the console: {away}"] += 1
+        self._damage()
         for refused in self._refused.newest(1):
             self._refused.purge(refused.id)
         self._control("quirks", {"bad_user": ("batch", "list")[odd]})
         self._writer.lane = "backfill" if odd else "live"
 
+    def _at_the_console(self, verb: str) -> None:
+        """One person looks, another one acts on exactly that; and an import waits for a moment."""
+        ann, ben = self._people.person("ann"), self._people.person("ben")
+        ann.get("/")
+        shown = ann.look_at_letters()
+        if shown.get("count", "0") != "0":
+            ben.decide(verb, shown)
+        for name in self._client.hkeys(self._keys.import_progress):
+            ann.pause_import(name.decode())
+            ben.pause_import(name.decode(), resume=True)
+
+    def _damage(self) -> None:
+        """Another program writes over a record of a user whom nobody else needs; a person looks at it, and drops it."""
+        self._client.hset(self._keys.shadow, "damaged", b"\xff")
+        self._writer.producer.set("damaged", {"city": "Paris"})
+        self._quarantine.drop([entry.id for entry in self._quarantine.find()][10:])
+
+    def end(self) -> None:
+        self._files.end()
+
     def _control(self, what: str, given: object) -> None:
         requests.post(f"{self._url}/simulator/{what}", data=json.dumps(given), timeout=10).raise_for_status()
+
+
+class Files:
+    """Files that are imported, or planned and applied, one after the other, by the commands for that."""
+
+    def __init__(self, sandbox: Sandbox, writer: Writer) -> None:
+        self._directory, self._environ, self._writer = sandbox.directory, sandbox.environ, writer
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._numbers = itertools.count()
+
+    def turn(self) -> Counter[str]:
+        """Begin what can be begun; returns the commands that failed meanwhile."""
+        failed = Counter(
+            f"imattr {command} ended with {process.returncode}"
+            for command, process in self._processes.items()
+            if process.poll() not in (None, *DONE)
+        )
+        if self._is_free("import"):
+            self._begin("import", self._file("import", LINES))
+        if self._is_free("plan") and self._is_free("apply"):
+            if "plan" in self._processes:
+                del self._processes["plan"]
+                self._begin("apply", self._directory / "planned.jsonl.plan", "--yes")
+            else:
+                self._begin("plan", self._file("planned", PLANNED), "--restart")
+        return failed
+
+    def end(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+    def _is_free(self, command: str) -> bool:
+        return command not in self._processes or self._processes[command].poll() is not None
+
+    def _file(self, name: str, lines: int) -> Path:
+        path = self._directory / f"{name}.jsonl"
+        path.write_text(self._writer.lines(lines))
+        return path
+
+    def _begin(self, command: str, path: Path, *options: str) -> None:
+        with (self._directory / f"{command}.log").open("wb") as output:
+            self._processes[command] = subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", command, str(path), "--json", *options],
+                env=os.environ | self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
 
 # What is seen.
@@ -246,10 +363,11 @@ def key_types() -> dict[str, str]:
 class Sampler:
     """Looks at everything that could grow."""
 
-    def __init__(self, sandbox: Sandbox, client: redis.Redis) -> None:
+    def __init__(self, sandbox: Sandbox, client: redis.Redis, people: Console) -> None:
         self._redis = client
         self._buffer = Buffer(client, Keys(APP))
         self._pids = {name: pid for name, pid in sandbox.pids().items() if name != "simulator"}
+        self._pids["console"] = people.pid
         self._began = time.monotonic()
         self._lengths = [(name, LENGTH[kind], getattr(Keys(APP), name)) for name, kind in key_types().items()]
         # Celery's own.
@@ -301,6 +419,7 @@ def soak(seconds: float, seed: int) -> Seen:
         "IMATTR_SHADOW_TTL": f"{turnover:.0f}",
         "IMATTR_READ_TIMEOUT": "3.1",
         "IMATTR_BACKOFF_MAX": "10",
+        "IMATTR_AUDIT": "12",
     }
     options = ("--no-record", "--latency", "0.05")
     plan = Plan(workers=2, concurrency=16, flower=False, names=("city", "level"), simulator_options=options)
@@ -309,19 +428,30 @@ def soak(seconds: float, seed: int) -> Seen:
         tempfile.TemporaryDirectory() as directory,
         Sandbox(Path(directory), environ, plan) as sandbox,
         redis.Redis.from_url(sandbox.redis_url, socket_timeout=30) as client,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
+        contextlib.closing(Console(Path(directory), sandbox.environ)) as people,
     ):
+        people.wait()
         writer = Writer(sandbox.redis_url, seed, pass_after=turnover, stop=stop)
-        operator = Operator(sandbox, client, writer)
-        writing = pool.submit(writer.run)
+        operator = Operator(sandbox, client, writer, people)
+        writing = [pool.submit(writer.run), pool.submit(writer.run_async)]
+
+        def failed() -> bool:
+            return any(one.done() for one in writing)
+
         try:
-            samples, rates, state = _watch(sandbox, Sampler(sandbox, client), operator, seconds, writing.done)
+            sampler = Sampler(sandbox, client, people)
+            samples, rates, state = _watch(sandbox, sampler, operator, seconds, failed)
         finally:
             stop.set()
-        writing.result()
+            operator.end()
+        for one in writing:
+            one.result()
         logs = sorted(Path(directory).glob("worker-*.log"))
         found = sum((unexpected(log.read_text(errors="replace").splitlines()) for log in logs), Counter())
     found += Counter({f"{name} at a writer": count for name, count in writer.failures.items()})
+    found += operator.failures
+    found += Counter({"the console ended": people.ended, "a page failed": people.failed})
     return Seen(samples, rates, state["worst_rolling_second"], state["refused"].get("60007", 0), found)
 
 
@@ -371,7 +501,13 @@ def judge(seen: Seen, results: Results) -> None:
     warm = [sample for sample in samples if sample.at >= WARM_UP * end]
     times = [sample.at for sample in warm]
     for name, unit in samples[0].figures:
-        found = grown(times, [sample.figures[name, unit] for sample in warm], ALLOWED[unit])
+        values = [sample.figures[name, unit] for sample in warm]
+        if name in CAPS:
+            # Redis cuts a stream a node at a time.
+            most = 1.1 * CAPS[name] + 100
+            results.add(name, f"at most {max(values):,.0f} {unit}", f"<= {most:,.0f}", max(values) <= most)
+            continue
+        found = grown(times, values, ALLOWED[unit])
         shown = f"{found.level:,.1f} {unit}, grown by {found.by:+,.1f}"
         results.add(name, shown, f"<= {found.allowed:,.1f}", found.flat)
     used = {name for sample in samples for (name, _), value in sample.figures.items() if value}

@@ -23,9 +23,11 @@ from rich.table import Table
 
 from tests import history
 from tests.chaos.brokers import find_rabbitmq
-from tests.chaos.faults import GROUPS, Fault, Struck, faults_of
+from tests.chaos.faults import GROUPS, NOTHING, Fault, Struck, faults_of
 from tests.chaos.fuzz import MESSAGES, fuzz
+from tests.chaos.people import Away
 from tests.chaos.system import Store, System, running
+from worker.state.audit import AuditLog
 
 ROOT = Path(__file__).parents[2]
 #: The last commit of the version before this one: its workers run beside those of today.
@@ -61,6 +63,8 @@ class Chaos:
     hits: collections.Counter[str] = field(default_factory=collections.Counter)
     _active: list[_Active] = field(default_factory=list)
     _left: list[Fault] = field(default_factory=list)
+    #: Those that found nothing to strike, and get another chance in the same round.
+    _missed: set[Fault] = field(default_factory=set)
 
     def run(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
@@ -84,11 +88,16 @@ class Chaos:
         """The person whom a stopped line calls for: without one it would wait for its probes most of the time."""
         with contextlib.suppress(redis.RedisError):
             if self.system.line.read().state in ("stopped", "probing"):
-                self.system.line.resume()
+                assert self.system.console
+                try:
+                    self.system.console.person("ben").resume()
+                except Away:
+                    # Whoever cannot reach the console has the command line.
+                    self.system.line.resume()
 
     def _strike(self, now: float) -> None:
         if not self._left:
-            self._left = self.rng.sample(self.only, len(self.only))
+            self._left, self._missed = self.rng.sample(self.only, len(self.only)), set()
         busy = {fault for one in self._active for fault in _group_of(one.fault)}
         fault = next((fault for fault in self._left if fault not in busy), None)
         if fault is None:
@@ -97,6 +106,10 @@ class Chaos:
         # Redis itself may be what is broken at the moment.
         with contextlib.suppress(redis.RedisError):
             struck = fault(self.system)
+            if struck is NOTHING and fault not in self._missed:
+                self._missed.add(fault)
+                self._left.append(fault)
+                return
             self.times[fault.__name__] += 1
             self.hits[fault.__name__] += struck.hits
             _say(
@@ -137,10 +150,14 @@ def settle(system: System) -> bool:
             last = system.imports[-1]
             if last.ended == float("inf") or system.ending:
                 system.turn()
+            compared = not system.comparisons or system.comparisons[-1].ended < float("inf")
+            if not compared:
+                system.compare_next()
             snapshot = system.look()
             left = snapshot.pending + snapshot.in_flight if snapshot else -1
             entries = system.redis.xlen(system.keys.updates)
-            done = not left and not entries and last.ended < float("inf")
+            entries += system.redis.zcard(system.keys.scheduled)
+            done = not left and not entries and last.ended < float("inf") and compared
             # Messages in the broker are in nobody's count: what comes from there comes soon.
             quiet = quiet + 1 if done else 0
             if quiet >= 30:
@@ -153,12 +170,11 @@ def judge(system: System) -> tuple[history.History, list[history.Violation]]:
     system.look_at_refused()
     record = system.api("record")
     seen = history.History(
-        offers=[offer for offer in system.offers() if offer.user not in system.damaged],
+        offers=list(system.offers()),
         applied=[
             history.Applied(at, request, user, name, value)
             for at, request, user, attrs in record
             for name, value in attrs.items()
-            if user not in system.damaged
         ],
         calls=[history.Call(at) for at in system.api_proxy.requests()],
         ledgers=list(system.ledgers),
@@ -166,7 +182,8 @@ def judge(system: System) -> tuple[history.History, list[history.Violation]]:
             (letter.user, name, value)
             for letter in system.letters.find()
             for name, (value, _) in letter.values.items()
-        },
+        }
+        | system.purged,
     )
     return seen, history.check(seen)
 
@@ -193,7 +210,7 @@ def _report(
     table.add_row("[bold]all[/]", "", f"[bold]{total:,}[/]", "")
     console.print(table)
 
-    codes = ", ".join(f"{code} x{count}" for code, count in sorted(refused.items()))
+    codes = ", ".join(f"{_short(code)} x{count}" for code, count in sorted(refused.items()))
     ledger = system.ledgers[-1]
     came, went = (
         " + ".join(f"{ledger[name]:,} {name.replace('_', ' ')}" for name in names)
@@ -208,7 +225,10 @@ def _report(
             f"{len(seen.calls):,}, {len(seen.applied):,} attributes applied; refused: {codes or 'none'}",
         ),
         ("ledger", f"{came} = {went}; looked at {len(seen.ledgers):,} times"),
-        ("dead letters", f"{dead:,} users, kept"),
+        ("dead letters", f"{dead:,} users, kept or exported and thrown away"),
+        ("quarantine", f"records of {len(system.set_aside):,} users set aside"),
+        ("plans", plans(system)),
+        ("audit", audited(system)),
         ("worst rolling second", f"{worst} calls"),
     ]
     if system.promotions:
@@ -222,11 +242,22 @@ def _report(
         )
     for name, value in rows:
         console.print(f"[bold]{name:22}[/] {value}")
+    console_held = not (system.console and (system.console.ended or system.console.failed))
     good = (
-        settled and not found and not state["oversized"] and not state["repeated_users"] and not system.hung
+        settled
+        and not found
+        and not state["oversized"]
+        and not state["repeated_users"]
+        and not system.hung
+        and console_held
     )
     for violation in found:
         console.out(f"✗ {violation}", style="red", highlight=False)
+    if system.console and not console_held:
+        console.print(
+            f"[bold red]✗[/] the console ended {system.console.ended} times, "
+            f"and {system.console.failed} of its pages failed"
+        )
     if system.hung:
         console.print(f"[bold red]✗[/] {system.hung} workers did not end after SIGTERM")
     if not settled:
@@ -236,6 +267,21 @@ def _report(
             "[green]✓[/] nothing lost, nothing stale, no second over the quota, the ledger balanced at every look"
         )
     return good
+
+
+def _short(code: str) -> str:
+    return code if len(code) < 10 else f"one of {len(code)} digits"
+
+
+def plans(system: System) -> str:
+    done = [one for one in system.comparisons if one.ended < float("inf")]
+    whole = sum(one.whole for one in done)
+    return f"{len(done)} files compared and applied, {whole} of them as a whole"
+
+
+def audited(system: System) -> str:
+    found = AuditLog(system.redis, system.keys).read()
+    return f"{found.checked:,} users read back; {found.lost} lost, {found.changed} changed, {found.gone} gone"
 
 
 def by_answer(seen: history.History) -> str:

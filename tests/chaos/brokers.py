@@ -9,9 +9,20 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import kombu
+import redis
 
 from worker.sandbox.redis_server import EmbeddedServer, free_port
+
+#: Headers, and content types, of messages that nobody should send.
+KINDS = ("application/json", "application/x-python-serialize", "", "text/plain")
+HEADERS: tuple[dict[str, object], ...] = (
+    {},
+    {"task": 7},
+    {"task": "attributes.update", "id": "1", "eta": "soon"},
+)
 
 #: Seconds RabbitMQ may take to start.
 PATIENCE = 60.0
@@ -27,6 +38,9 @@ class Broker(Protocol):
 
     def start(self) -> None:
         """Start it again with what it kept."""
+
+    def put(self, messages: list[bytes]) -> int:
+        """Put these into the queue of updates as they are; returns how many it took."""
 
     def stop(self) -> None:
         """End it for good."""
@@ -44,6 +58,14 @@ class RedisBroker:
 
     def start(self) -> None:
         self._server = EmbeddedServer(self._server.directory, port=self._server.port)
+
+    def put(self, messages: list[bytes]) -> int:
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=2) as client:
+                client.lpush("updates", *messages)
+        except redis.RedisError:
+            return 0
+        return len(messages)
 
     def stop(self) -> None:
         self._server.stop()
@@ -95,6 +117,20 @@ class RabbitMQ:
         # The node is a child of the script that starts it.
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def put(self, messages: list[bytes]) -> int:
+        # What kombu puts around a message in Redis is the message itself here: all of these are rubbish as a body.
+        connection: Any = kombu.Connection(self.url, connect_timeout=2)  # type: ignore[attr-defined,no-untyped-call]
+        try:
+            connection.connect()
+            with connection, connection.channel() as channel:
+                for number, message in enumerate(messages):
+                    kind, headers = KINDS[number % len(KINDS)], HEADERS[number % len(HEADERS)]
+                    found = channel.prepare_message(message, content_type=kind, headers=headers)
+                    channel.basic_publish(found, exchange="", routing_key="updates")
+        except connection.recoverable_connection_errors:
+            return 0
+        return len(messages)
 
     def stop(self) -> None:
         self.kill()

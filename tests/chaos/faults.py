@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 
 import redis
 
+from tests.chaos.people import Away
+from tests.chaos.rubbish import ENTRIES, send_to
 from tests.chaos.system import EVERYTHING, LEASE, USER, Promotion, Store, System
 from tests.chaos.writers import NAMES
+from tests.intake.messages import MALFORMED, encoded
 from tests.redis_fleet import DOWN_AFTER, Node, SentinelFleet, is_primary
 from worker.clock import SystemClock
 from worker.ratelimit import RateLimiter
@@ -195,8 +198,11 @@ def records_damaged(system: System) -> Struck:
         fields = sorted(text(field) for field in system.redis.hkeys(table))
         for field in rng.sample(fields, min(2, len(fields))):
             # The user is noted first: the record may be read before we hear that it was written.
-            if table != keys.batches:
+            if table in (keys.pending, keys.flight):
                 system.damaged.add(field)
+            elif table != keys.batches:
+                # What was delivered, or given up, is not known any more.
+                system.forgotten.add(field)
             system.redis.hset(table, field, rng.choice(DAMAGE))
             hits += 1
     return Struck(hits=hits)
@@ -544,6 +550,144 @@ def redriven(system: System) -> Struck:
     return Struck(hits=system.letters.redrive(system.letters.choose()).redriven)
 
 
+def _at_the_console(act: Callable[[], Struck]) -> Struck:
+    try:
+        return act()
+    except Away:
+        return NOTHING
+
+
+def console_paused(system: System) -> Struck:
+    """ann pauses the line at the console, ben resumes it"""
+    console = system.console
+    assert console
+
+    def resume() -> None:
+        try:
+            console.person("ben").resume()
+        except Away:
+            raise redis.ConnectionError("the console does not answer") from None
+
+    return _at_the_console(
+        lambda: Struck(system.rng.uniform(0.5, 3.0), resume, console.person("ann").pause())
+    )
+
+
+def console_redrove(system: System) -> Struck:
+    """ann looks at the dead letters, and seconds later ben puts back exactly what she saw"""
+    console = system.console
+    assert console
+
+    def look() -> Struck:
+        shown = console.person("ann").look_at_letters()
+        if not shown.get("count"):
+            return NOTHING
+
+        def decide() -> None:
+            with contextlib.suppress(Away):
+                console.person("ben").decide("redrive", shown)
+
+        return Struck(system.rng.uniform(0.5, 4.0), decide, int(shown["count"]))
+
+    return _at_the_console(look)
+
+
+def console_purged(system: System) -> Struck:
+    """ann takes a copy of the dead letters, and ben throws exactly these away"""
+    console = system.console
+    assert console
+
+    def purge() -> Struck:
+        shown = console.person("ann").look_at_letters()
+        if not shown.get("count"):
+            return NOTHING
+        # The copy is of the same moment: what has changed since then is not thrown away.
+        for update in console.person("ann").export(shown):
+            attrs: dict[str, str | None] = update["attrs"]  # type: ignore[assignment]
+            system.purged |= {(str(update["user"]), name, value) for name, value in attrs.items()}
+        return Struck(hits=console.person("ben").decide("purge", shown))
+
+    return _at_the_console(purge)
+
+
+def console_paused_an_import(system: System) -> Struck:
+    """ann pauses the import, or the plan that is applied, and ben resumes it"""
+    console = system.console
+    assert console
+    running = sorted(text(name) for name in system.redis.hkeys(system.keys.import_progress))
+    if not running:
+        return NOTHING
+    name = system.rng.choice(running)
+
+    def resume() -> None:
+        try:
+            console.person("ben").pause_import(name, resume=True)
+        except Away:
+            raise redis.ConnectionError("the console does not answer") from None
+
+    return _at_the_console(
+        lambda: Struck(system.rng.uniform(0.5, 3.0), resume, console.person("ann").pause_import(name))
+    )
+
+
+def console_killed(system: System) -> Struck:
+    """kill -9 of the console; it comes up again, and everybody is still logged in"""
+    assert system.console
+    system.console.kill()
+    system.console.start()
+    return Struck()
+
+
+def a_viewer_tried_to_act(system: System) -> Struck:
+    """somebody who may only look sends the forms of those who may act"""
+    console = system.console
+    assert console
+
+    def try_it() -> Struck:
+        vera, done = console.person("vera"), 0
+        token = vera.get("/").get("token", "")
+        for path, fields in (
+            ("/line/pause", {"reason": "mine"}),
+            ("/dead/purge", {"until": 10**14, "count": 10**6}),
+        ):
+            done += vera.post(path, fields, token=token).status_code == 200
+        assert not done, "a viewer has acted"
+        return Struck(hits=2)
+
+    return _at_the_console(try_it)
+
+
+# What nobody should send.
+
+
+def queue_got_rubbish(system: System) -> Struck:
+    """messages that no client should send, in Celery's queue"""
+    messages = [found if isinstance(found, bytes) else encoded(found) for found in MALFORMED.values()]
+    return Struck(hits=system.broker.put(system.rng.sample(messages, len(messages))))
+
+
+def stream_got_rubbish(system: System) -> Struck:
+    """entries without fields, without JSON, without sense, in the stream"""
+    for entry in system.rng.sample(ENTRIES, len(ENTRIES)):
+        system.redis.xadd(system.keys.updates, entry)  # type: ignore[arg-type]
+    return Struck(hits=len(ENTRIES))
+
+
+def pages_got_rubbish(system: System) -> Struck:
+    """requests that are none, at the console and at the workers' health pages"""
+    urls = [system.console.url if system.console else "", *system.sandbox.health_urls.values()]
+    ports = [int(url.rpartition(":")[2]) for url in urls if url]
+    return Struck(hits=send_to(system.rng.sample(ports, min(3, len(ports))), system.rng))
+
+
+def plan_killed(system: System) -> Struck:
+    """kill -9 of `imattr plan` or `imattr apply`, which is begun again"""
+    running = [one for one in system.comparisons if one.process.poll() is None]
+    for one in running:
+        one.process.kill()
+    return Struck(hits=len(running))
+
+
 Fault = Callable[[System], Struck]
 
 #: Where the state is on one server.
@@ -604,6 +748,16 @@ COMMON: list[Fault] = [
     paused,
     resumed,
     redriven,
+    console_paused,
+    console_redrove,
+    console_purged,
+    console_paused_an_import,
+    console_killed,
+    a_viewer_tried_to_act,
+    queue_got_rubbish,
+    stream_got_rubbish,
+    pages_got_rubbish,
+    plan_killed,
 ]
 
 
@@ -628,6 +782,6 @@ GROUPS: list[set[Fault]] = [
     },
     {*FLEET, *LINKS},
     {broker_killed, broker_connections_cut, broker_black_hole},
-    {paused, resumed},
+    {paused, resumed, console_paused},
     {fleet_scaled},
 ]

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import redis
 import requests
 
-from tests.chaos import writers
+from tests.chaos import rubbish, writers
 from tests.chaos.brokers import Broker, RabbitMQ, RedisBroker
+from tests.chaos.people import Console
 from tests.chaos.proxy import Proxy
 from tests.history import Answer, Offer
 from tests.redis_fleet import ClusterFleet, Node, SentinelFleet
@@ -34,6 +35,7 @@ from worker.state.connection import connect
 from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
 from worker.state.line import Line
+from worker.state.quarantine import Quarantine
 from worker.state.refused import Refused
 
 #: What the state is in.
@@ -42,8 +44,16 @@ Fleet = SentinelFleet | ClusterFleet
 
 #: Updates a second, by way.
 RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}
-#: Lines of one import.
-LINES = 400
+#: Lines of one import, and after how many of them comes one that is refused.
+LINES, BAD_EVERY = 400, 40
+#: Seconds from a plan, or its application, to the next one; and lines of a file that is planned.
+PLAN_EVERY, PLANNED = 4.0, 120
+#: Seconds by which the file of a plan may be older than the plan.
+FILE_AGE = 3.0
+#: Exit codes of a command that has done its work; the other one has refused some lines.
+DONE, REFUSED_SOME = 0, 3
+#: Calls a minute that the auditor makes.
+AUDIT = "60"
 #: Seconds a lease lasts; a call takes 4.1 s at most.
 LEASE = 9
 #: Seconds a worker may take to end after SIGTERM, with Redis out of reach for a part of them.
@@ -74,6 +84,32 @@ class Import:
     began: float
     process: subprocess.Popen[bytes]
     ended: float = float("inf")
+
+
+@dataclass(slots=True)
+class Comparison:
+    """A file that is compared with the API, and whose differences are then queued."""
+
+    path: Path
+    users: list[str]
+    value: str
+    began: float
+    process: subprocess.Popen[bytes]
+    #: The file's own time, if these users' updates have event times.
+    as_of_ms: int | None = None
+    applies: bool = False
+    ended: float = float("inf")
+    #: Whether all of it was queued.
+    whole: bool = False
+
+    @property
+    def plan(self) -> Path:
+        return self.path.with_suffix(".plan")
+
+    @property
+    def said(self) -> Path:
+        """What the command that applies it has printed."""
+        return self.path.with_suffix(".said")
 
 
 @dataclass(slots=True)
@@ -123,8 +159,15 @@ class System:
     #: A directory with the previous version, if there is one, and the numbers of the workers that are of it.
     previous: Path | None = None
     old: set[int] = field(default_factory=set)
-    #: Users whose records something has damaged: what becomes of them is not judged, only of everybody else.
+    #: Users whose record something has damaged: an update of theirs may be in the quarantine.
     damaged: set[str] = field(default_factory=set)
+    #: Users whose damaged record was found, and set aside; and users of whom something else than updates was damaged.
+    set_aside: set[str] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
+    console: Console | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    #: What a person threw away: user, attribute, value.
+    purged: set[tuple[str, str, str | None]] = field(default_factory=set)
     frozen: set[int] = field(default_factory=set)
     #: Workers that were told to end: process id, and until when they may take.
     ending: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -152,6 +195,7 @@ class System:
         self.buffer = Buffer(self.redis, self.keys)
         self.line = Line(self.redis, self.keys)
         self.letters = DeadLetters(self.redis, self.keys)
+        self.quarantine = Quarantine(self.redis, self.keys)
         self.names = AttributeNames(self.redis, self.keys, SystemClock())
 
     @property
@@ -254,7 +298,10 @@ class System:
                 self.start_worker(number)
         if not self.ending and not self.frozen:
             self.sandbox.check()
+        if self.console:
+            self.console.check()
         self.import_next()
+        self.compare_next()
 
     def start_worker(self, number: int) -> Callable[[], None]:
         return self.sandbox.start_worker(number, code=self.previous if number in self.old else None)
@@ -315,15 +362,70 @@ class System:
         if last and last.ended == float("inf"):
             if last.process.poll() is None:
                 return
-            if last.process.returncode == 0:
+            if last.process.returncode in (DONE, REFUSED_SOME):
                 last.ended = time.monotonic()
             else:
                 last.process = self._import(last.path)
             return
         path = self.directory / f"import-{len(self.imports)}.jsonl"
         lines = [{"user": f"i{len(self.imports)}-{n:04}", "attrs": {"city": f"i{n}"}} for n in range(LINES)]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        texts = [json.dumps(line) for line in lines]
+        for place in range(0, LINES, BAD_EVERY):
+            texts.insert(place, rubbish.LINES[place // BAD_EVERY % len(rubbish.LINES)])
+        path.write_text("".join(f"{text}\n" for text in texts))
         self.imports.append(Import(path, time.monotonic(), self._import(path)))
+
+    def compare_next(self) -> None:
+        """Go on with `imattr plan` and `imattr apply` of a file; or begin with the next one, some time after the last."""
+        last = self.comparisons[-1] if self.comparisons else None
+        if last is None or last.ended < time.monotonic() - PLAN_EVERY:
+            self._compare()
+        elif last.ended == float("inf") and (code := last.process.poll()) is not None:
+            done = code in (DONE, REFUSED_SOME)
+            if done and last.applies:
+                last.ended, last.whole = time.monotonic(), self._was_whole(last)
+            else:
+                last.applies |= done
+                last.process = self._plan_or_apply(last)
+
+    def _compare(self) -> None:
+        """Plan a file: now about users of the last import, now about some whom live updates come for at this moment."""
+        number = len(self.comparisons)
+        imported = [one for one in self.imports if one.ended < float("inf")]
+        if number % 2 == 0 and not imported:
+            return
+        path, as_of_ms = self.directory / f"compare-{number}.jsonl", None
+        if number % 2 == 0:
+            # Most of an older one has been delivered.
+            place = self.rng.randrange(max(1, len(imported) - 3))
+            users = [f"i{place}-{n:04}" for n in range(0, LINES, LINES // PLANNED)][:PLANNED]
+        else:
+            writer = self.writing["set_many"]
+            users = [f"{writer.way}{writer.number}-{n:03}" for n in range(PLANNED)]
+            as_of_ms = int((time.time() - self.rng.uniform(0, FILE_AGE)) * 1000)
+        value = f"p{number}"
+        path.write_text("".join(json.dumps({"user": u, "attrs": {"city": value}}) + "\n" for u in users))
+        begun = Comparison(path, users, value, time.monotonic(), None, as_of_ms)  # type: ignore[arg-type]
+        begun.process = self._plan_or_apply(begun)
+        self.comparisons.append(begun)
+
+    def _plan_or_apply(self, one: Comparison) -> subprocess.Popen[bytes]:
+        if one.applies:
+            one.said.unlink(missing_ok=True)
+            return self._run("worker.cli", ["apply", str(one.plan), "--yes", "--json"], one.said.name)
+        as_of = [] if one.as_of_ms is None else ["--as-of", str(one.as_of_ms)]
+        return self._run(
+            "worker.cli", ["plan", str(one.path), "--out", str(one.plan), "--json", *as_of], "plan.log"
+        )
+
+    @staticmethod
+    def _was_whole(one: Comparison) -> bool:
+        """Whether every user of the file was queued, by what the command said."""
+        with suppress(ValueError, KeyError, IndexError):
+            said = one.said.read_text()
+            facts = json.loads(said[said.index("{") :])
+            return bool(facts["queued"] == len(one.users))
+        return False
 
     def _import(self, path: Path) -> subprocess.Popen[bytes]:
         return self._run("worker.cli", ["import", str(path), "--json"], "import.log")
@@ -342,17 +444,32 @@ class System:
     def offers(self) -> Iterator[Offer]:
         """Everything that was offered, as its writers saw it."""
         refused = self._refused()
+        yield from map(self._with_damage, self._offers(refused))
+
+    def _offers(self, refused: set[tuple[str, str, str | None]]) -> Iterator[Offer]:
         for notes in sorted((self.directory / "notes").glob("*.jsonl")):
             for offer in writers.read(notes):
                 known = self._with_losses(offer)
                 # Nobody could tell the sender of a message. It may have been taken all the same, the second time.
                 told_late = (offer.user, offer.name, offer.value) in refused
-                yield replace(known, answer=Answer.DOUBT) if told_late else known
+                is_good = known.answer is not Answer.REFUSED
+                yield replace(known, answer=Answer.DOUBT) if told_late and is_good else known
         for done in self.imports:
             answer = Answer.DOUBT if done.ended == float("inf") else Answer.ACCEPTED
-            for line in map(json.loads, done.path.read_text().splitlines()):
-                for name, value in line["attrs"].items():
-                    yield self._with_losses(Offer(line["user"], name, value, done.began, done.ended, answer))
+            number = self.imports.index(done)
+            for n in range(LINES):
+                offer = Offer(f"i{number}-{n:04}", "city", f"i{n}", done.began, done.ended, answer)
+                yield self._with_losses(offer)
+        for one in self.comparisons:
+            answer = Answer.ACCEPTED if one.whole and one.as_of_ms is None else Answer.DOUBT
+            for user in one.users:
+                offer = Offer(user, "city", one.value, one.began, one.ended, answer, one.as_of_ms)
+                yield self._with_losses(offer)
+
+    def _with_damage(self, offer: Offer) -> Offer:
+        """What was in a damaged record is in the quarantine: neither lost nor delivered. All else is judged as ever."""
+        gone = offer.user in self.forgotten or (offer.user in self.damaged and offer.user in self.set_aside)
+        return replace(offer, answer=Answer.SET_ASIDE) if gone and offer.answer is Answer.ACCEPTED else offer
 
     def _with_losses(self, offer: Offer) -> Offer:
         """What Redis confirmed and may have lost. A message is accepted when it is consumed, which is later."""
@@ -369,11 +486,16 @@ class System:
     def _refused(self) -> set[tuple[str, str, str | None]]:
         """What was refused on its way and is kept: messages of Celery and entries of the stream."""
         found: set[tuple[str, str, str | None]] = set()
-        for payload in map(json.loads, self.refused.values()):
-            user, attrs = (
-                payload[:2] if isinstance(payload, list) else (payload["user"], json.loads(payload["attrs"]))
-            )
-            found |= {(user, name, value) for name, value in attrs.items()}
+        for text in self.refused.values():
+            # Among them is what nobody could read.
+            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                payload = json.loads(text)
+                user, attrs = (
+                    payload[:2]
+                    if isinstance(payload, list)
+                    else (payload["user"], json.loads(payload["attrs"]))
+                )
+                found |= {(user, name, value) for name, value in attrs.items()}
         return found
 
     # Looking on.
@@ -407,6 +529,7 @@ class System:
         with suppress(redis.RedisError):
             kept = Refused(self.redis, self.keys).newest(3000)
             self.refused |= {one.id: one.payload for one in kept}
+            self.set_aside |= {entry.user for entry in self.quarantine.find()}
 
     def end(self) -> None:
         """No more writers, no more looks; whoever is frozen can be asked to stop."""
@@ -415,6 +538,8 @@ class System:
             os.kill(pid, signal.SIGCONT)
         for way in self.writing:
             self.end_writer(way)
+        for one in self.comparisons[-1:]:
+            one.process.kill()
 
 
 def _ended(pid: int) -> bool:
@@ -508,9 +633,16 @@ def running(
             stack.callback(lambda: system.server.stop())
             system.let_in()
         system.names.set(writers.NAMES)
+        # The previous version knows neither of these settings, nor that page.
+        if not previous:
+            sandbox.environ["IMATTR_AUDIT"] = AUDIT
+            sandbox.plan = replace(plan, metrics=True)
         ready = [system.start_worker(number) for number in range(0 if previous else 1, workers + 1)]
+        system.console = Console(directory, sandbox.environ)
+        stack.callback(system.console.kill)
         for wait in ready:
             wait()
+        system.console.wait()
         stack.callback(system.end)
         watcher = threading.Thread(target=system.watch, daemon=True)
         watcher.start()

@@ -15,11 +15,13 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.history import Answer, Offer
+from worker.errors import InvalidUpdate
 from worker.producer import Producer
 from worker.redis_url import with_password_file
 from worker.state.connection import Redis, connect
@@ -31,6 +33,8 @@ USERS = 150
 LATE_MS = 5000
 
 NAMES = ("city", "level")
+#: The part of all updates that break a rule, and what breaks it: more bytes than the API takes.
+BAD, TOO_LONG = 0.01, "é" * 26
 
 
 class Update(NamedTuple):
@@ -41,7 +45,7 @@ class Update(NamedTuple):
     event_ms: int | None
 
 
-#: Offers some updates, and says for each whether it was accepted.
+#: Offers some updates, and says for each whether it was accepted. `bad` ones break a rule.
 Way = Callable[[Sequence[Update]], list[Answer]]
 
 
@@ -57,7 +61,10 @@ def updates(writer: str, rng: random.Random, *, timed: bool) -> Iterator[Update]
             value = f"{writer}.{number}"
             chance = rng.random()
             attrs[name] = last.get((user, name), value) if chance < 0.1 else None if chance < 0.15 else value
-            last[user, name] = attrs[name]
+            if chance > 1 - BAD:
+                attrs[name] = f"{TOO_LONG}{number}"
+            else:
+                last[user, name] = attrs[name]
         # No two events of one attribute at the same millisecond: then their order would be that of arrival.
         late = rng.randrange(0, LATE_MS) if rng.random() < 0.3 else 0
         now = int(time.time() * 1000)
@@ -67,8 +74,11 @@ def updates(writer: str, rng: random.Random, *, timed: bool) -> Iterator[Update]
 def _one_by_one(producer: Producer) -> Way:
     def offer(given: Sequence[Update]) -> list[Answer]:
         for update in given:
-            producer.set(update.user, update.attrs)
-        return [Answer.ACCEPTED for _ in given]
+            try:
+                producer.set(update.user, update.attrs)
+            except InvalidUpdate:
+                assert is_bad(update)
+        return _answers(given)
 
     return offer
 
@@ -77,7 +87,10 @@ def _many(producer: Producer) -> Way:
     def offer(given: Sequence[Update]) -> list[Answer]:
         result = producer.set_many((update.user, update.attrs, update.event_ms) for update in given)
         refused = {refusal.index for refusal in result.refused}
-        return [Answer.REFUSED if place in refused else Answer.ACCEPTED for place in range(len(given))]
+        return [
+            Answer.REFUSED if place in refused or is_bad(update) else Answer.ACCEPTED
+            for place, update in enumerate(given)
+        ]
 
     return offer
 
@@ -86,13 +99,25 @@ def _stream(client: Redis, keys: Keys) -> Way:
     def offer(given: Sequence[Update]) -> list[Answer]:
         for update in given:
             client.xadd(keys.updates, {"user": update.user, "attrs": json.dumps(update.attrs)})
-        return [Answer.ACCEPTED for _ in given]
+        return _answers(given)
 
     return offer
 
 
+def is_bad(update: Update) -> bool:
+    """Whether it breaks a rule."""
+    return any(value and value.startswith(TOO_LONG) for value in update.attrs.values())
+
+
+def _answers(given: Sequence[Update], accepted: Answer = Answer.ACCEPTED) -> list[Answer]:
+    return [Answer.REFUSED if is_bad(update) else accepted for update in given]
+
+
 def _tasks(broker_url: str) -> Way:
-    """As any Celery client sends them. A Redis broker that is killed may lose what it took."""
+    """As any Celery client sends them: some to be taken later, some with an expiry, some of a higher priority.
+
+    A Redis broker that is killed may lose what it took, and what has expired is dropped.
+    """
     from celery import Celery
 
     app = Celery(broker=broker_url, set_as_current=False)
@@ -102,8 +127,13 @@ def _tasks(broker_url: str) -> Way:
 
     def offer(given: Sequence[Update]) -> list[Answer]:
         updates = [[update.user, update.attrs, update.event_ms] for update in given]
-        app.send_task("attributes.update_many", [updates], queue="updates", retry=False)
-        return [accepted for _ in given]
+        # Not by chance: the seed has decided already what is in the updates.
+        kind = zlib.crc32(given[0].user.encode()) % 10
+        how: dict[str, Any] = (
+            [{}, {"countdown": 2}, {"expires": 30}, {"priority": 9}][kind] if kind < 4 else {}
+        )
+        app.send_task("attributes.update_many", [updates], queue="updates", retry=False, **how)
+        return _answers(given, Answer.DOUBT if "expires" in how else accepted)
 
     return offer
 
