@@ -34,6 +34,7 @@ from worker.state import fleet as workers
 from worker.state.attribute_names import AttributeNames
 from worker.state.buffer import MAX_UPDATES_PER_ADD, Buffer, Snapshot
 from worker.state.dead_letters import DeadLetters
+from worker.state.keys import Keys
 from worker.state.leader import Leader
 from worker.state.line import Line, LineState
 
@@ -114,6 +115,7 @@ def _packed(reply: Reply) -> bytes:
         "ErrorInfo": reply.info,
         "ErrorList": errors,
         "AttrNames": {str(number): name for number, name in enumerate(sorted(reply.names))},
+        "UserAttrs": [{"To_Account": user, "Attrs": attrs} for user, attrs in reply.values.items()],
     }
     return json.dumps(answer).encode()
 
@@ -310,6 +312,18 @@ class Fleet:
             self.world.sleep(max(step, waited / 100))
         return self.world.monotonic() - start
 
+    def replicate(self) -> dict[str, bytes]:
+        """What a replica has at this moment."""
+        copy: dict[str, Any] = {key: self.redis.dump(key) for key in _all_keys(self.buffer._keys)}
+        return {key: packed for key, packed in copy.items() if packed}
+
+    def promote(self, copy: dict[str, bytes]) -> None:
+        """That replica becomes the primary: everything since is gone, and scripts see another server's id."""
+        self.redis.unlink(*_all_keys(self.buffer._keys))
+        for key, packed in copy.items():
+            self.redis.restore(key, 0, packed)
+        self.redis.hset(self.buffer._keys.server, "id", "another one")
+
     def snapshot(self) -> Snapshot:
         return self.buffer.snapshot()
 
@@ -335,6 +349,11 @@ class Fleet:
 
     def dead(self) -> set[str]:
         return {letter.user for letter in self.letters.find()}
+
+
+def _all_keys(keys: Keys) -> list[str]:
+    names = [name for name, kept in vars(Keys).items() if isinstance(kept, property) and name != "pattern"]
+    return [*(getattr(keys, name) for name in names), f"{keys.dispatcher}:ends"]
 
 
 @contextmanager

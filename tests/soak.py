@@ -49,6 +49,7 @@ from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
 from worker.state.quarantine import Quarantine
 from worker.state.refused import Refused
+from worker.state.scripts import text
 
 #: Seconds between two samples, and two lines of progress.
 EVERY, TELL_EVERY = 5.0, 30.0
@@ -274,8 +275,8 @@ class Operator:
         if shown.get("count", "0") != "0":
             ben.decide(verb, shown)
         for name in self._client.hkeys(self._keys.import_progress):
-            ann.pause_import(name.decode())
-            ben.pause_import(name.decode(), resume=True)
+            ann.pause_import(text(name))
+            ben.pause_import(text(name), resume=True)
 
     def _damage(self) -> None:
         """Another program writes over a record of a user whom nobody else needs; a person looks at it, and drops it."""

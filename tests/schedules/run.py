@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import random
@@ -20,9 +21,11 @@ from tests import history
 from tests.conftest import SECRET_KEY, new_keys
 from tests.fleet import Fleet, Request, StraightCall
 from tests.history import Applied, Call, History, Offer, Violation
+from tests.schedules.borders import Borders, has_borders
 from tests.schedules.plan import APPLIED_WITHIN, Event, Plan, any_code, draw
 from tests.schedules.wire import Wire
 from tests.virtual import Process, World, terms_on_our_clock
+from worker import ratelimit
 from worker.delivery import loop
 from worker.delivery.answers import Answer, Failure, NoReply, Reply, UserError
 from worker.delivery.dispatcher import TERM, Dispatcher
@@ -37,6 +40,7 @@ from worker.state.dead_letters import DeadLetters
 from worker.state.keys import Keys
 from worker.state.leader import RETRY_AFTER
 from worker.state.line import Line
+from worker.state.quarantine import Quarantine
 
 #: Attributes of updates without, and with event times; never mixed, since only one of both orders can be judged.
 UNTIMED, TIMED = ("city", "name"), ("level", "tier")
@@ -127,8 +131,13 @@ class Schedule(Fleet):
         }
         #: How calls fail while the service is out.
         self._outage: list[str] = []
-        #: Users whose record somebody has damaged: what becomes of them is not judged, only of everybody else.
+        #: Users whose record somebody has damaged: what was in it may be in the quarantine. And those of whom something else
+        #: than updates was damaged: what was delivered, or given up, is not known any more.
         self._damaged: set[str] = set()
+        self._forgotten: set[str] = set()
+        #: The offers (by id) that were made to the broker, and are accepted at some later time.
+        self._in_transit: set[int] = set()
+        self.borders = Borders(self) if has_borders(self.seed) else None
         #: Users that the API refuses at present, and with what code.
         self._codes: dict[str, int] = {}
         self._offers: list[Offer] = []
@@ -215,7 +224,7 @@ class Schedule(Fleet):
             case kind:
                 self._interrupt(kind)
         reply = run()
-        self.tell(f"{name} {reply!r}")
+        self.tell(f"{name} {_told_reply(name, reply)!r}")
         if name == "reserve":
             self._note_permit()
         match self._strikes("after a script"):
@@ -376,8 +385,10 @@ class Schedule(Fleet):
         if fields:
             field = dice.choice(fields)
             self.wire.bare("HSET", table, field, dice.choice(_DAMAGE))
-            if table != k.batches:
+            if table in (k.pending, k.flight):
                 self._damaged.add(field.decode())
+            elif table != k.batches:
+                self._forgotten.add(field.decode())
             self.tell(f"damaged {field!r} in {table.rpartition(':')[2]}")
 
     def _by_the_rules(
@@ -407,6 +418,9 @@ class Schedule(Fleet):
         delivery = self.new_delivery(self.world, rng, lambda: worker.stopping, settings)
         for thread in range(self.plan.threads):
             self.world.spawn(lambda: self._deliver(delivery, worker), f"{name}.{thread}", worker)
+        if self.borders:
+            consume = self.borders.consume
+            self.world.spawn(lambda: consume(worker), f"{name}.consumer", worker)
         dispatcher = self.new_dispatcher(name)
         self.world.spawn(lambda: self._dispatch(dispatcher, worker), f"{name}.dispatcher", worker)
 
@@ -557,6 +571,8 @@ class Schedule(Fleet):
         for number in range(self.plan.writers):
             self.world.spawn(lambda number=number: self.write(number), f"writer{number}")  # type: ignore[misc]
         self.world.spawn(self.operate, "operator", self._operator)
+        if self.borders:
+            self.borders.begin()
         begin = self.world.monotonic()
         for event in self.plan.events:
             self.world.sleep(begin + event.at - self.world.monotonic())
@@ -565,7 +581,7 @@ class Schedule(Fleet):
                 self.faults[event.kind] += 1
             self._happen(event, event.until - event.at)
         self.world.sleep(begin + self.plan.trouble - self.world.monotonic())
-        while self._writing:
+        while self._writing or (self.borders and self.borders.writing):
             self.world.sleep(1)
 
     def _happen(self, event: Event, seconds: float) -> None:
@@ -641,7 +657,8 @@ class Schedule(Fleet):
         snapshot = self.snapshot()
         counts = {"pending": snapshot.pending, "in_flight": snapshot.in_flight}
         self._ledgers.append({**snapshot.ledger, **counts})
-        return not snapshot.pending and not snapshot.in_flight
+        taken = not self.borders or self.borders.is_empty()
+        return taken and not snapshot.pending and not snapshot.in_flight
 
     def mend(self) -> None:
         """The end of all faults. What is late, asleep or about to start comes by itself."""
@@ -670,12 +687,24 @@ class Schedule(Fleet):
             step = min(1.3 * step, 20)
 
     def _judged(self, offer: Offer) -> Offer:
-        """What was accepted while a replica lagged may be lost, whatever its writer was told."""
-        if offer.answer is not history.Answer.REFUSED and any(
-            offer.began <= until and offer.ended >= since for since, until in self._losable
-        ):
+        """What was accepted while a replica lagged may be lost, whatever its writer was told.
+
+        What was in a damaged record is in the quarantine, neither lost nor delivered.
+        """
+        ended = math.inf if id(offer) in self._in_transit else offer.ended
+        if offer.answer is history.Answer.REFUSED:
+            return offer
+        if any(offer.began <= until and ended >= since for since, until in self._losable):
             return dataclasses.replace(offer, answer=history.Answer.LOSABLE)
+        if offer.answer is history.Answer.ACCEPTED and offer.user in self._set_aside:
+            return dataclasses.replace(offer, answer=history.Answer.SET_ASIDE)
         return offer
+
+    @functools.cached_property
+    def _set_aside(self) -> set[str]:
+        """Users of whom a record was damaged, and found."""
+        found = {entry.user for entry in Quarantine(self.wire, self.buffer._keys).find()}
+        return self._forgotten | (self._damaged & found)
 
     def judge(self) -> list[Violation]:
         kept = {
@@ -684,12 +713,11 @@ class Schedule(Fleet):
             for name, (value, _) in letter.values.items()
         }
         seen = History(
-            offers=[self._judged(offer) for offer in self._offers if offer.user not in self._damaged],
+            offers=[self._judged(offer) for offer in self._offers],
             applied=[
                 Applied(write.at, write.request, write.user, name, value)
                 for write in self.api.writes
                 for name, value in write.attrs.items()
-                if write.user not in self._damaged
             ],
             calls=[
                 Call(
@@ -716,6 +744,13 @@ class Schedule(Fleet):
 
 class Stuck(Exception):
     """Raised when work is left after all trouble has ended."""
+
+
+def _told_reply(name: str, reply: Any) -> Any:
+    """What a script answered, without what comes from the server's own clock: that is another time in each run."""
+    if name == "XADD":
+        return ""
+    return reply[1:] if name == "recall" else reply
 
 
 def _told(answer: Answer) -> str:
@@ -764,6 +799,8 @@ def run(seed: int, wire: Wire, *, telling: bool = False) -> Result:
             wire.stage = None
             wire.restore_scripts()
             _forget(wire, keys)
+            if schedule.borders:
+                wire.bare("UNLINK", *schedule.borders.broker_keys)
     return Result(
         seed,
         schedule.digest,
@@ -810,6 +847,7 @@ def _deterministic(seed: int) -> Iterator[None]:
         mock.patch.object(buffer, "new_batch_id", new_batch_id),
         mock.patch.object(loop, "new_batch_id", new_batch_id),
         mock.patch.object(leader, "random", random.Random(f"{seed} dispatchers")),
+        mock.patch.object(ratelimit, "random", random.Random(f"{seed} limiters")),
     ):
         yield
 
