@@ -469,7 +469,9 @@ class System:
     def _with_damage(self, offer: Offer) -> Offer:
         """What was in a damaged record is in the quarantine: neither lost nor delivered. All else is judged as ever."""
         gone = offer.user in self.forgotten or (offer.user in self.damaged and offer.user in self.set_aside)
-        return replace(offer, answer=Answer.SET_ASIDE) if gone and offer.answer is Answer.ACCEPTED else offer
+        return (
+            replace(offer, answer=Answer.SET_ASIDE) if gone and offer.answer is not Answer.REFUSED else offer
+        )
 
     def _with_losses(self, offer: Offer) -> Offer:
         """What Redis confirmed and may have lost. A message is accepted when it is consumed, which is later."""

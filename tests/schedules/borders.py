@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,7 @@ from worker.models import Update
 from worker.producer import Producer
 from worker.ratelimit import DELIVERS, RateLimiter, reads
 from worker.readback.audit import Examiner
+from worker.readback.judgement import Verdict
 from worker.readback.reader import Reader, ReadingStopped
 from worker.readback.repair import Repair
 from worker.state.buffer import Added, Guard, Lead
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 
 #: One schedule in so many has all of this, and which one.
 EVERY, WHICH = 5, 4
-#: Users whom messages without an event time come for, and nobody else's updates: the queue keeps their order.
-QUEUED_USERS = 5
 #: Seconds between two turns of a consumer that finds nothing.
 SLOWEST = 2.0
 
+
+#: What the audit of a schedule sends again.
+LOST: tuple[Verdict, ...] = ("lost",)
 
 #: As it is in every run: without the ids that come from chance.
 _ID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -124,6 +127,8 @@ class Borders:
         #: How many clients still write.
         self.writing = 0
         self._messages = 0
+        #: The offers in messages that nobody has taken yet.
+        self._untaken: dict[bytes, list[int]] = {}
         self._producer = cast(Producer, _Producer(schedule))
 
     @property
@@ -192,11 +197,11 @@ class Borders:
             schedule.world.sleep(rng.uniform(0, 2 * plan.gap))
             if rng.random() < 0.3:
                 self._put(rng.choice(RUBBISH))
-            if rng.random() < 0.5:
-                self._send([self._own_update() for _ in range(rng.randint(1, 3))], {}, 0)
-            else:
-                timed = replace_timed(plan.users_a_call, lambda: schedule._update(rng))
-                self._send(timed, self._how(), rng.choice([0, 0, 0, 3]))
+            updates = [schedule._update(rng) for _ in range(rng.randint(1, plan.users_a_call))]
+            # Without an event time, what is to be accepted later counts as of then: who wrote meanwhile cannot know.
+            timed = [update for update in updates if update.occurred_ms]
+            self._send([update for update in updates if not update.occurred_ms], {}, rng.choice([0, 0, 0, 3]))
+            self._send(timed, self._how(), rng.choice([0, 0, 0, 3]))
 
     def _how(self) -> dict[str, str]:
         now, rng = self.schedule.world.wall(), self.rng
@@ -207,9 +212,12 @@ class Borders:
                 return {"expires": _iso(now + rng.uniform(0, 10))}
         return {}
 
-    def _own_update(self) -> Update:
-        user = f"q{self.rng.randrange(QUEUED_USERS)}"
-        return Update(user, {"city": self.schedule._value(user, "city", self.rng)})
+    def note_taking(self, reply: Any) -> None:
+        """Messages without an event time count as of when they were taken first, however often they are."""
+        now = self.schedule.world.monotonic()
+        for raw in reply[1:]:
+            for place in self._untaken.pop(raw, ()):
+                self.schedule._offers[place] = replace(self.schedule._offers[place], ended=now)
 
     def _send(self, updates: Sequence[Update], how: dict[str, str], priority: int) -> None:
         if not updates:
@@ -217,16 +225,21 @@ class Borders:
         schedule, now = self.schedule, self.schedule.world.monotonic()
         args = [[update.user, dict(update.attrs), update.occurred_ms or None] for update in updates]
         headers = {"task": "attributes.update_many", "id": f"m{self._messages}", "eta": None, "expires": None}
-        self._put(self._message([[args], {}, {}], headers | how), priority)
+        raw = self._message([[args], {}, {}], headers | how)
+        self._put(raw, priority)
         for update in updates:
             # What expires may never be accepted, nor what is ahead of a clock that was set back.
             sure = "expires" not in how and not schedule.plan.jumps
             answer = Answer.ACCEPTED if sure else Answer.DOUBT
-            # With an event time that decides; without, the queue keeps the order.
+            # With an event time, that decides.
+            ended = now if update.occurred_ms else math.inf
             for name, value in update.attrs.items():
-                offer = Offer(update.user, name, value, now, now, answer, update.occurred_ms or None)
+                place = len(schedule._offers)
+                schedule._in_transit.add(place)
+                if not update.occurred_ms:
+                    self._untaken.setdefault(raw, []).append(place)
+                offer = Offer(update.user, name, value, now, ended, answer, update.occurred_ms or None)
                 schedule._offers.append(offer)
-                self.schedule._in_transit.add(id(offer))
             schedule.tell(f"sent {update.user} {update.attrs} {update.occurred_ms} {how}: {answer}")
 
     def _message(self, body: Any, headers: Any) -> bytes:
@@ -302,7 +315,7 @@ class Borders:
         examiner = Examiner(
             Shadow(wire, self.keys), Reader(schedule.new_api(), limiter, schedule.world), schedule.world
         )
-        repair = Repair(examiner, self._producer, schedule.world, verdicts=("lost",))
+        repair = Repair(examiner, self._producer, schedule.world, verdicts=LOST)
         while True:
             schedule.world.sleep(rng.uniform(1, 8))
             users = [f"u{number:03}" for number in range(schedule.plan.users)]
@@ -334,11 +347,6 @@ class Borders:
                     for name, (value, _) in letter.values.items()
                 }
                 schedule.letters.purge(chosen)
-
-
-def replace_timed(most: int, make: Callable[[], Update]) -> list[Update]:
-    """Some updates that have event times: without one, a message would count as newer than what overtook it."""
-    return [update for update in (make() for _ in range(most)) if update.occurred_ms]
 
 
 def _pages(numbers: range, size: int) -> list[range]:

@@ -135,7 +135,7 @@ class Schedule(Fleet):
         #: than updates was damaged: what was delivered, or given up, is not known any more.
         self._damaged: set[str] = set()
         self._forgotten: set[str] = set()
-        #: The offers (by id) that were made to the broker, and are accepted at some later time.
+        #: The places of offers that were made to the broker, and are accepted at some later time.
         self._in_transit: set[int] = set()
         self.borders = Borders(self) if has_borders(self.seed) else None
         #: Users that the API refuses at present, and with what code.
@@ -227,6 +227,8 @@ class Schedule(Fleet):
         self.tell(f"{name} {_told_reply(name, reply)!r}")
         if name == "reserve":
             self._note_permit()
+        if name == "take" and self.borders:
+            self.borders.note_taking(reply)
         match self._strikes("after a script"):
             case "reply lost":
                 raise self._dice.choice([redis.ConnectionError, redis.TimeoutError])("the reply is lost")
@@ -686,17 +688,17 @@ class Schedule(Fleet):
             self.world.sleep(step)
             step = min(1.3 * step, 20)
 
-    def _judged(self, offer: Offer) -> Offer:
+    def _judged(self, offer: Offer, *, in_transit: bool) -> Offer:
         """What was accepted while a replica lagged may be lost, whatever its writer was told.
 
         What was in a damaged record is in the quarantine, neither lost nor delivered.
         """
-        ended = math.inf if id(offer) in self._in_transit else offer.ended
+        ended = math.inf if in_transit else offer.ended
         if offer.answer is history.Answer.REFUSED:
             return offer
         if any(offer.began <= until and ended >= since for since, until in self._losable):
             return dataclasses.replace(offer, answer=history.Answer.LOSABLE)
-        if offer.answer is history.Answer.ACCEPTED and offer.user in self._set_aside:
+        if offer.user in self._set_aside:
             return dataclasses.replace(offer, answer=history.Answer.SET_ASIDE)
         return offer
 
@@ -713,7 +715,10 @@ class Schedule(Fleet):
             for name, (value, _) in letter.values.items()
         }
         seen = History(
-            offers=[self._judged(offer) for offer in self._offers],
+            offers=[
+                self._judged(offer, in_transit=place in self._in_transit)
+                for place, offer in enumerate(self._offers)
+            ],
             applied=[
                 Applied(write.at, write.request, write.user, name, value)
                 for write in self.api.writes
