@@ -437,7 +437,7 @@ def test_what_rabbitmq_delivers_again_has_the_time_of_the_first_taking(
         messages: list[Any] = []
         while len(messages) < count:
             queue.wait(0.1)
-            if taken := queue.take(now_ms):
+            if taken := queue.take(lambda: now_ms):
                 messages += taken.messages
         return Taken(taken.id if taken else None, messages)
 
@@ -467,7 +467,7 @@ def test_what_rabbitmq_delivers_again_has_the_time_of_the_first_taking(
 
 def take_nothing(queue: RabbitQueue) -> bool:
     queue.wait(0.2)
-    return queue.take(3_000) is None
+    return queue.take(lambda: 3_000) is None
 
 
 def test_a_worker_of_deliveries_only_leaves_the_updates_alone(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_higher_priorities_go_first(fix: Fixture) -> None:
 
 def test_what_a_killed_consumer_had_taken_is_accepted_by_the_next_with_the_same_time(fix: Fixture) -> None:
     fix.send(envelope("ann", {"city": "Paris"}))
-    first = fix.queue().take(1_795_600_000_000)
+    first = fix.queue().take(lambda: 1_795_600_000_000)
     # Something newer happened between the first taking and the second.
     fix.buffer.add([Update("ann", {"city": "Oslo"}, 1_795_600_001_000)])
     fix.redis.lpush(fix.name, encoded(envelope("bob", {"city": "Bonn"})))
@@ -144,10 +144,70 @@ def test_what_a_killed_consumer_had_taken_is_accepted_by_the_next_with_the_same_
     assert fix.left() == 0
 
 
+def test_a_message_is_not_older_than_what_was_accepted_before_it_was_sent(fix: Fixture) -> None:
+    consumer, producer = fix.consumer(), Producer(fix.server.url, fix.keys.sdkappid)
+    now_ms, asked = consumer._producer.now_ms, 0
+
+    def slow() -> int:
+        # Meanwhile a program sets a value, hears that it was accepted, and sends a newer one as a message.
+        nonlocal asked
+        asked += 1
+        now = now_ms()
+        if asked == 1:
+            while now_ms() <= now:
+                pass
+            producer.set("ann", {"city": "Oslo"})
+            fix.send(envelope("ann", {"city": "Paris"}))
+        return now
+
+    consumer._producer.now_ms = slow  # type: ignore[method-assign]
+    consumer.turn()
+
+    assert fix.pending() == {"ann": {"city": "Paris"}}
+    assert fix.buffer.snapshot().ledger["stale"] == 0
+
+
+def test_a_consumer_that_was_killed_before_it_noted_the_time_leaves_that_to_the_next(fix: Fixture) -> None:
+    fix.send(envelope("ann", {"city": "Paris"}))
+
+    def killed() -> int:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        fix.queue().take(killed)
+    taken = fix.queue().take(lambda: 1_795_600_000_000)
+
+    assert taken
+    assert [at for _, at in taken.messages] == [1_795_600_000_000]
+    again = fix.queue().take(lambda: 1_795_600_000_999)
+    assert again
+    assert again.id == taken.id
+
+
+def test_a_consumer_that_slept_before_it_noted_the_time_does_not_do_so_for_its_successors(
+    fix: Fixture,
+) -> None:
+    def slept() -> int:
+        # Its successor takes the same messages, finishes them, and takes more.
+        taken = fix.queue().take(lambda: 1_795_600_000_000)
+        assert taken
+        fix.queue().finish(taken)
+        fix.send(envelope("bob"))
+        fix.queue()._take_some()
+        return 1_795_500_000_000
+
+    fix.send(envelope("ann"))
+
+    assert fix.queue().take(slept) is None
+    taken = fix.queue().take(lambda: 1_795_600_001_000)
+    assert taken
+    assert [at for _, at in taken.messages] == [1_795_600_001_000]
+
+
 def test_what_was_delivered_before_the_kill_is_not_newer_the_second_time(fix: Fixture) -> None:
     fix.send(envelope("ann", {"city": "Paris"}))
     queue = fix.queue()
-    taken = queue.take(1_795_600_000_000)
+    taken = queue.take(lambda: 1_795_600_000_000)
     consumer = fix.consumer()
     consumer.turn()
     fix.deliver()
@@ -168,7 +228,7 @@ def test_each_taking_is_later_than_the_one_before_also_when_the_clock_was_set_ba
     queue, times = fix.queue(), []
     for now in (1_795_600_000_000, 1_795_600_000_000, 1_700_000_000_000):
         fix.send(envelope())
-        taken = queue.take(now)
+        taken = queue.take(lambda now=now: now)  # type: ignore[misc]
         assert taken
         times.append(taken.messages[0][1])
         queue.finish(taken)
@@ -179,11 +239,11 @@ def test_each_taking_is_later_than_the_one_before_also_when_the_clock_was_set_ba
 def test_a_consumer_that_slept_does_not_finish_its_successors_messages(fix: Fixture) -> None:
     queue = fix.queue()
     fix.send(envelope("ann"))
-    slept = queue.take(1)
+    slept = queue.take(lambda: 1)
     assert slept
     queue.finish(slept)
     fix.send(envelope("bob"))
-    assert queue.take(2)
+    assert queue.take(lambda: 2)
 
     queue.finish(slept)
 
@@ -351,7 +411,7 @@ def test_an_outage_of_the_broker_is_waited_out(fix: Fixture, monkeypatch: pytest
     fix.send(envelope("ann"))
     take = RedisQueue.take
 
-    def away(self: RedisQueue, now_ms: int) -> Taken | None:
+    def away(self: RedisQueue, now_ms: Callable[[], int]) -> Taken | None:
         raise redis.ResponseError("READONLY You can't write against a read only replica.")
 
     monkeypatch.setattr(RedisQueue, "take", away)

@@ -129,6 +129,7 @@ class Borders:
         self._messages = 0
         #: The offers in messages that nobody has taken yet.
         self._untaken: dict[bytes, list[int]] = {}
+        self._taken: Any = ()
         self._producer = cast(Producer, _Producer(schedule))
 
     @property
@@ -212,12 +213,15 @@ class Borders:
                 return {"expires": _iso(now + rng.uniform(0, 10))}
         return {}
 
-    def note_taking(self, reply: Any) -> None:
-        """Messages without an event time count as of when they were taken first, however often they are."""
-        now = self.schedule.world.monotonic()
-        for raw in reply[1:]:
-            for place in self._untaken.pop(raw, ()):
-                self.schedule._offers[place] = replace(self.schedule._offers[place], ended=now)
+    def note(self, name: str, reply: Any) -> None:
+        """Messages without an event time count as of when that was noted, however often they are taken."""
+        if name == "take":
+            self._taken = reply[1:]
+        elif name == "stamp" and reply:
+            now = self.schedule.world.monotonic()
+            for raw in self._taken:
+                for place in self._untaken.pop(raw, ()):
+                    self.schedule._offers[place] = replace(self.schedule._offers[place], ended=now)
 
     def _send(self, updates: Sequence[Update], how: dict[str, str], priority: int) -> None:
         if not updates:

@@ -227,8 +227,8 @@ class Schedule(Fleet):
         self.tell(f"{name} {_told_reply(name, reply)!r}")
         if name == "reserve":
             self._note_permit()
-        if name == "take" and self.borders:
-            self.borders.note_taking(reply)
+        if self.borders:
+            self.borders.note(name, reply)
         match self._strikes("after a script"):
             case "reply lost":
                 raise self._dice.choice([redis.ConnectionError, redis.TimeoutError])("the reply is lost")

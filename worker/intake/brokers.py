@@ -40,8 +40,11 @@ class Taken:
 class Queue(Protocol):
     """The broker's queue of updates. Its errors are those of the broker's library."""
 
-    def take(self, now_ms: int) -> Taken | None:
-        """Take some messages at `now_ms` on the state's clock, or those taken before and not finished; None if none."""
+    def take(self, now_ms: Callable[[], int]) -> Taken | None:
+        """Take some messages, or those taken before and not finished; None if none.
+
+        `now_ms` reads the state's clock. It is asked after the taking: an earlier time could be older than a message.
+        """
 
     def finish(self, taken: Taken) -> None:
         """Acknowledge all of them: they are accepted, or kept as refused."""
@@ -69,12 +72,18 @@ class RedisQueue:
         self._lists = list(lists)
         self._taken, self._last = f"{name}.taken", f"{name}.taken_at"
         self._take = scripts.load(redis, "take")
+        self._stamp = scripts.load(redis, "stamp")
         self._finish = scripts.load(redis, "finish")
 
-    def take(self, now_ms: int) -> Taken | None:
-        keys = [*self._lists, self._taken, self._last]
-        at, *messages = self._take(keys, (now_ms, MOST, MOST_BYTES_AT_ONCE, MOST_BYTES)) or (None,)
+    def take(self, now_ms: Callable[[], int]) -> Taken | None:
+        at, *messages = self._take_some() or (b"",)
+        if at.startswith(b"?"):
+            at = self._stamp([self._taken, self._last], (at, now_ms()))
         return Taken(at, [(message, int(at)) for message in messages]) if at else None
+
+    def _take_some(self) -> Any:
+        keys = [*self._lists, self._taken, self._last]
+        return self._take(keys, (MOST, MOST_BYTES_AT_ONCE, MOST_BYTES))
 
     def finish(self, taken: Taken) -> None:
         self._finish([self._taken], [taken.id])
@@ -132,7 +141,7 @@ class RabbitQueue:
     def _cancelled(self, _tag: str) -> None:
         raise ConnectionError("the queue was deleted")
 
-    def take(self, now_ms: int) -> Taken | None:
+    def take(self, now_ms: Callable[[], int]) -> Taken | None:
         self._drain(0.0)
         if not self._buffer:
             return None
@@ -144,7 +153,7 @@ class RabbitQueue:
         del self._buffer[:count]
         self._bytes -= size
         envelopes = [_envelope(message) for message in messages]
-        times = self._first_taken(messages, envelopes, now_ms)
+        times = self._first_taken(messages, envelopes, now_ms())
         return Taken(messages[-1].delivery_tag, list(zip(envelopes, times, strict=True)))
 
     def _first_taken(self, messages: list[Any], envelopes: list[Envelope], now_ms: int) -> list[int]:

@@ -125,7 +125,7 @@ class QueueConsumer(LeaderLoop):
         if self._take_due(now_ms):
             return self._accept()
         self._queue = self._queue or self._open_queue()
-        self._taken = self._queue.take(now_ms)
+        self._taken = self._queue.take(self._producer.now_ms)
         if self._taken is None:
             self._queue.wait(BLOCK)
             return 0.0

@@ -46,7 +46,7 @@ _BROKER = _EVERYWHERE | {
     *("eval", "script|exists"),
 }  # fmt: skip
 #: The scripts whose keys are the broker's.
-_BROKER_SCRIPTS = ("take", "finish")
+_BROKER_SCRIPTS = ("take", "stamp", "finish")
 
 #: Celery's keys, as patterns. Queues have a list for each priority; `*.celery.pidbox` holds commands and answers of `celery
 #: inspect`, `celeryev` events for Flower, and `celery` is the default queue, in which the doctor looks for stray messages.

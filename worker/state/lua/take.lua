@@ -1,24 +1,23 @@
 --[[
-Take messages out of a Celery queue, oldest first, and note when: the first time is the one that counts.
+Take messages out of a Celery queue, oldest first.
 
 What was taken stays in a list of its own until `finish`, so a consumer that dies loses nothing: the next one gets the
-same messages, with the same time. Each taking has a time of its own, later than the one before, which becomes the version
-of its updates. All of these keys are the broker's, none the state's.
+same messages, with the same time. The time is noted afterwards (`stamp`): one that was read before could be older than a
+message that came in between. All of these keys are the broker's, none the state's.
 
 KEYS[1]  list, the queue, with the newest message on the left
 KEYS[2]  list, the same queue at the second priority
 KEYS[3]  list, the same queue at the third priority
 KEYS[4]  list, the same queue at the lowest priority
-KEYS[5]  list, what was taken: the time, then the messages in their order
+KEYS[5]  list, what was taken: the time in ms, or a mark that begins with "?" until that is noted; then the messages in order
 KEYS[6]  string, the time of the last taking
-ARGV[1]  now in ms, on the state's clock
-ARGV[2]  most messages to take
-ARGV[3]  most bytes to take, but for the last few messages
-ARGV[4]  bytes of the longest message that can be used: of longer ones, one byte more than that is kept
-Returns  {time in ms, message, ...}, or {} if the queue is empty
+ARGV[1]  most messages to take
+ARGV[2]  most bytes to take, but for the last few messages
+ARGV[3]  bytes of the longest message that can be used: of longer ones, one byte more than that is kept
+Returns  {time or mark, message, ...}, or {} if the queue is empty
 ]]
 local first, second, third, fourth, taken, last = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local now, most, most_bytes, longest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local most, most_bytes, longest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 
 local unfinished = redis.call('LRANGE', taken, 0, -1)
 if #unfinished > 0 then
@@ -54,8 +53,8 @@ if #messages == 0 then
   return {}
 end
 
-local time = math.max(now, (tonumber(redis.call('GET', last)) or 0) + 1)
-redis.call('SET', last, whole(time))
-redis.call('RPUSH', taken, whole(time), unpack(messages))
-table.insert(messages, 1, whole(time))
+-- No other taking has this mark: the next one comes after the time of this one is noted, which is later.
+local mark = '?' .. (redis.call('GET', last) or '')
+redis.call('RPUSH', taken, mark, unpack(messages))
+table.insert(messages, 1, mark)
 return messages
