@@ -85,7 +85,7 @@ CAPS = {"history": history.MOST, "samples": fleet.SAMPLES, "samples_by_minute": 
 PROVOKED = {"update_refused"}
 
 #: Updates a turn by `AsyncProducer`; lines of a file that is imported, and of one that is planned and applied.
-ASYNC, LINES, PLANNED = 20, 20_000, 500
+ASYNC, LINES, PLANNED = 20, 30_000, 500
 #: Exit codes of commands that have done their work; with the second one, some lines were refused.
 DONE = (0, 3)
 
@@ -274,13 +274,21 @@ class Operator:
         shown = ann.look_at_letters()
         if shown.get("count", "0") != "0":
             ben.decide(verb, shown)
-        for name in self._client.hkeys(self._keys.import_progress):
-            ann.pause_import(text(name))
-            ben.pause_import(text(name), resume=True)
+
+    def look_at_imports(self) -> None:
+        """Pause one that is under way, until the next look."""
+        running = [text(name) for name in self._client.hkeys(self._keys.import_progress)]
+        paused = [text(name) for name in self._client.hkeys(self._keys.import_pauses)]
+        with contextlib.suppress(Away):
+            for name in paused:
+                self._people.person("ben").pause_import(name, resume=True)
+            for name in running[: 1 - len(paused)]:
+                self._people.person("ann").pause_import(name)
 
     def _damage(self) -> None:
-        """Another program writes over a record of a user whom nobody else needs; a person looks at it, and drops it."""
-        self._client.hset(self._keys.shadow, "damaged", b"\xff")
+        """Another program writes over the record of a user who waits; a person looks at some, and drops the others."""
+        self._writer.producer.set("damaged", {"city": "Rome"})
+        self._client.hset(self._keys.pending, "damaged", b"\xff")
         self._writer.producer.set("damaged", {"city": "Paris"})
         self._quarantine.drop([entry.id for entry in self._quarantine.find()][10:])
 
@@ -469,6 +477,7 @@ def _watch(
     for number in itertools.count(1):
         threading.Event().wait(began + number * EVERY - time.monotonic())
         sandbox.check()
+        operator.look_at_imports()
         samples.append(sampler.sample())
         now = time.monotonic() - began
         if now >= turn_at:

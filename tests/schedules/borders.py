@@ -209,6 +209,9 @@ class Borders:
 
     def _how(self) -> dict[str, str]:
         now, rng = self.schedule.world.wall(), self.rng
+        if self.schedule.plan.jumps:
+            # Of a clock that was set back an hour, something for later waits for an hour.
+            return {}
         match rng.choice(["at once", "at once", "later", "expires"]):
             case "later":
                 return {"eta": _iso(now + rng.uniform(-2, 10))}
