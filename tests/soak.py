@@ -39,6 +39,7 @@ import requests
 from celery import Celery
 
 from tests.bench import APP, Results, console, state_of
+from tests.chaos.faults import damage
 from tests.chaos.people import Away, Console
 from worker.async_producer import AsyncProducer
 from worker.producer import Lane, Producer
@@ -259,9 +260,9 @@ class Operator:
         self.failures += self._files.turn()
         try:
             self._at_the_console("purge" if odd else "redrive")
-        except Away as away:
-            self.failures[f"the console: {away}"] += 1
-        self._damage()
+            self._damage()
+        except (Away, redis.RedisError) as error:
+            self.failures[f"{type(error).__name__} at an operator"] += 1
         for refused in self._refused.newest(1):
             self._refused.purge(refused.id)
         self._control("quirks", {"bad_user": ("batch", "list")[odd]})
@@ -288,7 +289,7 @@ class Operator:
     def _damage(self) -> None:
         """Another program writes over the record of a user who waits; a person looks at some, and drops the others."""
         self._writer.producer.set("damaged", {"city": "Rome"})
-        self._client.hset(self._keys.pending, "damaged", b"\xff")
+        damage(self._client, self._keys.pending, "damaged", b"\xff")
         self._writer.producer.set("damaged", {"city": "Paris"})
         self._quarantine.drop([entry.id for entry in self._quarantine.find()][10:])
 

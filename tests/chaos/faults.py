@@ -25,6 +25,7 @@ from tests.redis_fleet import DOWN_AFTER, Node, SentinelFleet, is_primary
 from worker.clock import SystemClock
 from worker.ratelimit import RateLimiter
 from worker.state import scripts
+from worker.state.connection import Redis
 from worker.state.scripts import text
 
 
@@ -203,9 +204,14 @@ def records_damaged(system: System) -> Struck:
             elif table != keys.batches:
                 # What was delivered, or given up, is not known any more.
                 system.forgotten.add(field)
-            system.redis.hset(table, field, rng.choice(DAMAGE))
-            hits += 1
+            hits += damage(system.redis, table, field, rng.choice(DAMAGE))
     return Struck(hits=hits)
+
+
+def damage(client: Redis, table: str, field: str, record: bytes) -> bool:
+    """Write over one record of a table, if it is still there: one more would be a user whom nobody has accepted."""
+    script = "return redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 and redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) + 1 or 0"
+    return bool(client.eval(script, 1, table, field, record))  # type: ignore[arg-type]
 
 
 def others_with_other_settings(system: System) -> Struck:

@@ -47,7 +47,7 @@ RATES = {"set": 150.0, "set_many": 250.0, "stream": 150.0, "tasks": 100.0}
 #: Lines of one import, and after how many of them comes one that is refused.
 LINES, BAD_EVERY = 400, 40
 #: Seconds from a plan, or its application, to the next one; and lines of a file that is planned.
-PLAN_EVERY, PLANNED = 4.0, 120
+PLAN_EVERY, PLANNED = 1.0, 120
 #: Seconds by which the file of a plan may be older than the plan.
 FILE_AGE = 3.0
 #: Exit codes of a command that has done its work; the other one has refused some lines.
