@@ -415,7 +415,7 @@ BUGS = (
         Promise.LOST,
         "taken messages are only in a process's memory",
         LUA + "take.lua",
-        "redis.call('RPUSH', taken, whole(time), unpack(messages))",
+        "redis.call('RPUSH', taken, mark, unpack(messages))",
         "local _ = 0",
         "tests/intake/test_celery_queue.py",
     ),

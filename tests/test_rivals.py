@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def report(**rivals: Figures) -> Report:
     return Report({"cores": "2"}, setup, limits, {OURS: OUR_FIGURES, **rivals}, {"bullmq": "node not found"})
 
 
-def with_job(figures: Figures, **changed: float) -> Figures:
+def with_job(figures: Figures, **changed: Any) -> Figures:
     assert figures.job
     return dataclasses.replace(figures, job=dataclasses.replace(figures.job, **changed))
 

@@ -211,7 +211,7 @@ def records_damaged(system: System) -> Struck:
 def damage(client: Redis, table: str, field: str, record: bytes) -> bool:
     """Write over one record of a table, if it is still there: one more would be a user whom nobody has accepted."""
     script = "return redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 and redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) + 1 or 0"
-    return bool(client.eval(script, 1, table, field, record))  # type: ignore[arg-type]
+    return bool(client.eval(script, 1, table, field, record))
 
 
 def others_with_other_settings(system: System) -> Struck:

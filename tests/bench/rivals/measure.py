@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -120,7 +120,12 @@ class Stage:
         file = self.sandbox.directory / "events.jsonl"
         file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         command = self.contestant.enqueue_command(file)
-        given = {"cwd": ROOT, "env": self._environ(), "stdout": subprocess.PIPE, "timeout": ENQUEUE}
+        given: dict[str, Any] = {
+            "cwd": ROOT,
+            "env": self._environ(),
+            "stdout": subprocess.PIPE,
+            "timeout": ENQUEUE,
+        }
         return float(subprocess.run(command, check=True, **given).stdout)
 
     @contextlib.contextmanager
