@@ -387,7 +387,7 @@ class Schedule(Fleet):
         if fields:
             field = dice.choice(fields)
             self.wire.bare("HSET", table, field, dice.choice(_DAMAGE))
-            if table in (k.pending, k.flight):
+            if table == k.pending:
                 self._damaged.add(field.decode())
             elif table != k.batches:
                 self._forgotten.add(field.decode())
