@@ -261,7 +261,7 @@ def _report(
     if system.hung:
         console.print(f"[bold red]✗[/] {system.hung} workers did not end after SIGTERM")
     if not settled:
-        console.print("[bold red]✗[/] not everything was delivered in time")
+        console.print(f"[bold red]✗[/] not everything was delivered in time; left: {_left(system)}")
     if good:
         console.print(
             "[green]✓[/] nothing lost, nothing stale, no second over the quota, the ledger balanced at every look"
@@ -271,6 +271,23 @@ def _report(
 
 def _short(code: str) -> str:
     return code if len(code) < 10 else f"one of {len(code)} digits"
+
+
+def _left(system: System) -> str:
+    """What is not finished, in words."""
+    snapshot, redis = system.buffer.snapshot(), system.redis
+    found = {
+        "pending": snapshot.pending,
+        "in flight": snapshot.in_flight,
+        "entries in the stream": redis.xlen(system.keys.updates),
+        "messages for later": redis.zcard(system.keys.scheduled),
+        "imports": sum(one.ended == float("inf") for one in system.imports),
+        "plans": sum(one.ended == float("inf") for one in system.comparisons),
+    }
+    line = system.line.read()
+    return (
+        ", ".join(f"{count} {what}" for what, count in found.items() if count) + f"; the line is {line.state}"
+    )
 
 
 def plans(system: System) -> str:
