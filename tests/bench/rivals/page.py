@@ -88,6 +88,9 @@ def _page(report: Report) -> Iterator[str]:
     )
     explained = dict(zip(TABLES, _explanations(report), strict=True))
     for title, lines in TABLES.items():
+        # A run of some parts only has nothing to say of the others.
+        if not any(line.value(figures) is not None for line in lines for figures in report.figures.values()):
+            continue
         yield ""
         yield f"## {title}"
         yield ""
