@@ -105,6 +105,27 @@ def test_a_correction_makes_the_same_value_worth_sending(house: House) -> None:
     assert house.shadow.look(["ann"])[1]["ann"].in_motion
 
 
+def test_a_memory_or_a_value_that_is_no_text_stops_no_correction(house: House) -> None:
+    house.redis.hset(house.keys.shadow, "ann", b"\xff\xfe")
+    mark = house.shadow.look(["ann"])[1]["ann"].mark
+
+    # As JSON can have it, half a character.
+    found = house.shadow.correct({"ann": (mark, {"city": "Rome"}), "bob": ("", {"city": "\ud800"})})
+
+    assert found == ["ann", "bob"]
+
+
+def test_what_was_damaged_in_flight_is_not_believed_to_be_what_was_there_before(house: House) -> None:
+    house.deliver("ann", city="Paris")
+    house.add("ann", city="Rome")
+    batch = house.claim()
+    house.redis.hset(house.keys.flight, "ann", b"{")
+    house.buffer.settle(batch, {}, rest=Acked(), number=2, now_ms=house.now)
+
+    assert house.values("ann") == {"city": UNKNOWN}
+    assert house.buffer.add([Update("ann", {"city": "Paris"}, 0)], now_ms=house.now).unchanged == 0
+
+
 def test_a_correction_keeps_the_versions(house: House) -> None:
     house.deliver("ann", city="Paris")
     house.shadow.correct({"ann": (house.shadow.look(["ann"])[1]["ann"].mark, {"city": None})})

@@ -7,6 +7,7 @@ remembered before and after reading: `look` tells both, at one instant for all u
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -103,9 +104,15 @@ class Shadow:
             [user, mark, {name: False if value is None else value for name, value in values.items()}]
             for user, (mark, values) in found.items()
         ]
-        args = ["" if now_ms is None else now_ms, json.dumps(entries, ensure_ascii=False)]
+        args = ["" if now_ms is None else now_ms, _bytes(json.dumps(entries, ensure_ascii=False))]
         users = list(found)
         return [users[place - 1] for place in self._correct(self._tables, args)]
+
+
+def _bytes(text: str) -> bytes:
+    """As UTF-8: with the bytes of a mark that was no text, and without halves of characters."""
+    halves = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
+    return halves.encode(errors="surrogateescape")
 
 
 def _known(in_motion: bool, packed: bytes | None, trusted: bool) -> Known:

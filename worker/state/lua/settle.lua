@@ -84,10 +84,12 @@ local function remember(i, user, packed, unknown)
   local at = now
   if delivered[i] or unknown or is_importing then
     local memory = delivered[i] and readable(delivered[i], true) or { a = {} }
-    for _, pair in pairs(is_trusted(user, since) and none or memory.a) do
+    local record = readable(packed)
+    -- Of a record that was damaged in flight, nobody knows which values it replaced.
+    for _, pair in pairs(record and is_trusted(user, since) and none or memory.a) do
       pair[1] = cjson.null
     end
-    local record = readable(packed) or { a = {} }
+    record = record or { a = {} }
     at = record.b and 0 or now
     for name, pair in pairs(record.a) do
       at = record.b and math.max(at, pair[2]) or at
