@@ -130,6 +130,8 @@ class Borders:
         #: The offers in messages that nobody has taken yet.
         self._untaken: dict[bytes, list[int]] = {}
         self._taken: Any = ()
+        #: How often the importer has asked for the same.
+        self._tried = 0
         self._producer = cast(Producer, _Producer(schedule))
 
     @property
@@ -290,7 +292,9 @@ class Borders:
                 for place, update in enumerate(left):
                     if place in added.full:
                         continue
-                    answer = Answer.REFUSED if place in refused else Answer.ACCEPTED
+                    # What is refused now may have been accepted at the first attempt, whose answer was lost.
+                    no = Answer.REFUSED if self._tried == 1 else Answer.DOUBT
+                    answer = no if place in refused else Answer.ACCEPTED
                     schedule._offers.append(
                         Offer(update.user, "level", update.attrs["level"], began, ended, answer, as_of_ms)
                     )
@@ -300,7 +304,9 @@ class Borders:
         self._until_it_answers(lambda: schedule.buffer.end_import(name))
 
     def _until_it_answers(self, call: Callable[[], Any]) -> Any:
+        self._tried = 0
         while True:
+            self._tried += 1
             try:
                 return call()
             except redis.RedisError:
