@@ -67,7 +67,7 @@ alerts: $(STAMP) ## Check which alerts fire under a real Prometheus when things 
 	$(BIN)/python -m tests.monitoring
 
 soak: $(STAMP) ## Run at full rate, and check that nothing grows (MINUTES=30)
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.bench ## Measure what the docs claim (half an hour; PARTS=rivals)
 	$(BIN)/python -m tests.bench $(PARTS)
