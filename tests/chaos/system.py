@@ -38,6 +38,7 @@ from worker.state.line import Line
 from worker.state.quarantine import Quarantine
 from worker.state.refused import Refused
 
+ROOT = Path(__file__).parents[2]
 #: What the state is in.
 Store = Literal["single", "sentinel", "cluster"]
 Fleet = SentinelFleet | ClusterFleet
@@ -156,9 +157,10 @@ class System:
     #: How many replicas must have an update.
     replicas: int = 0
     server_environ: dict[str, str] | None = None
-    #: A directory with the previous version, if there is one, and the numbers of the workers that are of it.
+    #: A directory with the previous version, if there is one, the numbers of the workers that are of it, and the writers.
     previous: Path | None = None
     old: set[int] = field(default_factory=set)
+    old_ways: Collection[str] = ()
     #: Users whose record something has damaged: an update of theirs may be in the quarantine.
     damaged: set[str] = field(default_factory=set)
     #: Users whose damaged record was found, and set aside; and users of whom something else than updates was damaged.
@@ -344,7 +346,8 @@ class System:
         notes = self.directory / "notes" / f"{way}-{self._incarnations}.jsonl"
         notes.parent.mkdir(exist_ok=True)
         arguments = [way, str(self._incarnations), str(RATES[way]), str(notes)]
-        process = self._run("tests.chaos.writers", arguments, f"writer-{way}.log")
+        code = self.previous if way in self.old_ways else None
+        process = self._run("tests.chaos.writers", arguments, f"writer-{way}.log", code=code)
         self.writing[way] = Writer(way, self._incarnations, process)
 
     def kill_writer(self) -> None:
@@ -430,11 +433,17 @@ class System:
     def _import(self, path: Path) -> subprocess.Popen[bytes]:
         return self._run("worker.cli", ["import", str(path), "--json"], "import.log")
 
-    def _run(self, module: str, arguments: list[str], log: str) -> subprocess.Popen[bytes]:
+    def _run(
+        self, module: str, arguments: list[str], log: str, *, code: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a module; `code` is a directory with another version of the product."""
+        # What is in the working directory comes first, so that tests are today's in any case.
+        here = {"PYTHONPATH": str(ROOT)} if code else {}
         with (self.directory / log).open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                env=os.environ | self.sandbox.environ,
+                cwd=code,
+                env=os.environ | self.sandbox.environ | here,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -571,10 +580,14 @@ def running(
     replicas: int = 0,
     previous: Path | None = None,
     old: Collection[int] = (0,),
+    old_ways: Collection[str] = (),
     server_environ: dict[str, str] | None = None,
     settings: Mapping[str, str] = SETTINGS,
 ) -> Iterator[System]:
-    """A system at work until the end of the block. If there is a `previous` version, the workers numbered `old` are of it."""
+    """A system at work until the end of the block.
+
+    If there is a `previous` version, the workers numbered `old` are of it, and the writers of `old_ways`.
+    """
     with ExitStack() as stack:
         place: EmbeddedServer | Fleet
         match store:
@@ -630,6 +643,7 @@ def running(
             server_environ,
             previous,
             set(old if previous else ()),
+            old_ways,
         )
         if store == "single":
             stack.callback(lambda: system.server.stop())

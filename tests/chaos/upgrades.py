@@ -1,5 +1,7 @@
 """Upgrades a fleet of the version before, worker by worker, under a full load of writers, and downgrades it again.
 
+One of the writers is of the version before, the others are of this one: each writes to workers of both. Once with each broker.
+
 python -m tests.chaos.upgrades
 """
 
@@ -16,6 +18,7 @@ import redis
 from rich.console import Console
 
 from tests.chaos.__main__ import by_answer, judge, previous_version, settle
+from tests.chaos.brokers import find_rabbitmq
 from tests.chaos.system import System, running
 from tests.history import worst_second
 
@@ -44,7 +47,7 @@ def work(system: System, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def run(directory: Path, seed: int, workers: int = WORKERS) -> bool | None:
+def run(directory: Path, seed: int, workers: int = WORKERS, *, rabbitmq: bool = False) -> bool | None:
     """Upgrade and downgrade, and print the verdict: whether all promises held. None if the version before is not to be had."""
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(previous_version(directory / "previous"))
@@ -52,9 +55,17 @@ def run(directory: Path, seed: int, workers: int = WORKERS) -> bool | None:
             return None
         numbers = range(workers)
         system = stack.enter_context(
-            running(directory, seed, workers=workers - 1, previous=before, old=numbers)
+            running(
+                directory,
+                seed,
+                workers=workers - 1,
+                previous=before,
+                old=numbers,
+                old_ways={"set"},
+                rabbitmq=rabbitmq,
+            )
         )
-        console.print(f"{workers} workers of the version before")
+        console.print(f"{'RabbitMQ' if rabbitmq else 'Redis'}; {workers} workers of the version before")
         work(system, BETWEEN)
         for number in numbers:
             system.old.discard(number)
@@ -81,10 +92,13 @@ def run(directory: Path, seed: int, workers: int = WORKERS) -> bool | None:
 def main() -> None:
     # Whoever ends us early wants everything that we started to end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory() as directory:
-        good = run(Path(directory), seed=18)
-    if good is None:
-        sys.exit("the version before is not in this repository's history")
+    good = True
+    for rabbitmq in (False, True) if find_rabbitmq() else (False,):
+        with tempfile.TemporaryDirectory() as directory:
+            held = run(Path(directory), seed=18, rabbitmq=rabbitmq)
+        if held is None:
+            sys.exit("the version before is not in this repository's history")
+        good = good and held
     sys.exit(0 if good else 1)
 
 

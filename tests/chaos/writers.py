@@ -18,14 +18,16 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.history import Answer, Offer
 from worker.errors import InvalidUpdate
 from worker.producer import Producer
-from worker.redis_url import with_password_file
-from worker.state.connection import Redis, connect
-from worker.state.keys import Keys
+
+# A writer of the previous version has only what both versions have.
+if TYPE_CHECKING:
+    from worker.state.connection import Redis
+    from worker.state.keys import Keys
 
 #: Users of each writer: few, so that updates meet those before them in every state.
 USERS = 150
@@ -149,11 +151,19 @@ def make(way: str) -> Way:
     if way == "tasks":
         return _tasks(os.environ["IMATTR_BROKER_URL"])
     if way == "stream":
+        from worker.redis_url import with_password_file
+        from worker.state.connection import connect
+        from worker.state.keys import Keys
+
         keys = Keys(app)
         place = with_password_file(redis_url, password_file) if password_file else redis_url
         return _stream(connect(place, key=keys.updates), keys)
-    replicas = int(os.environ.get("IMATTR_REPLICAS", "0"))
-    producer = Producer(redis_url, app, replicas=replicas, password_file=password_file)
+    options: dict[str, Any] = {}
+    if password_file:
+        options["password_file"] = password_file
+    if replicas := int(os.environ.get("IMATTR_REPLICAS", "0")):
+        options["replicas"] = replicas
+    producer = Producer(redis_url, app, **options)
     return _one_by_one(producer) if way == "set" else _many(producer)
 
 
