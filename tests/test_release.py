@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.release import ROOT, Wrong, judge, locked, needs, notes_of, runs, settle
+from tests.release import PYTHONS, ROOT, Wrong, judge, locked, needs, notes_of, runs, settle
 from worker.version import VERSION
 
 CHANGELOG = """# Changelog
@@ -72,6 +74,24 @@ def test_each_distribution_is_tried_with_its_part_of_the_locks() -> None:
     assert "".join(worker) == (ROOT / "requirements.lock").read_text()
     assert set(needs("imattr")) < set(worker) < set(sandbox)
     assert all("--hash=sha256:" in it for it in sandbox)
+
+
+@pytest.mark.parametrize("project", ["pyproject.toml", "worker/pyproject.toml"])
+def test_what_is_said_to_be_supported_is_tried(project: str) -> None:
+    named = tomllib.loads((ROOT / project).read_text())["project"]["classifiers"]
+
+    prefix = "Programming Language :: Python :: 3."
+    assert tuple(f"python3.{it.removeprefix(prefix)}" for it in named if it.startswith(prefix)) == PYTHONS
+
+
+def test_no_page_shows_another_development_version() -> None:
+    shown = {
+        version
+        for page in [*ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/**/*.svg"), ROOT / "README.md"]
+        for version in re.findall(r"\d+\.\d+\.\d+\.dev\d+", page.read_text())
+    }
+
+    assert shown <= {VERSION}
 
 
 def package(name: str, *advisories: str) -> dict[str, object]:
