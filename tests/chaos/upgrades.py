@@ -1,6 +1,7 @@
 """Upgrades a fleet of the version before, worker by worker, under a full load of writers, and downgrades it again.
 
-One of the writers is of the version before, the others are of this one: each writes to workers of both. Once with each broker.
+One of the writers is of the version before, the others are of this one: each writes to workers of both. In the end one worker is
+upgraded once more, because messages with a countdown that this version has taken wait for it. Once with each broker.
 
 python -m tests.chaos.upgrades
 """
@@ -77,6 +78,8 @@ def run(directory: Path, seed: int, workers: int = WORKERS, *, rabbitmq: bool = 
             replace(system, number)
         console.print("downgraded, one after the other")
         work(system, BETWEEN)
+        system.old.discard(0)
+        replace(system, 0)
         settled = settle(system)
         seen, found = judge(system)
         for violation in found[:5]:
