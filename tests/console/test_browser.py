@@ -482,7 +482,7 @@ def test_every_button_of_an_operator_does_what_it_says(site: Site, tmp_path: Pat
     # Refused updates.
     page.get_by_role("link", name="Refused", exact=True).click()
     page.get_by_label("Way in").select_option("celery")
-    page.get_by_label("Rule has").fill("40 bytes")
+    page.get_by_label("Rule contains").fill("40 bytes")
     press("Show")
     assert len(downloaded("Export 1, with values")) == 1
     press("Show what was sent")

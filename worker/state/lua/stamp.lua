@@ -16,6 +16,8 @@ if redis.call('LINDEX', taken, 0) ~= mark then
   return ''
 end
 local time = whole(math.max(now, (tonumber(redis.call('GET', last)) or 0) + 1))
+-- First, because it needs no memory: a full server would refuse the others as a script's first write.
+redis.call('LPOP', taken)
 redis.call('SET', last, time)
-redis.call('LSET', taken, 0, time)
+redis.call('LPUSH', taken, time)
 return time
