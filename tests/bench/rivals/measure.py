@@ -51,10 +51,10 @@ Event = tuple[UserId, Attributes, int]
 #: Seconds until the API replies.
 LATENCY = 0.05
 #: Seconds for the first call; and without a call until nothing more is expected, longer than any contestant
-#: takes to give what a dead worker had to another one.
-START, STALL = 60.0, 90.0
+#: takes to give what a dead worker had to another one: Celery looks every 100 s for what is older than 60 s.
+START, STALL = 60.0, 180.0
 #: Seconds that enqueuing may take, and that a run may take after what happens in the middle of it.
-ENQUEUE, PATIENCE = 300.0, 180.0
+ENQUEUE, PATIENCE = 300.0, 300.0
 
 #: Client processes that send messages one by one, and how many each of them sends; seconds until it is enough.
 CLIENTS, EACH_CLIENT, CLIENTS_CAP = 8, 3000, 20.0

@@ -190,8 +190,8 @@ def _explanations(report: Report) -> Iterator[str]:
     yield (
         f"Different users: {sizes}. Halfway, one of the two workers is killed and another one started. A user is lost if it had "
         f"not arrived when nothing was left in Redis, or no call had come for {STALL:.0f} s; it was sent twice if it was applied "
-        "more than once. A message or batch of the dead worker goes to another one after 60 s (Celery's "
-        "`visibility_timeout`, imattr's `LEASE`; BullMQ checks every 30 s)."
+        "more than once. What the dead worker had goes to another one after 60 s with imattr (`LEASE`) and Celery "
+        "(`visibility_timeout`, which a worker with processes looks at every 100 s); BullMQ checks every 30 s."
     )
     promoted = [figures.failover.promoted for figures in report.figures.values() if figures.failover]
     took = f" ({min(promoted):.1f} to {max(promoted):.1f} s here)" if promoted else ""
@@ -204,7 +204,7 @@ def _explanations(report: Report) -> Iterator[str]:
     )
     yield (
         "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many, for 15 s at most. "
-        "Nobody else's figures change unless the limiter was what held it up."
+        "It helps those whom the limiter held up."
     )
 
 
