@@ -6,13 +6,13 @@ import time
 from functools import partial
 
 from limits import RateLimitItemPerSecond
-from limits.storage import RedisStorage
+from limits.storage import storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 
 from tests.bench.rivals import batches, celery_app
 from tests.bench.rivals.api import QUOTA, REDIS_URL
 
-_limiter = MovingWindowRateLimiter(RedisStorage(REDIS_URL))
+_limiter = MovingWindowRateLimiter(storage_from_string(REDIS_URL))
 _rate = RateLimitItemPerSecond(QUOTA)
 
 

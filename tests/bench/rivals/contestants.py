@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 #: Users, all different, of the runs that are to last some seconds: of those who fill the API's calls, of celery-batches, and
 #: of those with one user a call.
-DIFFERENT, DIFFERENT_BATCHES, DIFFERENT_SINGLE = 60_000, 20_000, 1_000
+DIFFERENT, DIFFERENT_BATCHES, DIFFERENT_SINGLE = 60_000, 15_000, 1_000
 
 #: Threads, or jobs at a time, of each of the two worker processes.
 CONCURRENCY = 16

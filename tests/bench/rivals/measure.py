@@ -57,9 +57,9 @@ START, STALL = 60.0, 180.0
 ENQUEUE, PATIENCE = 300.0, 300.0
 
 #: Client processes that send messages one by one, and how many each of them sends; seconds until it is enough.
-CLIENTS, EACH_CLIENT, CLIENTS_CAP = 8, 3000, 20.0
+CLIENTS, EACH_CLIENT, CLIENTS_CAP = 8, 2000, 20.0
 #: Seconds from the first call on with another quota.
-QUOTA_CAP = 15.0
+QUOTA_CAP = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +120,12 @@ class Stage:
         file = self.sandbox.directory / "events.jsonl"
         file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
         command = self.contestant.enqueue_command(file)
-        given: dict[str, Any] = {
-            "cwd": ROOT,
-            "env": self._environ(),
-            "stdout": subprocess.PIPE,
-            "timeout": ENQUEUE,
-        }
-        return float(subprocess.run(command, check=True, **given).stdout)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self._environ(), capture_output=True, text=True, timeout=ENQUEUE
+        )
+        if done.returncode:
+            raise RuntimeError(f"enqueuing ended with {done.returncode}: {done.stderr}")
+        return float(done.stdout)
 
     @contextlib.contextmanager
     def clients(self, count: int) -> Iterator[list[subprocess.Popen[str]]]:

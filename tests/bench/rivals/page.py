@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tests.bench import Results, console
 from tests.bench.rivals.contestants import CONTESTANTS, ROOT, Contestant
-from tests.bench.rivals.measure import CLIENTS, CLIENTS_CAP, STALL, Scale, measure
+from tests.bench.rivals.measure import CLIENTS, CLIENTS_CAP, QUOTA_CAP, STALL, Scale, measure
 from tests.bench.rivals.results import CEILING, OURS, TABLES, Line, Report, cell, judge, score
 
 RESULTS, PAGE = ROOT / "docs" / "comparison.json", ROOT / "docs" / "comparison.md"
@@ -191,7 +191,9 @@ def _explanations(report: Report) -> Iterator[str]:
         f"Different users: {sizes}. Halfway, one of the two workers is killed and another one started. A user is lost if it had "
         f"not arrived when nothing was left in Redis, or no call had come for {STALL:.0f} s; it was sent twice if it was applied "
         "more than once. What the dead worker had goes to another one after 60 s with imattr (`LEASE`) and Celery "
-        "(`visibility_timeout`, which a worker with processes looks at every 100 s); BullMQ checks every 30 s."
+        "(`visibility_timeout`, which a worker with processes looks at every 100 s); BullMQ checks every 30 s. "
+        "Celery on Redis takes a message and notes that it is taken in two steps: one that is between them when the worker dies "
+        "is lost."
     )
     promoted = [figures.failover.promoted for figures in report.figures.values() if figures.failover]
     took = f" ({min(promoted):.1f} to {max(promoted):.1f} s here)" if promoted else ""
@@ -203,7 +205,8 @@ def _explanations(report: Report) -> Iterator[str]:
         "through the sentinels as its documents say."
     )
     yield (
-        "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many, for 15 s at most. "
+        "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many as in the first "
+        f"table, for {QUOTA_CAP:.0f} s at most. "
         "It helps those whom the limiter held up."
     )
 
