@@ -47,7 +47,7 @@ OUR_JOB = Job(
     wrong=0,
 )
 SLOW_JOB = dataclasses.replace(OUR_JOB, done=0.1, calls=5000, seconds=60.0, worst=98, wrong=None)
-OUR_FAILOVER = Failover(events=50_000, promoted=2.0, pause=5.0, lost=0, older=0, wrong=0, worst=99)
+OUR_FAILOVER = Failover(events=50_000, promoted=2.0, pause=5.0, left=0, lost=0, older=0, wrong=0, worst=99)
 OUR_FIGURES = Figures(
     job=OUR_JOB,
     kill=Kill(users_per_second=9800.0, lost=0, twice=300),

@@ -394,13 +394,14 @@ def fail_over(contestant: Contestant, scale: Scale) -> results.Failover:
         it.fleet.fail_over(how=lambda primary: primary.kill())
         promoted = time.monotonic()
         it.settle(3)
-        state, record = it.state(), it.ask("record")
+        left, state, record = it.left(), it.state(), it.ask("record")
         arrived: dict[str, dict[str, str]] = it.ask("users")
     after = [at for at, *_ in record if at > promoted]
     return results.Failover(
         events=len(job.events),
         promoted=promoted - killed,
         pause=min(after) - killed if after else None,
+        left=left,
         lost=sum(user not in arrived for user in job.expected.latest),
         older=demo.stale_writes(record, job.expected),
         wrong=_wrong(arrived, job.expected),

@@ -200,9 +200,10 @@ def _explanations(report: Report) -> Iterator[str]:
     yield (
         f"A primary with two replicas, and three sentinels that give up on a server after 1 s. The first events of the job: {sizes}. "
         f"Halfway, the primary is killed (`kill -9`) and stays away. The seconds count from then until the first call after "
-        f"the sentinels have a new primary{took}. At the end, nothing is left in Redis, or no call has come for {STALL:.0f} s: "
-        "a user is lost if it has not arrived, an attribute is wrong if it is not there or not the newest. Everybody connects "
-        "through the sentinels as its documents say."
+        f"the sentinels have a new primary{took}. At the end, nothing is left in Redis, or no call has come for {STALL:.0f} s. "
+        "Users that did not arrive are lost, or still in Redis as messages, jobs or pending users that nobody sends: the line below "
+        "says which. An attribute is wrong if it is not there or not the newest. Everybody connects through the sentinels as its "
+        "documents say."
     )
     yield (
         "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many as in the first "

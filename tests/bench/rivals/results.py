@@ -75,6 +75,8 @@ class Failover:
     #: Seconds until the sentinels had a new primary, and until it made its first call after that (None: it never did).
     promoted: float
     pause: float | None
+    #: What was still in Redis when it had stopped calling, in its own units.
+    left: int
     lost: int
     older: int
     wrong: int
@@ -224,7 +226,8 @@ FAILOVER = (
         excuses=_everybody(_WAITS),
         never="never",
     ),
-    Line("users lost", "failover", lambda it: it.lost),
+    Line("users that did not arrive", "failover", lambda it: it.lost),
+    Line("entries left in Redis", "failover", lambda it: it.left),
     Line("older values written over newer", "failover", lambda it: it.older),
     Line("attributes wrong at the end", "failover", lambda it: it.wrong),
     Line("worst rolling second, calls", "failover", lambda it: it.worst, enough=QUOTA),
