@@ -54,7 +54,7 @@ LATENCY = 0.05
 #: takes to give what a dead worker had to another one: Celery looks every 100 s for what is older than 60 s.
 START, STALL = 60.0, 180.0
 #: Seconds that enqueuing may take, and that a run may take after what happens in the middle of it.
-ENQUEUE, PATIENCE = 300.0, 300.0
+ENQUEUE, PATIENCE = 300.0, 200.0
 
 #: Client processes that send messages one by one, and how many each of them sends; seconds until it is enough.
 CLIENTS, EACH_CLIENT, CLIENTS_CAP = 8, 2000, 20.0

@@ -17,7 +17,7 @@ LATEST = ROOT / "build" / "comparison.json"
 
 
 def rivals(results: Results) -> None:
-    """The same job side by side with what a user would pick instead (about twenty-five minutes)."""
+    """The same job side by side with what a user would pick instead (about half an hour)."""
     report = measure(Scale(), lambda text: console.print(f"  {text}"), file=LATEST)
     for table in show(report):
         console.print(table)
@@ -135,7 +135,7 @@ def _page(report: Report) -> Iterator[str]:
     yield "## Run it"
     yield ""
     yield "```"
-    yield "make bench PARTS=rivals                                     # measures and compares: about 25 minutes"
+    yield "make bench PARTS=rivals                                     # measures and compares: half an hour"
     yield "python -m tests.bench.rivals --only each --parts failover   # one contestant and imattr, one part"
     yield "python -m tests.bench.rivals --write-docs                   # everything, and writes this page and its picture"
     yield "```"
@@ -203,7 +203,8 @@ def _explanations(report: Report) -> Iterator[str]:
         f"the sentinels have a new primary{took}. At the end, nothing is left in Redis, or no call has come for {STALL:.0f} s. "
         "Users that did not arrive are lost, or still in Redis as messages, jobs or pending users that nobody sends: the line below "
         "says which. An attribute is wrong if it is not there or not the newest. Everybody connects through the sentinels as its "
-        "documents say."
+        "documents say. celery-batches starts the timer that sends a batch less than full once, and Celery clears its timers when it "
+        "reconnects: fewer than 100 messages then wait until others come."
     )
     yield (
         "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many as in the first "
