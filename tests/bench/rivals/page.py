@@ -203,8 +203,9 @@ def _explanations(report: Report) -> Iterator[str]:
         f"the sentinels have a new primary{took}. At the end, nothing is left in Redis, or no call has come for {STALL:.0f} s. "
         "Users that did not arrive are lost, or still in Redis as messages, jobs or pending users that nobody sends: the line below "
         "says which. An attribute is wrong if it is not there or not the newest. Everybody connects through the sentinels as its "
-        "documents say. celery-batches starts the timer that sends a batch less than full once, and Celery clears its timers when it "
-        "reconnects: fewer than 100 messages then wait until others come."
+        "documents say. celery-batches 0.11 loses the timer that sends a batch less than full when Celery reconnects ([its issue "
+        "107](https://github.com/clokep/celery-batches/issues/107), fixed in its repository): fewer than 100 messages for each "
+        "worker then wait until others come."
     )
     yield (
         "The API allows twice as much, and everybody's limiter is set to it. Different users, twice as many as in the first "
