@@ -86,6 +86,12 @@ def _page(report: Report) -> Iterator[str]:
         "In every table, bold is the best and what is as good. ~: extrapolated to the whole job from "
         f"{setup['cap']:.0f} seconds of it. –: does not apply, or was not reached."
     )
+    if not any(figures.clients for figures in report.figures.values()):
+        yield ""
+        yield (
+            "**These figures are of an earlier run**, before there were the other parts. In it, BullMQ was limited to 100 jobs a "
+            "second, and Celery's workers for a task per event had threads; both are set up better now, as written below."
+        )
     explained = dict(zip(TABLES, _explanations(report), strict=True))
     for title, lines in TABLES.items():
         # A run of some parts only has nothing to say of the others.
